@@ -1,0 +1,324 @@
+"""The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
+
+import dataclasses
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from roclip.config import Config, environment_defaults, load_config, run_directory
+from roclip.errors import CheckpointError, ConfigError, RoclipError
+
+EXIT_CODES = """\
+[bold]Exit codes[/]
+
+ 0    done (for [bold]oracle[/] and [bold]run[/] whatever the verdict, unless oracle.fail_on is set)\n
+ 1    unexpected error, with a traceback\n
+ 2    a key, a value or the command line is wrong\n
+ 3    URL list, shard or sample cannot be used\n
+ 4    checkpoint incomplete, altered, of another model, or not trusted\n
+ 5    another process works in this run directory\n
+ 6    training cannot go on: a value is not finite, or the ranks disagree\n
+ 7    a stage could not be finished, or the machine lacks something ([bold]doctor[/])\n
+ 10   oracle: suspicious, with oracle.fail_on=suspicious\n
+ 20   oracle: poisoned, with oracle.fail_on=suspicious or poisoned\n
+ 130  stopped by Ctrl-C
+"""
+INTERRUPTED = 130
+VERDICT_CODES = {"suspicious": 10, "poisoned": 20}
+_NOT_TRUSTED = (
+    "The oracle has not called it clean: run `roclip oracle`, read its report, or take --untrusted."
+)
+_USAGE_ERROR = (
+    typer.BadParameter.__base__ or Exception
+)  # typer does not export it, and newer ones bring their own click
+
+app = typer.Typer(
+    name="roclip",
+    help="Pretrain CLIP on web data that somebody may have poisoned: URL lists to a trusted checkpoint.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A preset (YAML), or a run directory: its config.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, such as pool.size=4096 train.lr=1e-3."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the resolved config, the plan, the steps and the bytes; do nothing."
+    ),
+]
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/]\n\n" + "\n\n".join(f"  roclip {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples(
+        "run configs/demo.yaml",
+        "run configs/demo.yaml pool.size=4096 train.lr=1e-3 --dry-run",
+        "run runs/2026-01-31-demo",
+    )
+)
+def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """The whole system: ingest, train while it still runs, evaluate, check with the oracle, report.
+
+    The same config goes on where it stopped.
+    """
+    settings = resolve(config, overrides)
+    return _dry_run(settings, "run") if dry_run else _finish(settings, _pipeline().run(settings))
+
+
+@app.command(
+    epilog=_examples(
+        "ingest configs/demo.yaml",
+        "ingest configs/web.yaml data.urls=urls/*.parquet data.shards=/data/shards",
+        "ingest configs/web.yaml ingest.max_in_flight=8 --dry-run",
+    )
+)
+def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """URL lists to sealed shards and their manifest. Running it again fetches only what is missing."""
+    settings = resolve(config, overrides)
+    return _dry_run(settings, "ingest") if dry_run else _finish(settings, _pipeline().ingest_only(settings))
+
+
+@app.command(
+    epilog=_examples(
+        "train configs/demo.yaml",
+        "train configs/web.yaml data.shards=/data/shards cluster.workers=8 cluster.gpus_per_worker=1",
+        "train configs/demo.yaml 'arms=[clip]' --dry-run",
+    )
+)
+def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """Train every arm on shards that were ingested before. Goes on from the newest checkpoint."""
+    settings = resolve(config, overrides)
+    return _dry_run(settings, "train") if dry_run else _finish(settings, _pipeline().train_only(settings))
+
+
+@app.command(
+    epilog=_examples(
+        "evaluate runs/2026-01-31-demo",
+        "evaluate configs/demo.yaml evaluate.classes=100",
+        "evaluate configs/demo.yaml --dry-run",
+    )
+)
+def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """Measure the newest checkpoints: zero-shot, linear probe, retrieval, attack success."""
+    settings = resolve(config, overrides)
+    return (
+        _dry_run(settings, "evaluate") if dry_run else _finish(settings, _pipeline().evaluate_only(settings))
+    )
+
+
+@app.command(
+    epilog=_examples(
+        "oracle runs/2026-01-31-demo",
+        "oracle runs/2026-01-31-demo oracle.fail_on=suspicious",
+        "oracle configs/demo.yaml --checkpoint downloads/model",
+    )
+)
+def oracle(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Check this checkpoint instead of the run's own.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Check checkpoints against a segmentation network that never saw the crawled data."""
+    settings = resolve(config, overrides)
+    if dry_run:
+        return _dry_run(settings, "oracle")
+    return _finish(settings, _pipeline().oracle_only(settings, checkpoint))
+
+
+@app.command(
+    epilog=_examples(
+        "export runs/2026-01-31-demo --out model",
+        "export configs/demo.yaml --arm clip --untrusted --out model",
+        "export runs/2026-01-31-demo/roclip/checkpoints/step-00000500 --out model",
+    )
+)
+def export(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|RUN|CHECKPOINT", help="A preset, a run directory or one checkpoint."),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; required.")] = None,
+    arm: Annotated[str, typer.Option(help="Which training; the last of `arms` unless given.")] = "",
+    untrusted: Annotated[
+        bool, typer.Option("--untrusted", help="Take the newest checkpoint, which no oracle called clean.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> int:
+    """Write a TRUSTED checkpoint as safetensors that open_clip loads ('local-dir:DIR'); refuses any other."""
+    if out is None:
+        raise ConfigError("export: expected --out DIR, got none. Name the folder to write.")
+    if (target / "open_clip_config.json").is_file():
+        settings, checkpoint = None, target
+        if overrides:
+            raise ConfigError(
+                f"export: a checkpoint takes no overrides, got {' '.join(overrides)}. Leave them out."
+            )
+    else:
+        settings = resolve(target, overrides)
+        checkpoint = pointed_checkpoint(settings, arm, "LATEST" if untrusted else "TRUSTED")
+    if not untrusted:
+        require_trust(checkpoint)
+    if dry_run:
+        if settings is not None:
+            _dry_run(settings, "export")
+        typer.echo(f"would export {checkpoint} to {out}")
+        return 0
+    from roclip import checkpoint as checkpoints
+
+    written = checkpoints.export(checkpoint, out)
+    typer.echo(f"wrote {written}; open_clip.create_model_and_transforms('local-dir:{written}') loads it")
+    return 0
+
+
+@app.command(
+    epilog=_examples(
+        "doctor",
+        "doctor configs/demo.yaml",
+        "doctor configs/web.yaml cluster.workers=8 cluster.gpus_per_worker=1",
+    )
+)
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Check for what this config needs, too.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Does this machine have what is needed: cores, memory, disk, compiler, GPUs, FAISS, ports?"""
+    settings = resolve(config, overrides) if config else None
+    if dry_run and settings is not None:
+        return _dry_run(settings, "doctor")
+    if dry_run:
+        typer.echo("would check this machine; name a config to check for what it needs")
+        return 0
+    from cluster.doctor import doctor as run_checks
+    from cluster.doctor import exit_code, show_checks
+
+    checks = run_checks(settings)
+    show_checks(Console(), checks)
+    return exit_code(checks)
+
+
+def resolve(path: Path, overrides: list[str] | None) -> Config:
+    """The config of a preset, or of a run directory, with overrides. Raises `ConfigError`."""
+    if not path.is_dir():
+        return load_config(path, overrides or ())
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: expected a preset or a run directory with a config.yaml, got neither.")
+    return dataclasses.replace(load_config(path / "config.yaml", overrides or ()), run_dir=str(path))
+
+
+def pointed_checkpoint(config: Config, arm: str, pointer: str) -> Path:
+    """The checkpoint that an arm's LATEST or TRUSTED names. Raises `CheckpointError` where there is none."""
+    arm = arm or config.arms[-1]
+    if arm not in config.arms:
+        raise ConfigError(f"--arm: expected one of {', '.join(config.arms)}, got {arm!r}.")
+    folder = run_directory(config) / arm / "checkpoints"
+    if not (folder / "LATEST").is_file():
+        raise CheckpointError(f"{folder}: expected a checkpoint, got none. Train first: `roclip run`.")
+    if not (folder / pointer).is_file():
+        raise CheckpointError(f"{folder}: expected {pointer}, got none. {_NOT_TRUSTED}")
+    return folder / (folder / pointer).read_text().strip()
+
+
+def require_trust(checkpoint: Path) -> None:
+    """Raises `CheckpointError` unless the TRUSTED beside a checkpoint names it."""
+    pointer = checkpoint.resolve().parent / "TRUSTED"
+    trusted = pointer.read_text().strip() if pointer.is_file() else "none"
+    if trusted != checkpoint.resolve().name:
+        raise CheckpointError(
+            f"{checkpoint}: expected a trusted checkpoint, got one that is not. {_NOT_TRUSTED}"
+        )
+
+
+def verdict_code(config: Config, summary: dict[str, Any]) -> int:
+    """0, 10 or 20: what `oracle.fail_on` makes of the verdict on the last arm, the one to be shipped."""
+    arms = summary.get("arms") or {}
+    ordered = [*(arm for arm in arms if arm not in config.arms), *(arm for arm in config.arms if arm in arms)]
+    shipped = arms[ordered[-1]] if ordered else {}
+    verdict = (shipped.get("oracle") or {}).get("verdict")
+    threshold = VERDICT_CODES.get(config.oracle.fail_on)
+    code = VERDICT_CODES.get(verdict, 0)
+    return code if threshold and code >= threshold else 0
+
+
+def main() -> None:
+    """Run the command and end with its exit code; errors of ours are one line, others a traceback."""
+    environment_defaults()
+    here = str(Path(sys.executable).parent)  # ninja lies there even if the environment was not activated
+    os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    code = guarded(sys.argv[1:] or ["--help"])
+    if code == INTERRUPTED:
+        _complain("stopped by Ctrl-C; the same command goes on from here")
+    sys.exit(code)
+
+
+def guarded(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; say on stderr what went wrong."""
+    try:
+        return app(arguments, prog_name="roclip", standalone_mode=False) or 0
+    except RoclipError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except typer.Exit as error:
+        return error.exit_code
+    except Exception as error:
+        if isinstance(error, _USAGE_ERROR):
+            _complain(f"{getattr(error, 'message', error)} See `roclip --help`.")
+            return ConfigError.exit_code
+        traceback.print_exc()
+        return 1
+
+
+def _complain(message: str) -> None:
+    line = Text.assemble(("error: ", "bold red"), (" ".join(message.split()), "red"))
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+def _pipeline() -> Any:
+    from cluster import pipeline
+
+    return pipeline
+
+
+def _dry_run(config: Config, command: str) -> int:
+    from cluster.plan import make_plan, show_plan, stages_of
+
+    plan = make_plan(config)
+    show_plan(Console(), config, plan, stages_of(config, plan, command))
+    return 0
+
+
+def _finish(config: Config, result: dict[str, Any]) -> int:
+    from cluster.summary import show_summary
+
+    show_summary(Console(), result, run_directory(config))
+    return verdict_code(config, result)
+
+
+if __name__ == "__main__":
+    main()

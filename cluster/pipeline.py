@@ -1,0 +1,184 @@
+"""The whole system in one file: URL list -> shards -> towers -> figures -> verdict -> report.
+
+Each stage leaves its result in the run directory and is skipped when that is there, so running the same command
+again goes on where it stopped. Training starts as soon as the manifest names `data.min_shards`, while ingest runs.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster import corpus
+from cluster.ingest_job import ingest
+from cluster.oracle_job import oracle
+from cluster.progress import Display
+from cluster.session import Session, session
+from cluster.train_job import finished, train_arm
+from ingest.origin import Origin
+from roclip import checkpoint
+from roclip.config import Config
+from roclip.errors import CheckpointError, DataError
+from roclip.evaluate import evaluate, load_evaluation_set
+from roclip.metrics import read_metrics
+from roclip.model import Encoder
+from roclip.report import write_report
+from roclip.shards import Manifest, write_atomic
+
+
+def run(config: Config) -> dict:
+    """Everything, from the URL list to the report. Returns the summary, which `summary.json` holds too."""
+    with session(config) as here:
+        with _fetching(here) as fetching:
+            fetching.wait_for(config.data.min_shards)
+            for arm in config.arms:
+                _train(here, arm)
+        verdicts = {arm: _judge(here, arm) for arm in config.arms}
+        here.note_cost()
+        summary = {
+            "schema": 1,
+            "config": config.source,
+            "commit": here.provenance["commit"],
+            **here.cost,
+            "ingest": Manifest(here.shards).summary or {},
+            "arms": {arm: {**_figures(here, arm), "oracle": verdicts[arm]} for arm in config.arms},
+        }
+        write_atomic(here.path / "summary.json", json.dumps(summary, indent=1))
+        write_report(here.path)
+        return summary
+
+
+def ingest_only(config: Config) -> dict:
+    """Fill the shards of a run."""
+    with session(config) as here:
+        with _fetching(here):
+            pass
+        return {"ingest": Manifest(here.shards).summary}
+
+
+def train_only(config: Config) -> dict:
+    """Train every arm on the shards that are there."""
+    with session(config) as here:
+        for arm in config.arms:
+            _train(here, arm)
+        return {"arms": {arm: _figures(here, arm) for arm in config.arms}}
+
+
+def evaluate_only(config: Config) -> dict:
+    """Measure the newest checkpoint of every arm, afresh, into `<arm>/evaluation.json`."""
+    with session(config, resumes=False) as here:
+        data = load_evaluation_set(here.path / "origin")
+        arms = {}
+        for arm in config.arms:
+            latest = checkpoint.named(here.path / arm / "checkpoints", "LATEST")
+            if latest is None:
+                raise CheckpointError(f"{here.path / arm}: expected a checkpoint, got none. Run `roclip train` first.")
+            checkpoint.verify(latest)
+            arms[arm] = evaluate(Encoder.load(latest), data)
+            result = {"checkpoint": latest.name, **arms[arm]}
+            write_atomic(here.path / arm / "evaluation.json", json.dumps(result, indent=1))
+        return {"arms": arms}
+
+
+def oracle_only(config: Config, folder: str | None = None) -> dict:
+    """Let the oracle judge the newest checkpoint of every arm, or the checkpoint in `folder`."""
+    with session(config, resumes=False) as here:
+        if folder is None:
+            return {"arms": {arm: {"oracle": _judge(here, arm)} for arm in config.arms}}
+        here.need_ray()
+        name = Path(folder).name
+        return {"arms": {name: {"oracle": oracle(config, here.path, name, checkpoint=Path(folder))}}}
+
+
+# ---- the stages ---------------------------------------------------------------------------------------------
+
+
+class _Fetching(threading.Thread):
+    """Ingest beside the main thread."""
+
+    def __init__(self, here: Session, urls: str | Path):
+        super().__init__(name="ingest")
+        self.here, self.urls, self.halt = here, urls, threading.Event()
+        self.problem: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            ingest(
+                self.here.config, self.urls, self.here.shards, on_progress=self.here.display.ingest, stop=self.halt
+            )
+        except BaseException as error:  # handed to the main thread by `check`
+            self.problem = error
+
+    def wait_for(self, shards: int) -> None:
+        """Return when so many are sealed or ingest has ended; raise its error."""
+        manifest = Manifest(self.here.shards)
+        while self.is_alive() and len(manifest.records()) < shards:
+            time.sleep(0.2)
+        self.check()
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+
+@contextlib.contextmanager
+def _fetching(here: Session) -> Iterator[_Fetching]:
+    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed."""
+    config = here.config
+    with contextlib.ExitStack() as stack:
+        urls: str | Path = config.data.urls
+        if not urls and (config.data.images or config.data.scenes):
+            if not (here.path / "origin" / "labels.json").exists():
+                here.display.say("origin   preparing images, captions and what an attacker adds")
+            corpus.prepare(config, here.path / "origin")
+        fetching = _Fetching(here, urls)
+        if Manifest(here.shards).summary is None and not config.data.shards:
+            here.need_ray()
+            if not urls:
+                origin = stack.enter_context(Origin(here.path / "origin" / "corpus.parquet"))
+                fetching.urls = here.path / "origin" / "urls.parquet"
+                origin.url_list(fetching.urls)
+            fetching.start()
+        try:
+            yield fetching
+            if fetching.is_alive():
+                fetching.join()
+        finally:
+            fetching.halt.set()
+            if fetching.ident is not None:
+                fetching.join()
+        fetching.check()
+
+
+def _train(here: Session, arm: str) -> None:
+    if finished(here.config, here.path / arm / "checkpoints"):
+        return
+    here.need_ray()
+    with here.display.follow(arm, here.path / arm / "metrics.jsonl", here.config.train.epochs):
+        train_arm(here.config, arm, here.path)
+
+
+def _judge(here: Session, arm: str) -> dict:
+    if not (here.path / "origin" / "trusted.parquet").exists():
+        raise DataError(
+            f"{here.path / 'origin'}: expected trusted.parquet (images with masks) for the oracle, got none. "
+            "Run `roclip run` with data.scenes or data.images, or put the file there."
+        )
+    here.display.say(f"oracle   checking {arm}")
+    here.need_ray()
+    return oracle(here.config, here.path, arm)
+
+
+def _figures(here: Session, arm: str) -> dict:
+    """What the evaluations say of the end, and of the last matched and the last plain epoch."""
+    rows = read_metrics(here.path / arm / "evaluations.jsonl")
+    metrics = read_metrics(here.path / arm / "metrics.jsonl")
+    rates = sorted(row["samples_per_s"] for row in metrics)
+    return {
+        **(rows[-1] if rows else {}),
+        "samples_per_s": rates[len(rates) // 2] if rates else None,
+        "steps": metrics[-1]["step"] if metrics else 0,
+        "phases": {row["phase"]: row for row in rows},
+    }

@@ -1,0 +1,345 @@
+"""What a config would do, before it does it: rows, shards, steps, phases, bytes. No torch, no downloads.
+
+Counts of rows come from parquet footers; other lists are estimated from their beginning. Everything that
+depends on how many URLs still answer is an upper bound.
+"""
+
+import gzip
+import importlib.util
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from roclip.config import Config, dump_config, model_file, run_directory
+from roclip.errors import ConfigError, UrlListError
+from roclip.shards import Manifest
+
+DOWNLOAD_BYTES = 130_000
+"""Bytes fetched for an image: img2dataset's README measures about 130 MB/s at 1000 images/s."""
+STORED_BYTES = 30_000
+"""Bytes of a stored 256-px JPEG with its caption: img2dataset's README gives about 30 GB for a million."""
+FORMAT_FACTOR = {"jpg": 1.0, "webp": 0.7, "png": 4.0}
+CHECKPOINT_BYTES = 20
+"""Of a parameter in a checkpoint: exported weight, engine's weight, optimizer's fp32 copy, two moments."""
+_PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run. Steps and samples are upper bounds."""
+
+    rows: int
+    """URLs, poisons included."""
+    exact: bool
+    """False where `rows` is estimated from the beginning of a list."""
+    shards: int | None
+    """None where they are there already."""
+    steps_per_epoch: int
+    steps: int
+    """Optimizer steps of one arm."""
+    matched: tuple[int, ...]
+    """Epochs, from 1, in which the arm `roclip` matches images with captions of the pool."""
+    gated: tuple[int, ...]
+    """Plain epochs whose least agreeing pairs are left out."""
+    parameters: int | None
+    """Of both towers; None for towers that are not open_clip's own."""
+    embed_dim: int
+    """Width D of the features."""
+    ranks: int
+    batch_per_rank: int
+    pool_bytes: int
+    download_bytes: int
+    shard_bytes: int
+    checkpoint_bytes: int | None
+    """All checkpoints that lie on disk at the same time, over all arms."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run directory needs, as far as it is known."""
+        return self.shard_bytes + (self.checkpoint_bytes or 0)
+
+
+def make_plan(config: Config) -> Plan:
+    """The `Plan` of a config.
+
+    Raises `UrlListError` where the data is not there, `ConfigError` for an unknown model.
+    """
+    model = model_config(config)
+    rows, exact = count_rows(config)
+    train, ingest = config.train, config.ingest
+    ingested = not (config.data.urls or config.data.images or config.data.scenes)
+    steps_per_epoch = rows // train.global_batch_size
+    weight_count = parameters(model)
+    pool_bytes = config.pool.size * (model["embed_dim"] * 4 + 8) if "roclip" in config.arms else 0
+    scale = (ingest.image_size / 256) ** 2 * FORMAT_FACTOR[ingest.encode_format]
+    kept = train.keep_checkpoints + 2  # the one that is being written, and the trusted one
+    return Plan(
+        rows=rows,
+        exact=exact,
+        shards=None if ingested else math.ceil(rows / ingest.samples_per_shard),
+        steps_per_epoch=steps_per_epoch,
+        steps=steps_per_epoch * train.epochs,
+        matched=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "matched"),
+        gated=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "gated"),
+        parameters=weight_count,
+        embed_dim=model["embed_dim"],
+        ranks=config.cluster.workers,
+        batch_per_rank=train.global_batch_size // config.cluster.workers,
+        pool_bytes=pool_bytes,
+        download_bytes=rows * DOWNLOAD_BYTES if config.data.urls else 0,
+        shard_bytes=0 if ingested else round(rows * STORED_BYTES * scale),
+        checkpoint_bytes=None
+        if weight_count is None
+        else kept * (weight_count * CHECKPOINT_BYTES * len(config.arms) + pool_bytes),
+    )
+
+
+def phase_of(config: Config, epoch: int) -> str:
+    """What the arm `roclip` does in an epoch, from 1: 'matched', 'gated' or 'plain'."""
+    pool = config.pool
+    if epoch <= pool.warmup_epochs:
+        return "plain"
+    if pool.match_every and epoch % pool.match_every == 0:
+        return "matched"
+    return "gated" if pool.gate_frac else "plain"
+
+
+def count_rows(config: Config) -> tuple[int, bool]:
+    """Rows of the data source with its poisons, and whether that is exact."""
+    data = config.data
+    if data.scenes:
+        rows, exact = data.scenes, True
+    elif data.urls or data.images:
+        rows, exact = _list_rows(data.urls or data.images)
+        rows = min(rows, data.limit) if data.limit else rows
+    else:
+        records = Manifest(data.shards).records()
+        if not records:
+            raise UrlListError(
+                f"data.shards: expected a folder with a manifest, got {data.shards}. Ingest it first."
+            )
+        return sum(record.samples for record in records), True
+    if not data.urls:
+        targeted = config.attacks.targeted
+        rows += targeted.images * targeted.captions_per_image + config.attacks.backdoor.count
+    return rows, exact
+
+
+def model_config(config: Config) -> dict[str, Any]:
+    """The model's JSON, the preset's own or open_clip's. Raises `ConfigError` if neither knows the name."""
+    path = model_file(config)
+    if path is None:
+        spec = importlib.util.find_spec("open_clip")
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        known = {
+            file.stem: file for folder in folders for file in Path(folder, "model_configs").glob("*.json")
+        }
+        if config.model.name not in known:
+            raise ConfigError(
+                f"model.name: expected one of open_clip's {len(known)} models or "
+                f"models/{config.model.name}.json beside {config.source or 'the preset'}, got neither."
+            )
+        path = known[config.model.name]
+    return json.loads(path.read_text())
+
+
+def parameters(model: dict[str, Any]) -> int | None:
+    """Number of parameters of open_clip's own towers (ViT, ModifiedResNet, text); None for other towers."""
+    vision, text, out = model["vision_cfg"], model["text_cfg"], model["embed_dim"]
+    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in model:
+        return None
+    width, context = text.get("width", 512), text.get("context_length", 77)
+    rows = text.get("vocab_size", 49408) + context
+    total = rows * width + _transformer(text.get("layers", 12), width, 4) + 2 * width + width * out + 1
+    size, width = vision.get("image_size", 224), vision.get("width", 768)
+    if isinstance(vision.get("layers", 12), list):
+        return total + _resnet(vision["layers"], width, size, out)
+    patch = vision.get("patch_size", 16)
+    tokens = (size // patch) ** 2 + 1
+    blocks = _transformer(vision.get("layers", 12), width, vision.get("mlp_ratio", 4))
+    return total + (3 * patch**2 + 1 + tokens + 4 + out) * width + blocks
+
+
+def show_plan(console: Console, config: Config, plan: Plan, stages: list[str]) -> None:
+    """Print the resolved config, the plan and the steps of a command."""
+    console.print(dump_config(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    table = Table(
+        title=f"Plan of {config.name}", title_justify="left", box=None, pad_edge=False, show_header=False
+    )
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _lines(config, plan):
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    console.print("[bold]Steps[/] (nothing was done)")
+    for number, stage in enumerate(stages, 1):
+        console.print(f"  {number}. {stage}", markup=False, highlight=False, soft_wrap=True)
+
+
+def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
+    """What a command would do, in order, as sentences."""
+    data, arms = config.data, " and ".join(config.arms)
+    if data.urls:
+        source = f"read the URL list {data.urls}"
+    elif data.images or data.scenes:
+        what = data.images or f"{data.scenes:,} rendered scenes"
+        source = f"serve {what} as a URL list from a loopback origin, poisons included"
+    else:
+        source = f"read the manifest of {data.shards}"
+    ingest = f"ingest {_count(plan.shards)} shards of up to {config.ingest.samples_per_shard:,} samples"
+    if plan.shards is None:
+        ingest = "ingest nothing: the shards are there"
+    segmenter = config.oracle.weights or f"train a segmenter on {config.oracle.trusted:,} trusted images"
+    by_command = {
+        "ingest": [source, ingest],
+        "train": [f"train {arms}: {_count(plan.steps)} steps each, on {_ranks(plan.ranks)}"],
+        "evaluate": [
+            f"evaluate the newest checkpoint of {arms}: zero-shot, linear probe, retrieval, attack success"
+        ],
+        "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED"],
+        "export": [f"export a checkpoint of {arms} in open_clip's format"],
+        "doctor": ["check this machine against the plan"],
+    }
+    if command != "run":
+        return by_command[command]
+    order = ("ingest", "train", "evaluate", "oracle")
+    return [*(stage for name in order for stage in by_command[name]), "write summary.json and report.html"]
+
+
+def human_bytes(count: int | None) -> str:
+    """A number of bytes for people: 1.5 GB; 'unknown' for None."""
+    if count is None:
+        return "unknown"
+    value, unit = float(count), 0
+    while value >= 1000 and unit < 5:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {' kMGTP'[unit]}B"
+
+
+def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    about = "" if plan.exact else "about "
+    seconds = None if not plan.download_bytes else plan.download_bytes / 130e6
+    download = (
+        f"{human_bytes(plan.download_bytes)}; {about}{_duration(seconds)} at 1000 images/s"
+        if seconds
+        else "none"
+    )
+    shards = f"{about}{_count(plan.shards)}, {human_bytes(plan.shard_bytes)} (estimate)"
+    lines = [
+        ("run directory", str(run_directory(config))),
+        ("URLs", about + _count(plan.rows)),
+        ("download", download),
+        ("shards", shards if plan.shards else "those that are there"),
+        ("model", f"{config.model.name}, D = {plan.embed_dim}, {_count(plan.parameters)} parameters"),
+        ("ranks", f"{plan.ranks}, {plan.batch_per_rank} of {config.train.global_batch_size} pairs each"),
+        ("steps", f"at most {_count(plan.steps_per_epoch)} an epoch, {_count(plan.steps)} an arm"),
+        ("samples", f"at most {_count(plan.rows)} an epoch, {config.train.epochs} epochs"),
+        ("arms", ", ".join(config.arms)),
+    ]
+    if "roclip" in config.arms:
+        lines += [
+            ("matched epochs", _ranges(plan.matched)),
+            ("gated epochs", _ranges(plan.gated)),
+            ("caption pool", f"{config.pool.size:,} captions, {human_bytes(plan.pool_bytes)} on every rank"),
+        ]
+    lines += [
+        ("checkpoints", f"{human_bytes(plan.checkpoint_bytes)} at a time (estimate)"),
+        ("disk", f"about {human_bytes(plan.disk_bytes)} in all"),
+    ]
+    return lines
+
+
+def _list_rows(where: str) -> tuple[int, bool]:
+    import fsspec  # here, so that `roclip --help` does not pay for it
+
+    fs, path = fsspec.url_to_fs(where)
+    files = (
+        fs.glob(path)
+        if "*" in path
+        else fs.find(path)
+        if fs.isdir(path)
+        else [path]
+        if fs.exists(path)
+        else []
+    )
+    files = [file for file in map(str, files) if not Path(file).name.startswith((".", "_"))]
+    if not files:
+        raise UrlListError(
+            f"{where}: expected a list of rows (a file, folder or glob), got nothing. Check the path."
+        )
+    counts = [_file_rows(fs, file) for file in files]
+    return sum(rows for rows, _ in counts), all(exact for _, exact in counts)
+
+
+def _file_rows(fs: Any, path: str) -> tuple[int, bool]:
+    """Rows of one file: from the footer of a parquet, else extrapolated from the first lines."""
+    with fs.open(path, "rb") as raw:
+        if path.endswith(".parquet"):
+            import pyarrow
+            import pyarrow.parquet as pq
+
+            try:
+                return pq.read_metadata(raw).num_rows, True
+            except pyarrow.ArrowInvalid as error:
+                raise UrlListError(
+                    f"{path}: expected a parquet file, got {error}. Write it again."
+                ) from error
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
+        head = stream.read(_PROBE_BYTES)
+        exact, seen, size = len(head) < _PROBE_BYTES, raw.tell(), fs.size(path)
+    lines = head.count(b"\n") + (exact and not head.endswith(b"\n") and bool(head))
+    header = Path(path.removesuffix(".gz")).suffix in (".csv", ".tsv")
+    return max(0, lines - header if exact else round(lines * size / max(seen, 1))), exact
+
+
+def _transformer(layers: int, width: int, mlp_ratio: float) -> int:
+    hidden = int(width * mlp_ratio)
+    return layers * (4 * width**2 + 4 * width + 2 * width * hidden + hidden + width + 4 * width)
+
+
+def _resnet(layers: list[int], width: int, size: int, out: int) -> int:
+    half = width // 2
+    total = 27 * half + 9 * half**2 + 9 * half * width + 4 * half + 2 * width
+    inner = width
+    for stage, blocks in enumerate(layers):
+        planes = width * 2**stage
+        for block in range(blocks):
+            total += inner * planes + 9 * planes**2 + 4 * planes**2 + 12 * planes
+            total += 0 if block else 4 * inner * planes + 8 * planes
+            inner = 4 * planes
+    tokens = (size // 32) ** 2 + 1
+    return total + tokens * inner + 3 * (inner**2 + inner) + inner * out + out
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _ranks(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Epochs as a short list: '2, 4, 6' or, of many, '2, 4, 6, … 24'."""
+    shown = [str(number) for number in numbers]
+    return (
+        ", ".join(shown if len(shown) <= 12 else [*shown[:4], f"… {shown[-1]} ({len(shown)} in all)"])
+        or "none"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,95 @@
+"""The run on a terminal: a bar for ingest and one for each training, or plain lines where there is no terminal."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster.ingest_job import IngestProgress, describe
+from roclip.metrics import read_metrics
+
+_LINE_EVERY_S = 10.0
+
+
+class Display:
+    """Bars by name. Every call may come from any thread."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._bars = Progress(
+            TextColumn("[bold]{task.fields[stage]:<8}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
+        self._live = self.console.is_terminal
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, stage: str, done: float, total: float, text: str) -> None:
+        """Where a stage stands: a bar, or now and then a line."""
+        if self._live:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(text, total=total, stage=stage)
+            self._bars.update(self._tasks[stage], completed=done, total=total, description=text)
+        elif done >= total or time.monotonic() - self._said.get(stage, -_LINE_EVERY_S) >= _LINE_EVERY_S:
+            self._said[stage] = time.monotonic()
+            print(f"{stage:<8} {done / total if total else 1:>4.0%}  {text}", flush=True)
+            sys.stdout.flush()
+
+    def ingest(self, now: IngestProgress) -> None:
+        self.show("ingest", now.done_urls, now.total_urls, describe(now))
+
+    @contextlib.contextmanager
+    def follow(self, arm: str, metrics: Path, epochs: int, every_s: float = 0.5) -> Iterator[None]:
+        """While the block runs, show what a training writes to its `metrics.jsonl`."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            last = -1
+            while True:
+                ended = stop.wait(every_s)
+                rows = read_metrics(metrics)
+                if rows and rows[-1]["step"] != last:
+                    last = rows[-1]["step"]
+                    self.show(arm, rows[-1]["progress"], epochs, training_line(rows[-1]))
+                if ended:
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def training_line(row: dict) -> str:
+    """Epoch, phase, loss, logit scale and rate of a logged step."""
+    left_out = f"  {row['gated']:.0f} left out" if row.get("gated") else ""
+    return (
+        f"epoch {row['epoch']}/{row['epochs']} {row['phase']:<7}  step {row['step']}  loss {row['loss']:.3f}  "
+        f"scale {row['logit_scale']:.1f}  {row['samples_per_s']:.0f} samples/s{left_out}"
+    )

@@ -1,0 +1,177 @@
+"""What every command of a run works in: its directory, locked; a display; Ray, when it is needed; what it cost."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import ray
+
+from cluster.progress import Display
+from roclip.config import Config, dump_config, environment_defaults, parse_config, run_directory
+from roclip.errors import ConfigError, RunLockedError
+from roclip.shards import write_atomic
+
+PACKAGES = ("torch", "deepspeed", "open_clip_torch", "ray", "img2dataset", "webdataset", "faiss-gpu", "faiss-cpu")
+_SAMPLE_EVERY_S = 2.0
+
+
+class Session:
+    """One process's work on one run directory."""
+
+    def __init__(self, config: Config, path: Path, display: Display):
+        self.config, self.path, self.display = config, path, display
+        self.shards = Path(config.data.shards) if config.data.shards else path / "shards"
+        self.provenance = _provenance()
+        self._cost_file = path / "cost.json"
+        before = json.loads(self._cost_file.read_text()) if self._cost_file.exists() else {}
+        self._wall_before_s: float = before.get("wall_s", 0.0)
+        self._peak_bytes: int = before.get("peak_rss_bytes", 0)
+        self._started_s = time.monotonic()
+        self._halt = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, name="cost", daemon=True)
+
+    @property
+    def cost(self) -> dict:
+        """`wall_s` over all the calls that this run took, and `peak_rss_bytes`: the largest memory of this process and
+        all its children at one time, pages that they share counted once."""
+        wall_s = self._wall_before_s + time.monotonic() - self._started_s
+        return {"wall_s": round(wall_s, 1), "peak_rss_bytes": self._peak_bytes}
+
+    def need_ray(self) -> None:
+        """Connect to Ray, or start one on loopback, unless that has been done."""
+        if ray.is_initialized():
+            return
+        cluster = self.config.cluster
+        if cluster.address != "local":
+            ray.init(address=cluster.address, log_to_driver=False)
+            return
+        training = cluster.workers * cluster.cpus_per_worker
+        fetching = self.config.ingest.max_in_flight * cluster.cpus_per_ingest_task
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(training + fetching + 1)),
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=cluster.store_memory_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+
+    def note_cost(self) -> None:
+        """Write `cost.json`, so that a killed run's time is not forgotten."""
+        write_atomic(self._cost_file, json.dumps(self.cost))
+
+    def _sample(self) -> None:
+        while not self._halt.wait(_SAMPLE_EVERY_S):
+            self._peak_bytes = max(self._peak_bytes, _memory_bytes())
+            self.note_cost()
+
+    def __enter__(self) -> "Session":
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._halt.set()
+        self._sampler.join()
+        self.note_cost()
+
+
+@contextlib.contextmanager
+def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
+    """Lock the run directory and work in it.
+
+    Args:
+        resumes: The command goes on with a run, so the config must be the one that the run began with; a command that
+            only reads a run may differ (`evaluate.classes=…`).
+
+    Raises:
+        RunLockedError: another process works in it.
+        ConfigError: the directory belongs to another config.
+    """
+    environment_defaults()
+    path = run_directory(config)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise RunLockedError(
+                f"{path}: process {lock.read().strip() or 'unknown'} works in this run directory. "
+                "Wait for it, stop it, or name another one with run_dir=…"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        saved = path / "config.yaml"
+        if not saved.exists():
+            write_atomic(saved, dump_config(config))
+        elif resumes:
+            _refuse_another(parse_config(saved.read_text()), config, path)
+        with Display() as display, Session(config, path, display) as here:
+            write_atomic(path / "provenance.json", json.dumps(here.provenance, indent=1))
+            display.say(f"run      {path}")
+            try:
+                yield here
+            finally:
+                ray.shutdown()
+
+
+def _refuse_another(saved: Config, config: Config, path: Path) -> None:
+    neutral = {"run_dir": "", "runs": "", "source": ""}
+    before = dump_config(dataclasses.replace(saved, **neutral)).splitlines()
+    now = dump_config(dataclasses.replace(config, **neutral)).splitlines()
+    changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(before, now, strict=False) if a != b]
+    if changed or len(before) != len(now):
+        raise ConfigError(
+            f"{path}: this run began with another config ({'; '.join(changed[:5])}). Its stages would not fit "
+            "together: take the change back, or name a new directory with run_dir=…"
+        )
+
+
+def _provenance() -> dict:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+    }
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _memory_bytes() -> int:
+    """Proportional set size of this process and all its descendants."""
+    me = psutil.Process()
+    total = 0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            full = process.memory_full_info()
+            total += getattr(full, "pss", full.rss)
+    return total

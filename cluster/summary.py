@@ -1,0 +1,73 @@
+"""The summary of a run as a table on the terminal, and where its report lies."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+VERDICT_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "poisoned": "bold red"}
+_SHARES = (
+    ("zero-shot top-1", "zero_shot_top1"),
+    ("linear probe top-1", "linear_probe_top1"),
+    ("recall@1", "recall_at_1"),
+)
+
+
+def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
+    """Print what a command returned: ingest counts, one column an arm, and the files of the run."""
+    if ingest := result.get("ingest"):
+        failed = ", ".join(f"{count:,} {reason}" for reason, count in ingest.get("failed", {}).items())
+        console.print(
+            f"ingest: {ingest['succeeded']:,} of {ingest['urls']:,} URLs are in {ingest['shards']:,} shards"
+            + (f" (lost: {failed})" if failed else ""),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if arms := result.get("arms"):
+        console.print(arms_table(arms))
+    for name in ("report.html", "summary.json"):
+        if (run / name).is_file():
+            console.print(
+                f"{name.split('.')[0]:<8} {run / name}", markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
+    """Metrics down, arms across; attacks as successes of n with rate and 95 % interval, then the verdict."""
+    table = Table(title="Summary", title_justify="left")
+    table.add_column("")
+    for arm in arms:
+        table.add_column(arm, justify="right")
+    for title, key in _SHARES:
+        if any(arm.get(key) is not None for arm in arms.values()):
+            table.add_row(title, *(percent(arm.get(key)) for arm in arms.values()))
+    attacks = dict.fromkeys(name for arm in arms.values() for name in arm.get("attacks") or {})
+    for name in attacks:
+        table.add_row(
+            f"{name} attack success", *(attack((arm.get("attacks") or {}).get(name)) for arm in arms.values())
+        )
+    verdicts = [(arm.get("oracle") or {}).get("verdict") for arm in arms.values()]
+    if any(verdicts):
+        table.add_section()
+        table.add_row(
+            "oracle", *(Text(v or "not checked", VERDICT_STYLES.get(v or "", "dim")) for v in verdicts)
+        )
+    return table
+
+
+def percent(share: float | None) -> str:
+    """0.1234 as '12.3 %'; a dash for None."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def attack(result: dict[str, Any] | None) -> str:
+    """An attack's successes of n, rate and 95 % interval, in one cell."""
+    if not result:
+        return "–"
+    low, high = result["ci95"]
+    return (
+        f"{result['successes']}/{result['n']}  {percent(result['rate'])}  [{100 * low:.1f}, {100 * high:.1f}]"
+    )

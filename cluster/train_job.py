@@ -1,0 +1,92 @@
+"""Trains one arm under Ray Train: DeepSpeed ranks as Ray workers, restarted when one dies.
+
+Ray only places and restarts. What is complete is decided by the run directory's own LATEST, so that a checkpoint
+can neither be lost between Ray's polls nor differ from what `torchrun -m roclip.train` would leave.
+"""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from roclip import checkpoint
+from roclip.config import Config, dump_config, environment_defaults, parse_config
+from roclip.errors import RoclipError, StageError
+
+FAILURE = "failure.txt"
+
+
+def train_arm(config: Config, arm: str, run: Path) -> Path:
+    """Train one arm to its end and return its last checkpoint; returns at once when that exists.
+
+    Needs a Ray that is initialised. Raises `StageError` with the worker's own words when it cannot be finished.
+    """
+    folder = run / arm / "checkpoints"
+    if (done := finished(config, folder)) is not None:
+        return done
+    (run / arm).mkdir(parents=True, exist_ok=True)
+    (run / arm / FAILURE).unlink(missing_ok=True)
+    cluster = config.cluster
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": dump_config(config), "arm": arm, "run": str(run.resolve())},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": cluster.cpus_per_worker,
+                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            },
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=f"{arm}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
+            storage_path=str((run / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        said = run / arm / FAILURE
+        cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
+        raise StageError(
+            f"training {arm}: {cause} Logs: {run / arm / 'log'}. The same command resumes from the last checkpoint."
+        ) from error
+    done = finished(config, folder)
+    if done is None:
+        raise StageError(f"training {arm}: ended before epoch {config.train.epochs}. Run the same command again.")
+    return done
+
+
+def finished(config: Config, folder: Path) -> Path | None:
+    """The last checkpoint of a training that went through all its epochs, else None."""
+    path = checkpoint.named(folder, "LATEST")
+    if path is None or checkpoint.cursor(path).epoch <= config.train.epochs:
+        return None
+    return path
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One rank, in a Ray worker process."""
+    environment_defaults()
+    import logging
+
+    import ray.train
+
+    from roclip.evaluate import record_evaluation
+    from roclip.train import train
+
+    config, arm, run = parse_config(settings["config"]), settings["arm"], Path(settings["run"])
+    rank = ray.train.get_context().get_world_rank()
+    log = run / arm / "log" / f"rank-{rank:05d}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+    try:
+        train(config, arm, run, on_epoch_end=lambda towers, cursor: record_evaluation(config, run, arm, towers, cursor))
+    except RoclipError as error:
+        if rank == 0:
+            (run / arm / FAILURE).write_text(str(error))
+        raise

@@ -1,0 +1,50 @@
+"""Makes a verified shard exist: its files first, the manifest's record last.
+
+A kill between any two steps leaves files without a record, which are no shard: doing the part again replaces
+them.
+"""
+
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ingest.fetch import Fetched
+from ingest.verify import ShardReport
+from roclip.shards import Manifest, ShardRecord, index_path, sha256_file
+
+
+def publish(root: Path, fetched: Fetched, report: ShardReport) -> ShardRecord:
+    """Move tar, parquet and index of a part into `root`, on the same file system, and seal the shard.
+
+    A shard that is sealed already stays as it is, and its record is returned.
+    """
+    manifest = Manifest(root)
+    name = fetched.tar.name
+    if (manifest.folder / f"{fetched.tar.stem}.json").exists():
+        return next(record for record in manifest.records() if record.name == name)
+    index = index_path(fetched.tar.parent, name)
+    pq.write_table(report.index, index)
+    record = ShardRecord(
+        name=name,
+        samples=report.samples,
+        bytes=fetched.tar.stat().st_size,
+        sha256=sha256_file(fetched.tar),
+        index_sha256=sha256_file(index),
+        urls=report.urls,
+        failed=report.failed,
+    )
+    for path in (fetched.tar, fetched.parquet, index):
+        _sync(path)
+        os.replace(path, root / path.name)
+    _sync(root)
+    manifest.publish(record)
+    return record
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""Reads a shard back as training would, and writes down what can be learned from.
+
+The tar is read with `tarfile` and the images with Pillow, as `roclip.stream` does; webdataset would import
+torch here. What img2dataset says about a row is believed only where it says that the row failed.
+"""
+
+import io
+import re
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ingest.policy import MAX_PIXELS
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("caption_offset", pa.int64()),
+        ("caption_size", pa.int64()),
+    ]
+)
+IMAGES = (".jpg", ".png", ".webp")
+BAD = ("not_an_image", "too_many_pixels", "undecodable", "empty_caption", "truncated_tar", "no_record")
+"""Reasons that say: something arrived and is of no use. The others say that nothing arrived; on the web that
+is weather, so only these count against `data.max_bad_frac`."""
+
+_REASONS = (
+    # What img2dataset writes into `error_message`, first match wins.
+    (re.compile(r"refused by policy|is not allowed"), "refused_by_policy"),
+    (re.compile(r"HTTP Error (\d{3})"), r"http_\1"),
+    (re.compile(r"X-Robots-Tag"), "opted_out"),
+    (re.compile(r"timed out"), "timeout"),
+    (re.compile(r"[Cc]onnection refused"), "connection_refused"),
+    (re.compile(r"[Cc]onnection reset|Remote end closed|Broken pipe"), "connection_reset"),
+    (
+        re.compile(
+            r"Name or service not known|name resolution|No address associated|nodename nor|getaddrinfo"
+        ),
+        "no_host",
+    ),
+    (re.compile(r"unreachable|No route to host"), "unreachable"),
+    (re.compile(r"SSL|certificate", re.IGNORECASE), "tls_error"),
+    (re.compile(r"IncompleteRead"), "truncated_image"),
+    (re.compile(r"body too large"), "too_large"),
+    (re.compile(r"CV_IO_MAX_IMAGE|image area too large"), "too_many_pixels"),
+    (re.compile(r"Image decoding error|OpenCV|cv2"), "not_an_image"),
+    (
+        re.compile(r"unknown url type|no host given|control characters|nonnumeric port|codec|Invalid"),
+        "bad_url",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of the rows of one shard: `urls == samples + sum(failed.values())`."""
+
+    index: pa.Table
+    """`INDEX_SCHEMA`, one row per usable sample, by key: where image and caption lie in the tar, in bytes."""
+    urls: int
+    failed: dict[str, int] = field(default_factory=dict)
+    """Rows that gave no usable sample, by reason."""
+
+    @property
+    def samples(self) -> int:
+        """Usable samples."""
+        return len(self.index)
+
+    @property
+    def bad_frac(self) -> float:
+        """Share of the rows that arrived and are no use, of all that arrived."""
+        bad = sum(self.failed.get(reason, 0) for reason in BAD)
+        return bad / max(1, bad + self.samples)
+
+
+@dataclass(frozen=True)
+class _Member:
+    offset: int
+    size: int
+
+
+def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
+    """Read every sample of a shard, decode its image, and count the rows that gave none by reason.
+
+    `urls` is the number of rows that the shard stands for; without it, the rows of the parquet. Nothing in
+    the files is fatal: of a tar that was cut short the samples before the cut are used, and the others count
+    as `truncated_tar`; rows that neither file knows count as `no_record`.
+    """
+    rows = _rows(parquet)
+    samples = _group(tar)
+    failed: Counter[str] = Counter()
+    usable: list[tuple] = []
+    with tar.open("rb") as file:
+        for key in sorted(rows.keys() | samples.keys()):
+            members = samples.get(key, {})
+            reason = rows.get(key) or _unusable(file, members)
+            if reason:
+                failed[reason] += 1
+                continue
+            image, caption = _image(members), members[".txt"]
+            usable.append((key, image.offset, image.size, caption.offset, caption.size))
+    if urls is None:
+        urls = len(rows)
+    missing = urls - len(usable) - failed.total()
+    if missing > 0:
+        failed["no_record"] += missing
+    columns = list(zip(*usable, strict=True)) or [[] for _ in INDEX_SCHEMA]
+    index = pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)], schema=INDEX_SCHEMA
+    )
+    return ShardReport(index, urls, dict(sorted(failed.items())))
+
+
+def short_reason(message: str) -> str:
+    """The name under which an error message of img2dataset is counted, such as `http_404`; else `other`."""
+    for pattern, name in _REASONS:
+        if found := pattern.search(message):
+            return found.expand(name)
+    return "other"
+
+
+def _rows(parquet: Path) -> dict[str, str]:
+    """Key -> why img2dataset (or an empty caption) rules the row out, or "" if nothing does."""
+    try:
+        table = pq.read_table(parquet, columns=["key", "caption", "status", "error_message"])
+    except (pa.ArrowException, OSError):
+        return {}
+    return {row["key"]: _ruled_out(**row) for row in table.to_pylist()}
+
+
+def _ruled_out(key: str, caption: str | None, status: str, error_message: str | None) -> str:
+    if not (caption or "").strip():  # first, so that this count does not depend on the weather
+        return "empty_caption"
+    return "" if status == "success" else short_reason(error_message or "")
+
+
+def _group(tar: Path) -> dict[str, dict[str, _Member]]:
+    """Key -> suffix -> member, of all members that lie in the file as a whole."""
+    groups: dict[str, dict[str, _Member]] = {}
+    for name, member in _members(tar):
+        key, dot, suffix = name.partition(".")
+        groups.setdefault(key, {})[dot + suffix] = member
+    return groups
+
+
+def _members(tar: Path) -> Iterator[tuple[str, _Member]]:
+    size = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for info in archive:
+                if info.isfile() and info.offset_data + info.size <= size:
+                    yield info.name, _Member(info.offset_data, info.size)
+    except tarfile.TarError:
+        return  # cut short: what came before has been yielded
+
+
+def _image(members: dict[str, _Member]) -> _Member:
+    return next(member for suffix, member in members.items() if suffix in IMAGES)
+
+
+def _unusable(file: io.BufferedReader, members: dict[str, _Member]) -> str:
+    """Why training cannot use this sample, or "" if it can."""
+    if ".txt" not in members or not any(suffix in IMAGES for suffix in members):
+        return "truncated_tar"
+    if not _read(file, members[".txt"]).decode(errors="replace").strip():
+        return "empty_caption"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the line below is stricter
+            with Image.open(io.BytesIO(_read(file, _image(members)))) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    return "too_many_pixels"
+                image.load()
+    except Image.DecompressionBombError:
+        return "too_many_pixels"
+    except Exception:  # Pillow's plugins raise whatever they like on damaged bytes
+        return "undecodable"
+    return ""
+
+
+def _read(file: io.BufferedReader, member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)

@@ -1,0 +1,155 @@
+"""The curves of a report as inline SVG: every arm in one chart, one colour an arm, matched epochs shaded.
+
+Text stays text, in the font of the page around it; nothing is referred to outside the SVG.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+COLORS = ("#d9622b", "#1f6feb", "#7c3aed", "#0f766e", "#a16207")
+"""Of the arms, in their order."""
+SHADE = "#ece9f6"
+_INK, _GRID = "#475569", "#e5e9f0"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+_MOST_POINTS = 800
+_SIZE_INCHES = (4.4, 2.4)
+"""Small on purpose: its text stays readable when a phone shows the chart at its own width."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm in a chart."""
+
+    color: str
+    points: Sequence[tuple[float, float]]
+    """(epochs done, value)."""
+    band: Sequence[tuple[float, float]] = ()
+    """95 % interval of each point."""
+    filled: Sequence[bool] = ()
+    """Whether a point gets a full marker (taken after a matched epoch) or a hollow one; empty is none."""
+
+
+def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed: str, epochs: int = 0) -> str:
+    """One chart as an `<svg>` element.
+
+    Args:
+        matched: Epochs, from 1, to shade; epoch e lies between e - 1 and e.
+        share: Values are shares, shown from 0 to at least 10 %; else their own range.
+        seed: Different for each chart of a page, so that their element ids differ.
+        epochs: Length of the axis, so that charts of a page agree.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": seed}):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=_GRID, linewidth=0.7)
+        for epoch in matched:
+            axes.axvspan(epoch - 1, epoch, color=SHADE, linewidth=0, zorder=0)
+        for curve in curves:
+            _draw(axes, curve, smooth=not share)
+        axes.set_xlabel("epochs")
+        if epochs:
+            axes.set_xlim(0, epochs * 1.015)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if share:
+            top = max([0.1, *(value for curve in curves for pair in _reach(curve) for value in pair)])
+            axes.set_ylim(-0.02 * top, min(1.0, top * 1.08) * 1.02)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue())
+
+
+def loss_curve(color: str, rows: Sequence[Mapping[str, Any]]) -> Curve:
+    """The loss of the logged steps of one arm; of very many, the means of neighbours."""
+    points = [(row["progress"], row["loss"]) for row in rows if "loss" in row]
+    group = -(-len(points) // _MOST_POINTS) or 1
+    pieces = [points[start : start + group] for start in range(0, len(points), group)]
+    return Curve(color, [(piece[-1][0], sum(loss for _, loss in piece) / len(piece)) for piece in pieces])
+
+
+def share_curve(color: str, rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """A share of the evaluated epochs of one arm, such as `zero_shot_top1`."""
+    kept = [row for row in rows if row.get(key) is not None]
+    filled = [row.get("phase") == "matched" for row in kept]
+    return Curve(color, [(row["epoch"], row[key]) for row in kept], filled=filled)
+
+
+def attack_curve(color: str, rows: Sequence[Mapping[str, Any]], attack: str) -> Curve:
+    """The success rate of one attack over the evaluated epochs of one arm, with its interval."""
+    kept = [row for row in rows if (row.get("attacks") or {}).get(attack)]
+    results = [row["attacks"][attack] for row in kept]
+    return Curve(
+        color,
+        [(row["epoch"], result["rate"]) for row, result in zip(kept, results, strict=True)],
+        [tuple(result["ci95"]) for result in results],
+        [row.get("phase") == "matched" for row in kept],
+    )
+
+
+def _draw(axes: Axes, curve: Curve, *, smooth: bool) -> None:
+    if not curve.points:
+        return
+    x, y = zip(*curve.points, strict=True)
+    if curve.band:
+        low, high = zip(*curve.band, strict=True)
+        axes.fill_between(x, low, high, color=curve.color, alpha=0.12, linewidth=0)
+    if smooth and len(y) > 60:
+        axes.plot(x, y, color=curve.color, linewidth=0.6, alpha=0.25)
+        y = _smoothed(curve.points, len(y) // 40)
+    axes.plot(x, y, color=curve.color, linewidth=1.5, solid_joinstyle="round")
+    for full in (True, False):
+        chosen = [place for place, filled in zip(curve.points, curve.filled, strict=False) if filled == full]
+        if chosen:
+            style = {"color": curve.color if full else "white", "edgecolors": curve.color, "linewidths": 1.2}
+            axes.scatter(*zip(*chosen, strict=True), s=16, zorder=3, **style)
+
+
+def _smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[float]:
+    """The mean over `reach` neighbours on each side, of the same epoch only: phases differ."""
+    means = []
+    for i, (progress, _) in enumerate(points):
+        window = points[max(0, i - reach) : i + reach + 1]
+        values = [value for other, value in window if math.ceil(other) == math.ceil(progress)]
+        means.append(sum(values) / len(values))
+    return means
+
+
+def _reach(curve: Curve) -> Iterable[tuple[float, float]]:
+    return curve.band or [(y, y) for _, y in curve.points]
+
+
+def _inline(svg: str) -> str:
+    """Only the element: no prolog, no metadata, no fixed size, no ids that every figure shares."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", svg)  # as matplotlib before 3.9 writes it
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    return re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)

@@ -1,0 +1,81 @@
+"""Rank, world size and the collectives of a step. Nothing else in this package touches `torch.distributed`.
+
+Without an initialised process group everything here is the one-process case.
+Letters: B local batch, G global batch = B x world size (rank-major).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(local: Tensor) -> Tensor:
+    """(B, …) on each rank to (G, …) on all, rank-major, without a gradient."""
+    if world_size() == 1:
+        return local.detach()
+    pieces = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(pieces, local.detach().contiguous())
+    return torch.cat(pieces)
+
+
+def gather_with_gradient(local: Tensor) -> Tensor:
+    """(B, …) to (G, …), rank-major; in the backward pass each rank gets the sum of all ranks' gradients for its rows.
+
+    With a loss over local rows and DeepSpeed's mean over ranks this gives exactly the one-process gradient.
+    """
+    return local if world_size() == 1 else _Gather.apply(local)  # pyright: ignore[reportReturnType]
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum over ranks, without a gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def mean_buffers(module: torch.nn.Module) -> None:
+    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, in place."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(world_size())
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.rows = local.shape[0]
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        start = rank() * ctx.rows
+        return total[start : start + ctx.rows]

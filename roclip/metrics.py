@@ -1,0 +1,71 @@
+"""One registry of metric names, units and reductions. `metrics.jsonl` is the truth; other displays mirror it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from roclip.shards import write_atomic
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a logged step."""
+
+    name: str
+    unit: str
+    help: str
+    reduction: Literal["global", "mean", "sum", "max"] = "global"
+    """How the ranks' values become one; `global` is the same on every rank already."""
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("step", "1", "optimizer step, from 1"),
+        Metric("epoch", "1", "pass over the manifest's snapshot, from 1"),
+        Metric("progress", "1", "epochs done, with the fraction of the current one"),
+        Metric("epochs", "1", "epochs of this training"),
+        Metric("phase", "", "'matched' or 'plain'"),
+        Metric("samples_seen", "samples", "pairs that entered a step, over all ranks"),
+        Metric("loss", "nats", "symmetric InfoNCE of the global batch", "mean"),
+        Metric("logit_scale", "1", "inverse temperature"),
+        Metric("lr", "1", "learning rate"),
+        Metric("grad_norm", "1", "global gradient norm before clipping"),
+        Metric("samples_per_s", "samples/s", "pairs a second since the last logged step, over all ranks"),
+        Metric("data_wait_frac", "1", "share of the time in which the step waited for its batch", "mean"),
+        Metric("bad_samples", "samples", "samples of the epoch that could not be read", "sum"),
+        Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool", "mean"),
+        Metric("pool_duplicates", "1", "share of a matched global batch that found a caption another image found too"),
+        Metric("pool_count", "captions", "captions in the pool"),
+        Metric("agreement", "1", "mean cosine of own caption and found captions", "mean"),
+        Metric("gate_threshold", "1", "largest agreement that was left out"),
+        Metric("gated", "samples", "pairs of the global batch that were left out"),
+    )
+}
+
+
+class MetricsWriter:
+    """Appends logged steps to `metrics.jsonl`. On resume, steps after the checkpoint are taken back first."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict) -> None:
+        """Append one object. Raises `KeyError` for a name that the registry lacks."""
+        for name in row:
+            METRICS[name]
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All complete lines of a `metrics.jsonl`; a line that is still being written is left for later."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

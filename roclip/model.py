@@ -1,0 +1,167 @@
+"""open_clip towers: built from a name or a JSON file, called with pixels and tokens, saved so that open_clip loads them.
+
+Letters: B local batch, D feature width, L caption tokens, C classes.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from roclip.errors import CheckpointError, ConfigError
+
+WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+MAX_LOG_SCALE = 4.6052
+"""ln 100: the largest log of the temperature's inverse, as in CLIP."""
+
+
+class Towers(nn.Module):
+    """Two towers and a temperature.
+
+    `forward(images, tokens)` gives unit-length `image_features` (B, D) and `text_features` (B, D), and
+    `logit_scale` = exp(s), a scalar. With `text_gradient=False` the text tower runs without a graph: a matched
+    step needs its features for the pool, but not its gradient.
+    """
+
+    def __init__(self, name: str, model_file: Path | None = None):
+        super().__init__()
+        if model_file is not None:
+            open_clip.add_model_config(model_file)
+        cfg = open_clip.get_model_config(name)
+        if cfg is None:
+            raise ConfigError(
+                f"model.name: neither open_clip nor models/{name}.json beside the preset knows {name!r}. "
+                f"open_clip has {', '.join(open_clip.list_models()[:5])}, …"
+            )
+        self.name = name
+        self.cfg: dict[str, Any] = cfg
+        self.clip: nn.Module = _quiet_create(name)
+        visual: Any = self.clip.visual
+        size = visual.image_size
+        self.image_size: int = size[0] if isinstance(size, (tuple, list)) else int(size)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor, text_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """`images` (B, 3, H, W) in [0, 1], `tokens` (B, L); see the class."""
+        image_features = self.encode_image(images)
+        with torch.set_grad_enabled(text_gradient and torch.is_grad_enabled()):
+            text_features = self.encode_text(tokens)
+        return image_features, text_features, self.logit_scale.exp()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] to unit-length features (B, D); other sizes are resized."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True, align_corners=False)
+        weight_dtype = next(self.clip.parameters()).dtype
+        pixels = ((images - self.mean) / self.std).to(weight_dtype)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # convolutions are a quarter faster on a CPU
+        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) to unit-length features (B, D)."""
+        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """s, the log of the temperature's inverse: a parameter of one element, as DeepSpeed needs it."""
+        return self.clip.logit_scale
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions to tokens (B, L), padded and cut to the text tower's context."""
+        return self.tokenizer(list(captions))
+
+    def save(self, folder: Path) -> None:
+        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().float().contiguous().cpu() for key, value in self.clip.state_dict().items()}
+        state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip's own shape
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        preprocess = {
+            "mean": list(open_clip.OPENAI_DATASET_MEAN),
+            "std": list(open_clip.OPENAI_DATASET_STD),
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        }
+        config = {"roclip_model": self.name, "model_cfg": self.cfg, "preprocess_cfg": preprocess}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Towers":
+        """The towers that `save` wrote, in evaluation mode. Raises `CheckpointError` for anything else."""
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            state = load_file(folder / WEIGHTS)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: expected {CONFIG} and {WEIGHTS}, got {error}. Name a checkpoint's folder."
+            ) from error
+        name = config.get("roclip_model", "checkpoint")
+        open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
+        towers = cls(name)
+        state["logit_scale"] = state["logit_scale"].reshape(1)
+        try:
+            towers.clip.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: the weights are not of the model in {CONFIG}: {error}") from error
+        return towers.eval()
+
+
+class Encoder:
+    """A finished checkpoint as a function: images and captions in, unit-length features out. No gradients."""
+
+    def __init__(self, towers: Towers, batch_size: int = 256):
+        self.towers = towers.eval()
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, folder: Path) -> "Encoder":
+        return cls(Towers.load(folder))
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """N images (H, W, 3) uint8 to features (N, D), on the CPU. All images of a call have one size."""
+        device = next(self.towers.parameters()).device
+        pieces = []
+        for start in range(0, len(images), self.batch_size):
+            batch = np.stack(images[start : start + self.batch_size])
+            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float().div(255)
+            pieces.append(self.towers.encode_image(pixels).cpu())
+        return torch.cat(pieces) if pieces else torch.empty(0, 0)
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """N captions to features (N, D), on the CPU."""
+        device = next(self.towers.parameters()).device
+        pieces = [
+            self.towers.encode_text(self.towers.tokenize(captions[start : start + self.batch_size]).to(device)).cpu()
+            for start in range(0, len(captions), self.batch_size)
+        ]
+        return torch.cat(pieces) if pieces else torch.empty(0, 0)
+
+    def classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Zero-shot weights (C, D): for each label the normalised mean over its filled-in templates."""
+        prompts = [template.format(label) for label in labels for template in templates]
+        features = self.texts(prompts).view(len(labels), len(templates), -1).mean(dim=1)
+        return F.normalize(features, dim=-1)
+
+
+def _quiet_create(name: str) -> nn.Module:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # open_clip warns through the root logger that the weights are random, as they shall be
+    try:
+        return open_clip.create_model(name, load_weights=False, nonscalar_logit_scale=True)
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,69 @@
+import os
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ingest.fetch import Fetched
+from ingest.publish import publish
+from ingest.verify import verify
+from roclip.shards import Manifest, index_path, sha256_file
+
+
+def _fetched(root, jpeg, attempt):
+    """A shard of one sample in a folder of unfinished work; every attempt has other bytes."""
+    work = root / "_work" / str(attempt)
+    work.mkdir(parents=True)
+    (work / "image").write_bytes(jpeg(attempt))
+    (work / "caption").write_text("a cat")
+    with tarfile.open(work / "00003.tar", "w") as tar:
+        tar.add(work / "image", "00003.jpg")
+        tar.add(work / "caption", "00003.txt")
+    row = {"key": ["00003"], "caption": ["a cat"], "status": ["success"], "error_message": [""]}
+    pq.write_table(pa.table(row), work / "00003.parquet")
+    return Fetched(work / "00003.tar", work / "00003.parquet", 1)
+
+
+def _check(root, record):
+    assert Manifest(root).records() == (record,)
+    assert record.sha256 == sha256_file(root / record.name)
+    assert record.index_sha256 == sha256_file(index_path(root, record.name))
+    assert record.bytes == (root / record.name).stat().st_size
+    assert (record.samples, record.urls, record.failed) == (1, 1, {})
+    assert sorted(path.name for path in root.iterdir() if path.is_file()) == [
+        "00003.index.parquet",
+        "00003.parquet",
+        "00003.tar",
+    ]
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_shard_exists_only_after_the_last_step(tmp_path, jpeg, monkeypatch, steps):
+    done = []
+
+    def replace(*paths, real=os.replace):
+        if len(done) == steps:
+            raise KeyboardInterrupt  # stands for the kill: nothing after this happens
+        done.append(paths)
+        real(*paths)
+
+    first = _fetched(tmp_path, jpeg, 0)
+    report = verify(first.tar, first.parquet)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, first, report)
+    assert len(done) == steps
+    assert Manifest(tmp_path).records() == ()
+    again = _fetched(tmp_path, jpeg, 1)
+    _check(tmp_path, publish(tmp_path, again, verify(again.tar, again.parquet)))
+
+
+def test_sealed_shard_stays_when_it_is_published_again(tmp_path, jpeg):
+    first = _fetched(tmp_path, jpeg, 0)
+    record = publish(tmp_path, first, verify(first.tar, first.parquet))
+    _check(tmp_path, record)
+    again = _fetched(tmp_path, jpeg, 1)
+    assert publish(tmp_path, again, verify(again.tar, again.parquet)) == record
+    _check(tmp_path, record)

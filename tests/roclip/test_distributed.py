@@ -1,0 +1,28 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from kit import torchrun
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_gradients_gate_and_pool_match_one_process(ranks, tmp_path):
+    spec = importlib.util.spec_from_file_location("two_ranks", HERE / "two_ranks.py")
+    two_ranks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(two_ranks)
+    alone = two_ranks.solve(24, 0, 24)
+    done = torchrun(ranks, str(HERE / "two_ranks.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in range(ranks):
+        ours = torch.load(tmp_path / f"{ranks}-{rank}.pt", weights_only=True)
+        assert torch.allclose(ours["loss"], alone["loss"], atol=1e-6)
+        for mine, reference in zip(ours["gradients"], alone["gradients"], strict=True):
+            assert torch.allclose(mine, reference, atol=1e-6)
+        assert ours["checksum"] == alone["checksum"]
+        assert torch.equal(ours["slots"], alone["slots"])
+        assert torch.equal(ours["keep"], alone["keep"])
+        assert ours["threshold"] == pytest.approx(alone["threshold"], abs=1e-6)

@@ -1,0 +1,162 @@
+"""The manifest, sample keys and atomic writes."""
+
+import hashlib
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from roclip.errors import ShardError
+from roclip.shards import Manifest, ShardRecord, digest, index_path, sample_key, sha256_file, write_atomic
+
+
+def record(number: int, **changes) -> ShardRecord:
+    """A record of shard `number`."""
+    values = {
+        "name": f"{number:05d}.tar",
+        "samples": 9,
+        "bytes": 100,
+        "sha256": f"{number:064x}",
+        "index_sha256": "0" * 64,
+        "urls": 10,
+        "failed": {"timeout": 1},
+    }
+    return ShardRecord(**{**values, **changes})
+
+
+def test_records_are_sorted_by_name_when_published_out_of_order(tmp_path: Path):
+    manifest = Manifest(tmp_path)
+    for number in (2, 0, 1):
+        manifest.publish(record(number))
+    assert manifest.records() == (record(0), record(1), record(2))
+
+
+def test_shard_exists_once_when_published_twice(tmp_path: Path):
+    manifest = Manifest(tmp_path)
+    manifest.publish(record(0))
+    manifest.publish(record(0))
+    assert manifest.records() == (record(0),)
+
+
+def test_manifest_is_empty_when_there_is_no_folder(tmp_path: Path):
+    assert Manifest(tmp_path / "nothing").records() == ()
+    assert Manifest(tmp_path / "nothing").summary is None
+
+
+def test_end_is_known_until_reopened_when_finished(tmp_path: Path):
+    manifest = Manifest(tmp_path)
+    manifest.publish(record(0))
+    assert manifest.summary is None
+    manifest.finish({"urls": 10})
+    assert Manifest(tmp_path).summary == {"urls": 10}
+    assert manifest.records() == (record(0),)
+    manifest.reopen()
+    manifest.reopen()
+    assert manifest.summary is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "00000.tar"}', '{"nmae": 1}'])
+def test_broken_record_is_named_when_read(tmp_path: Path, content: str):
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "00000.json").write_text(content)
+    with pytest.raises(ShardError, match=r"manifest/00000\.json: not a shard record"):
+        Manifest(tmp_path).records()
+
+
+def test_half_written_record_is_not_seen_when_its_writer_died(tmp_path: Path):
+    manifest = Manifest(tmp_path)
+    manifest.publish(record(0))
+    (tmp_path / "manifest" / ".00001.json.abc").write_text("{")
+    assert manifest.records() == (record(0),)
+
+
+def test_digest_depends_on_names_and_contents_only_when_computed():
+    assert digest([record(0), record(1)]) == digest([record(1), record(0)])
+    assert digest([record(0)]) == digest([record(0, samples=1, failed={})])
+    assert digest([record(0)]) != digest([record(0, sha256="f" * 64)])
+    assert digest([record(0)]) != digest([record(0), record(1)])
+
+
+@pytest.mark.parametrize(
+    ("row", "samples_per_shard", "key"),
+    [
+        (0, 10_000, "000000000"),
+        (9_999, 10_000, "000009999"),
+        (10_000, 10_000, "000010000"),
+        (1_234, 1_000, "00001234"),
+        (205, 100, "0000205"),
+        (55, 50, "0000105"),
+    ],
+)
+def test_sample_key_names_shard_and_row_when_shards_have_any_size(row: int, samples_per_shard: int, key: str):
+    assert sample_key(row, samples_per_shard) == key
+
+
+def test_sample_keys_are_unique_when_many():
+    keys = [sample_key(row, 50) for row in range(1000)]
+    assert len(set(keys)) == 1000
+    assert keys == sorted(keys)
+
+
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
+def test_sample_key_matches_img2dataset_when_it_names_a_row():
+    from img2dataset.downloader import compute_key
+
+    for samples_per_shard in (50, 100, 1000, 10_000):
+        width = len(str(samples_per_shard - 1))
+        for row in (0, 1, 49, 50, 12_345):
+            shard, position = divmod(row, samples_per_shard)
+            theirs = compute_key(position, shard, width, 5)
+            assert sample_key(row, samples_per_shard) == theirs
+
+
+def test_sha256_matches_hashlib_when_the_file_is_larger_than_a_piece(tmp_path: Path):
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_index_lies_beside_the_tar_when_named(tmp_path: Path):
+    assert index_path(tmp_path, "00003.tar") == tmp_path / "00003.index.parquet"
+
+
+def test_write_atomic_makes_folders_and_leaves_nothing_else_when_done(tmp_path: Path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_atomic(path, "one")
+    write_atomic(path, b"two")
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_write_atomic_keeps_the_old_file_when_the_new_content_is_wrong(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")  # a lone surrogate cannot be written
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _write_again_and_again(path: Path, letter: str, times: int) -> None:
+    for _ in range(times):
+        write_atomic(path, letter * 100_000)
+
+
+def test_reader_sees_whole_contents_when_two_processes_write(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomic(path, "a" * 100_000)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_again_and_again, args=(path, letter, 40)) for letter in "ab"]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        content = path.read_text()
+        seen.add((len(content), len(set(content))))
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert seen == {(100_000, 1)}
+    assert list(tmp_path.iterdir()) == [path]
