@@ -31,9 +31,7 @@ EXIT_CODES = """\
 """
 INTERRUPTED = 130
 VERDICT_CODES = {"suspicious": 10, "poisoned": 20}
-_NOT_TRUSTED = (
-    "The oracle has not called it clean: run `roclip oracle`, read its report, or take --untrusted."
-)
+_NOT_TRUSTED = "The oracle has not called it clean: run `roclip oracle`, read its report, or take --untrusted."
 _USAGE_ERROR = (
     typer.BadParameter.__base__ or Exception
 )  # typer does not export it, and newer ones bring their own click
@@ -57,9 +55,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Print the resolved config, the plan, the steps and the bytes; do nothing."
-    ),
+    typer.Option("--dry-run", help="Print the resolved config, the plan, the steps and the bytes; do nothing."),
 ]
 
 
@@ -119,9 +115,7 @@ def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
 def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
     """Measure the newest checkpoints: zero-shot, linear probe, retrieval, attack success."""
     settings = resolve(config, overrides)
-    return (
-        _dry_run(settings, "evaluate") if dry_run else _finish(settings, _pipeline().evaluate_only(settings))
-    )
+    return _dry_run(settings, "evaluate") if dry_run else _finish(settings, _pipeline().evaluate_only(settings))
 
 
 @app.command(
@@ -172,9 +166,7 @@ def export(
     if (target / "open_clip_config.json").is_file():
         settings, checkpoint = None, target
         if overrides:
-            raise ConfigError(
-                f"export: a checkpoint takes no overrides, got {' '.join(overrides)}. Leave them out."
-            )
+            raise ConfigError(f"export: a checkpoint takes no overrides, got {' '.join(overrides)}. Leave them out.")
     else:
         settings = resolve(target, overrides)
         checkpoint = pointed_checkpoint(settings, arm, "LATEST" if untrusted else "TRUSTED")
@@ -248,9 +240,7 @@ def require_trust(checkpoint: Path) -> None:
     pointer = checkpoint.resolve().parent / "TRUSTED"
     trusted = pointer.read_text().strip() if pointer.is_file() else "none"
     if trusted != checkpoint.resolve().name:
-        raise CheckpointError(
-            f"{checkpoint}: expected a trusted checkpoint, got one that is not. {_NOT_TRUSTED}"
-        )
+        raise CheckpointError(f"{checkpoint}: expected a trusted checkpoint, got one that is not. {_NOT_TRUSTED}")
 
 
 def verdict_code(config: Config, summary: dict[str, Any]) -> int:
@@ -288,7 +278,8 @@ def guarded(arguments: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         if isinstance(error, _USAGE_ERROR):
-            _complain(f"{getattr(error, 'message', error)} See `roclip --help`.")
+            say = getattr(error, "format_message", error.__str__)
+            _complain(f"{say()} See `roclip --help`.")
             return ConfigError.exit_code
         traceback.print_exc()
         return 1

@@ -83,9 +83,7 @@ def show_checks(console: Console, checks: list[Check]) -> None:
     for name in ("", "check", "got", "needed"):
         table.add_column(name, overflow="fold")
     for check in checks:
-        table.add_row(
-            Text(check.status, _STYLES[check.status]), check.name, Text(check.got), Text(check.need)
-        )
+        table.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.got), Text(check.need))
     console.print(table)
     for check in checks:
         if check.what_to_do and check.status != "ok":
@@ -93,9 +91,7 @@ def show_checks(console: Console, checks: list[Check]) -> None:
             console.print(line, soft_wrap=True, highlight=False)
 
 
-def _judge(
-    name: str, good: bool, got: str, need: str, what_to_do: str, *, otherwise: Status = "fail"
-) -> Check:
+def _judge(name: str, good: bool, got: str, need: str, what_to_do: str, *, otherwise: Status = "fail") -> Check:
     return Check(name, "ok" if good else otherwise, got, need, "" if good else what_to_do)
 
 
@@ -142,9 +138,7 @@ def _compiler() -> Check:
     if command is None:
         return Check("compiler", "fail", "none", need, advice)
     flags = ["-std=c++17", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only", "-x", "c++", "-"]
-    code, output = _command(
-        [*command.split(), *flags], "#include <Python.h>\n#include <vector>\nint main() {}\n"
-    )
+    code, output = _command([*command.split(), *flags], "#include <Python.h>\n#include <vector>\nint main() {}\n")
     return _judge("compiler", code == 0, command if code == 0 else output, need, advice)
 
 
@@ -197,9 +191,7 @@ def _cores(config: Config | None) -> Check:
     need = cluster.workers * cluster.cpus_per_worker
     both = need + cluster.cpus_per_ingest_task
     if cores < need:
-        advice = (
-            f"Set cluster.workers={max(1, int(cores // cluster.cpus_per_worker))} or cluster.cpus_per_worker."
-        )
+        advice = f"Set cluster.workers={max(1, int(cores // cluster.cpus_per_worker))} or cluster.cpus_per_worker."
         return Check("cores", "fail", f"{cores:g}", f"{need:g} to train", advice)
     return _judge(
         "cores",
@@ -214,27 +206,19 @@ def _cores(config: Config | None) -> Check:
 def _memory(config: Config | None, plan: Plan | None) -> Check:
     free = usable_memory_bytes()
     if config is None or config.cluster.address != "local":
-        return _judge(
-            "memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn"
-        )
+        return _judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
     model = (plan.parameters or 0) * _TRAINING_BYTES + plan.pool_bytes if plan else 0
     need = _RAY_BYTES + config.cluster.store_memory_bytes + config.cluster.workers * (_WORKER_BYTES + model)
     status: Status = "ok" if free >= need else "warn" if free >= need / 2 else "fail"
     advice = "Lower cluster.workers, pool.size or the model, or close other programs."
-    return Check(
-        "memory", status, human_bytes(free), f"about {human_bytes(need)}, and the batch's activations", advice
-    )
+    return Check("memory", status, human_bytes(free), f"about {human_bytes(need)}, and the batch's activations", advice)
 
 
 def _shared_memory(config: Config) -> Check:
     need, folder = config.cluster.store_memory_bytes, Path("/dev/shm")
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-    advice = (
-        "Ray will use files instead, which is slow: enlarge /dev/shm or lower cluster.store_memory_bytes."
-    )
-    return _judge(
-        "shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn"
-    )
+    advice = "Ray will use files instead, which is slow: enlarge /dev/shm or lower cluster.store_memory_bytes."
+    return _judge("shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn")
 
 
 def _disk(config: Config, plan: Plan) -> Check:
@@ -248,9 +232,7 @@ def _data(plan: Plan) -> Check:
     """Whether the data makes at least one step an epoch."""
     rows, steps = plan.rows, plan.steps_per_epoch
     got = f"{rows:,} rows, {steps:,} steps an epoch" if rows is not None else "rows unknown"
-    return _judge(
-        "data", steps != 0, got, "a step an epoch", "Lower train.global_batch_size, or bring more data."
-    )
+    return _judge("data", steps != 0, got, "a step an epoch", "Lower train.global_batch_size, or bring more data.")
 
 
 def _gpus(config: Config) -> Check:

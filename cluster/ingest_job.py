@@ -5,15 +5,13 @@ again does the rest. Shards never pass through Ray's object store: tasks write t
 must see.
 """
 
-import contextlib
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,48 +111,14 @@ def ingest(
     return summary
 
 
-@contextlib.contextmanager
-def progress_bar(every_s: float = 5.0) -> Iterator[Callable[[IngestProgress], None]]:
-    """A display for `on_progress`: a bar on a terminal, else a line every `every_s` seconds and at last."""
-    if sys.stdout.isatty():
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("ingest"), BarColumn(bar_width=20), TextColumn("{task.description}"))
-        with Progress(*columns) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda now: bar.update(
-                task, description=_line(now), completed=now.done_urls, total=now.total_urls
-            )
-        return
-    shown_s, last, shown = 0.0, None, None
-
-    def show(now: IngestProgress) -> None:
-        nonlocal shown_s, last, shown
-        last = now
-        if time.monotonic() - shown_s >= every_s:
-            shown_s, shown = time.monotonic(), now
-            print(f"ingest  {_line(now)}", flush=True)
-
-    try:
-        yield show
-    finally:
-        if last is not None and last != shown:
-            print(f"ingest  {_line(last)}", flush=True)
-
-
-def _line(now: IngestProgress) -> str:
+def describe(now: IngestProgress) -> str:
+    """Counts, rate, success and the most frequent failures, in a line."""
     rate = now.succeeded / now.done_urls if now.done_urls else 0.0
     reasons = ", ".join(f"{name} {rows}" for name, rows in Counter(now.failed).most_common(3))
-    left = "" if now.eta_s is None or now.done_urls == now.total_urls else f"  {_clock(now.eta_s)} left"
     return (
         f"{now.done_urls}/{now.total_urls} URLs  {now.shards}/{now.total_shards} shards  "
-        f"{now.images_per_s:.0f} images/s  {rate:.1%} usable{f' ({reasons})' if reasons else ''}{left}"
+        f"{now.images_per_s:.0f} images/s  {rate:.1%} usable{f' ({reasons})' if reasons else ''}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def _tell(on_progress: Callable[[IngestProgress], None] | None, job: "_Job") -> None:

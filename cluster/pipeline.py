@@ -14,7 +14,6 @@ from pathlib import Path
 from cluster import corpus
 from cluster.ingest_job import ingest
 from cluster.oracle_job import oracle
-from cluster.progress import Display
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from ingest.origin import Origin

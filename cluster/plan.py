@@ -31,16 +31,18 @@ _PROBE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a run. Steps and samples are upper bounds."""
+    """The size of a run. Steps and samples are upper bounds; what depends on the rows is None while they are unknown."""
 
-    rows: int
-    """URLs, poisons included."""
+    rows: int | None
+    """URLs, poisons included; None where the list is not there yet."""
+    problem: str
+    """Why the rows are unknown; empty where they are known."""
     exact: bool
     """False where `rows` is estimated from the beginning of a list."""
     shards: int | None
-    """None where they are there already."""
-    steps_per_epoch: int
-    steps: int
+    """None also where they are there already."""
+    steps_per_epoch: int | None
+    steps: int | None
     """Optimizer steps of one arm."""
     matched: tuple[int, ...]
     """Epochs, from 1, in which the arm `roclip` matches images with captions of the pool."""
@@ -53,37 +55,38 @@ class Plan:
     ranks: int
     batch_per_rank: int
     pool_bytes: int
-    download_bytes: int
-    shard_bytes: int
+    download_bytes: int | None
+    shard_bytes: int | None
     checkpoint_bytes: int | None
     """All checkpoints that lie on disk at the same time, over all arms."""
 
     @property
     def disk_bytes(self) -> int:
         """What the run directory needs, as far as it is known."""
-        return self.shard_bytes + (self.checkpoint_bytes or 0)
+        return (self.shard_bytes or 0) + (self.checkpoint_bytes or 0)
 
 
 def make_plan(config: Config) -> Plan:
-    """The `Plan` of a config.
-
-    Raises `UrlListError` where the data is not there, `ConfigError` for an unknown model.
-    """
+    """The `Plan` of a config. Raises `ConfigError` for an unknown model; data that is not there is a `problem`."""
     model = model_config(config)
-    rows, exact = count_rows(config)
+    rows, exact, problem = None, False, ""
+    try:
+        rows, exact = count_rows(config)
+    except UrlListError as error:
+        problem = str(error)
     train, ingest = config.train, config.ingest
-    ingested = not (config.data.urls or config.data.images or config.data.scenes)
-    steps_per_epoch = rows // train.global_batch_size
+    steps_per_epoch = None if rows is None else rows // train.global_batch_size
     weight_count = parameters(model)
     pool_bytes = config.pool.size * (model["embed_dim"] * 4 + 8) if "roclip" in config.arms else 0
     scale = (ingest.image_size / 256) ** 2 * FORMAT_FACTOR[ingest.encode_format]
     kept = train.keep_checkpoints + 2  # the one that is being written, and the trusted one
     return Plan(
         rows=rows,
+        problem=problem,
         exact=exact,
-        shards=None if ingested else math.ceil(rows / ingest.samples_per_shard),
+        shards=None if rows is None or not ingests(config) else math.ceil(rows / ingest.samples_per_shard),
         steps_per_epoch=steps_per_epoch,
-        steps=steps_per_epoch * train.epochs,
+        steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
         matched=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "matched"),
         gated=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "gated"),
         parameters=weight_count,
@@ -91,12 +94,17 @@ def make_plan(config: Config) -> Plan:
         ranks=config.cluster.workers,
         batch_per_rank=train.global_batch_size // config.cluster.workers,
         pool_bytes=pool_bytes,
-        download_bytes=rows * DOWNLOAD_BYTES if config.data.urls else 0,
-        shard_bytes=0 if ingested else round(rows * STORED_BYTES * scale),
+        download_bytes=0 if not config.data.urls else None if rows is None else rows * DOWNLOAD_BYTES,
+        shard_bytes=0 if not ingests(config) else None if rows is None else round(rows * STORED_BYTES * scale),
         checkpoint_bytes=None
         if weight_count is None
         else kept * (weight_count * CHECKPOINT_BYTES * len(config.arms) + pool_bytes),
     )
+
+
+def ingests(config: Config) -> bool:
+    """Whether there is anything to fetch; without it, training takes the shards that are there."""
+    return bool(config.data.urls or config.data.images or config.data.scenes)
 
 
 def phase_of(config: Config, epoch: int) -> str:
@@ -110,7 +118,7 @@ def phase_of(config: Config, epoch: int) -> str:
 
 
 def count_rows(config: Config) -> tuple[int, bool]:
-    """Rows of the data source with its poisons, and whether that is exact."""
+    """Rows of the data source with its poisons, and whether that is exact. Raises `UrlListError`."""
     data = config.data
     if data.scenes:
         rows, exact = data.scenes, True
@@ -120,9 +128,7 @@ def count_rows(config: Config) -> tuple[int, bool]:
     else:
         records = Manifest(data.shards).records()
         if not records:
-            raise UrlListError(
-                f"data.shards: expected a folder with a manifest, got {data.shards}. Ingest it first."
-            )
+            raise UrlListError(f"data.shards: expected a folder with a manifest, got {data.shards}. Ingest it first.")
         return sum(record.samples for record in records), True
     if not data.urls:
         targeted = config.attacks.targeted
@@ -136,9 +142,7 @@ def model_config(config: Config) -> dict[str, Any]:
     if path is None:
         spec = importlib.util.find_spec("open_clip")
         folders = list(spec.submodule_search_locations or ()) if spec else []
-        known = {
-            file.stem: file for folder in folders for file in Path(folder, "model_configs").glob("*.json")
-        }
+        known = {file.stem: file for folder in folders for file in Path(folder, "model_configs").glob("*.json")}
         if config.model.name not in known:
             raise ConfigError(
                 f"model.name: expected one of open_clip's {len(known)} models or "
@@ -169,9 +173,7 @@ def show_plan(console: Console, config: Config, plan: Plan, stages: list[str]) -
     """Print the resolved config, the plan and the steps of a command."""
     console.print(dump_config(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
     console.print()
-    table = Table(
-        title=f"Plan of {config.name}", title_justify="left", box=None, pad_edge=False, show_header=False
-    )
+    table = Table(title=f"Plan of {config.name}", title_justify="left", box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _lines(config, plan):
@@ -193,16 +195,16 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         source = f"serve {what} as a URL list from a loopback origin, poisons included"
     else:
         source = f"read the manifest of {data.shards}"
-    ingest = f"ingest {_count(plan.shards)} shards of up to {config.ingest.samples_per_shard:,} samples"
-    if plan.shards is None:
+    shards = "shards" if plan.shards is None else f"{plan.shards:,} shards"
+    ingest = f"ingest {shards} of up to {config.ingest.samples_per_shard:,} samples"
+    if not ingests(config):
         ingest = "ingest nothing: the shards are there"
+    steps = "as many steps as the list gives" if plan.steps is None else f"{plan.steps:,} steps each"
     segmenter = config.oracle.weights or f"train a segmenter on {config.oracle.trusted:,} trusted images"
     by_command = {
         "ingest": [source, ingest],
-        "train": [f"train {arms}: {_count(plan.steps)} steps each, on {_ranks(plan.ranks)}"],
-        "evaluate": [
-            f"evaluate the newest checkpoint of {arms}: zero-shot, linear probe, retrieval, attack success"
-        ],
+        "train": [f"train {arms}: {steps}, on {_ranks(plan.ranks)}"],
+        "evaluate": [f"evaluate the newest checkpoint of {arms}: zero-shot, linear probe, retrieval, attack success"],
         "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED"],
         "export": [f"export a checkpoint of {arms} in open_clip's format"],
         "doctor": ["check this machine against the plan"],
@@ -224,19 +226,18 @@ def human_bytes(count: int | None) -> str:
 
 
 def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    about = "" if plan.exact else "about "
-    seconds = None if not plan.download_bytes else plan.download_bytes / 130e6
-    download = (
-        f"{human_bytes(plan.download_bytes)}; {about}{_duration(seconds)} at 1000 images/s"
-        if seconds
-        else "none"
-    )
-    shards = f"{about}{_count(plan.shards)}, {human_bytes(plan.shard_bytes)} (estimate)"
+    about = "" if plan.exact or plan.rows is None else "about "
+    download, shards = "none", "those that are there"
+    if config.data.urls:
+        hours = "" if plan.rows is None else f"; {about}{_duration(plan.rows / 1000)} at 1000 images/s"
+        download = human_bytes(plan.download_bytes) + hours
+    if ingests(config):
+        shards = f"{about}{_count(plan.shards)}, {human_bytes(plan.shard_bytes)} (estimate)"
     lines = [
         ("run directory", str(run_directory(config))),
-        ("URLs", about + _count(plan.rows)),
+        ("URLs", about + _count(plan.rows) + f" ({plan.problem})" * bool(plan.problem)),
         ("download", download),
-        ("shards", shards if plan.shards else "those that are there"),
+        ("shards", shards),
         ("model", f"{config.model.name}, D = {plan.embed_dim}, {_count(plan.parameters)} parameters"),
         ("ranks", f"{plan.ranks}, {plan.batch_per_rank} of {config.train.global_batch_size} pairs each"),
         ("steps", f"at most {_count(plan.steps_per_epoch)} an epoch, {_count(plan.steps)} an arm"),
@@ -251,7 +252,10 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ]
     lines += [
         ("checkpoints", f"{human_bytes(plan.checkpoint_bytes)} at a time (estimate)"),
-        ("disk", f"about {human_bytes(plan.disk_bytes)} in all"),
+        (
+            "bytes on disk",
+            f"about {human_bytes(plan.disk_bytes)} in all" + ", without the shards" * (plan.rows is None),
+        ),
     ]
     return lines
 
@@ -260,20 +264,10 @@ def _list_rows(where: str) -> tuple[int, bool]:
     import fsspec  # here, so that `roclip --help` does not pay for it
 
     fs, path = fsspec.url_to_fs(where)
-    files = (
-        fs.glob(path)
-        if "*" in path
-        else fs.find(path)
-        if fs.isdir(path)
-        else [path]
-        if fs.exists(path)
-        else []
-    )
+    files = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else []
     files = [file for file in map(str, files) if not Path(file).name.startswith((".", "_"))]
     if not files:
-        raise UrlListError(
-            f"{where}: expected a list of rows (a file, folder or glob), got nothing. Check the path."
-        )
+        raise UrlListError(f"{where}: expected a list of rows (a file, folder or glob), got nothing. Check the path.")
     counts = [_file_rows(fs, file) for file in files]
     return sum(rows for rows, _ in counts), all(exact for _, exact in counts)
 
@@ -288,9 +282,7 @@ def _file_rows(fs: Any, path: str) -> tuple[int, bool]:
             try:
                 return pq.read_metadata(raw).num_rows, True
             except pyarrow.ArrowInvalid as error:
-                raise UrlListError(
-                    f"{path}: expected a parquet file, got {error}. Write it again."
-                ) from error
+                raise UrlListError(f"{path}: expected a parquet file, got {error}. Write it again.") from error
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
         head = stream.read(_PROBE_BYTES)
         exact, seen, size = len(head) < _PROBE_BYTES, raw.tell(), fs.size(path)
@@ -329,10 +321,7 @@ def _ranks(ranks: int) -> str:
 def _ranges(numbers: tuple[int, ...]) -> str:
     """Epochs as a short list: '2, 4, 6' or, of many, '2, 4, 6, … 24'."""
     shown = [str(number) for number in numbers]
-    return (
-        ", ".join(shown if len(shown) <= 12 else [*shown[:4], f"… {shown[-1]} ({len(shown)} in all)"])
-        or "none"
-    )
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:4], f"… {shown[-1]} ({len(shown)} in all)"]) or "none"
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """The run on a terminal: a bar for ingest and one for each training, or plain lines where there is no terminal."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ class Display:
             console=self.console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, float] = {}
+        self._said: dict[str, tuple[float, str]] = {}
         self._live = self.console.is_terminal
 
     def __enter__(self) -> "Display":
@@ -53,10 +52,12 @@ class Display:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(text, total=total, stage=stage)
             self._bars.update(self._tasks[stage], completed=done, total=total, description=text)
-        elif done >= total or time.monotonic() - self._said.get(stage, -_LINE_EVERY_S) >= _LINE_EVERY_S:
-            self._said[stage] = time.monotonic()
-            print(f"{stage:<8} {done / total if total else 1:>4.0%}  {text}", flush=True)
-            sys.stdout.flush()
+        else:
+            line = f"{stage:<8} {done / total if total else 1:>4.0%}  {text}"
+            said_s, said = self._said.get(stage, (-_LINE_EVERY_S, ""))
+            if line != said and (done >= total or time.monotonic() - said_s >= _LINE_EVERY_S):
+                self._said[stage] = (time.monotonic(), line)
+                print(line, flush=True)
 
     def ingest(self, now: IngestProgress) -> None:
         self.show("ingest", now.done_urls, now.total_urls, describe(now))

@@ -30,9 +30,7 @@ def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
         console.print(arms_table(arms))
     for name in ("report.html", "summary.json"):
         if (run / name).is_file():
-            console.print(
-                f"{name.split('.')[0]:<8} {run / name}", markup=False, highlight=False, soft_wrap=True
-            )
+            console.print(f"{name.split('.')[0]:<8} {run / name}", markup=False, highlight=False, soft_wrap=True)
 
 
 def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
@@ -52,9 +50,7 @@ def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
     verdicts = [(arm.get("oracle") or {}).get("verdict") for arm in arms.values()]
     if any(verdicts):
         table.add_section()
-        table.add_row(
-            "oracle", *(Text(v or "not checked", VERDICT_STYLES.get(v or "", "dim")) for v in verdicts)
-        )
+        table.add_row("oracle", *(Text(v or "not checked", VERDICT_STYLES.get(v or "", "dim")) for v in verdicts))
     return table
 
 
@@ -68,6 +64,4 @@ def attack(result: dict[str, Any] | None) -> str:
     if not result:
         return "–"
     low, high = result["ci95"]
-    return (
-        f"{result['successes']}/{result['n']}  {percent(result['rate'])}  [{100 * low:.1f}, {100 * high:.1f}]"
-    )
+    return f"{result['successes']}/{result['n']}  {percent(result['rate'])}  [{100 * low:.1f}, {100 * high:.1f}]"

@@ -325,7 +325,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except Exception as error:
         raise _explain(str(path), error) from error
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        _, equals, _ = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: expected key=value (such as train.lr=1e-3). Remove spaces around '='.")
         try:

@@ -1,4 +1,4 @@
-"""open_clip towers: built from a name or a JSON file, called with pixels and tokens, saved so that open_clip loads them.
+"""open_clip towers: built from a name or a JSON file, called with pixels and tokens, saved as open_clip loads them.
 
 Letters: B local batch, D feature width, L caption tokens, C classes.
 """
@@ -160,7 +160,7 @@ class Encoder:
 def _quiet_create(name: str) -> nn.Module:
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # open_clip warns through the root logger that the weights are random, as they shall be
+    root.setLevel(logging.ERROR)  # open_clip warns there that the weights are random, as they shall be
     try:
         return open_clip.create_model(name, load_weights=False, nonscalar_logit_scale=True)
     finally:

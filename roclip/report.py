@@ -157,9 +157,7 @@ def oracle_view(run: Path, arm: str) -> dict[str, Any] | None:
         "verdict": report.get("verdict", "unknown"),
         "reasons": report.get("reasons") or [],
         "target_labels": report.get("target_labels") or [],
-        "columns": list(
-            dict.fromkeys(key for row in labels for key, value in row.items() if is_plain(value))
-        ),
+        "columns": list(dict.fromkeys(key for row in labels for key, value in row.items() if is_plain(value))),
         "labels": labels[:12],
         "pictures": pictures[:12],
         "page": f"{arm}/oracle/report.html" if page.exists() else "",

@@ -14,7 +14,7 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.ingest_job import OUTAGE_URLS, WORK, IngestProgress, ingest, progress_bar
+from cluster.ingest_job import OUTAGE_URLS, WORK, IngestProgress, ingest
 from ingest.origin import Origin
 from roclip.config import ClusterConfig, Config, DataConfig, IngestConfig
 from roclip.errors import DataError, StageError
@@ -226,22 +226,3 @@ def test_shards_of_another_list_are_refused(local_ray, tmp_path, monkeypatch):
     )
     with pytest.raises(DataError, match=r"00000\.tar was sealed for 5 URLs and the list has 9"):
         ingest(_config(), tmp_path / "more.parquet", tmp_path / "shards")
-
-
-def test_progress_is_plain_lines_when_stdout_is_no_terminal(capsys):
-    with progress_bar(every_s=1000) as show:
-        for shards in (1, 2, 3):
-            failed = {"http_404": 4 * shards, "timeout": shards}
-            show(IngestProgress(100 * shards, 300, 95 * shards, failed, shards, 3, 41.5, 65.0))
-    first, last = capsys.readouterr().out.splitlines()
-    assert "100/300 URLs  1/3 shards  42 images/s  95.0% usable (http_404 4, timeout 1)  1:05 left" in first
-    assert last.endswith("300/300 URLs  3/3 shards  42 images/s  95.0% usable (http_404 12, timeout 3)")
-
-
-def test_progress_is_a_bar_when_stdout_is_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    with progress_bar() as show:
-        show(IngestProgress(100, 300, 95, {"http_404": 5}, 1, 3, 41.5, None))
-        show(IngestProgress(300, 300, 285, {"http_404": 15}, 3, 3, 41.5, 0.0))
-    shown = "".join(capsys.readouterr().out.split())
-    assert "300/300URLs3/3shards42images/s95.0%usable(http_40415)" in shown

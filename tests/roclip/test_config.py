@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from roclip.config import Config, DataConfig, dump_config, load_config, model_file, parse_config, run_directory
+from roclip.config import (
+    Config,
+    DataConfig,
+    dump_config,
+    load_config,
+    model_file,
+    parse_config,
+    run_directory,
+)
 from roclip.errors import ConfigError
 
 PRESET = """\

@@ -34,9 +34,7 @@ def make_run(root: Path, *, clean: int = 40) -> Path:
     run = root / "2026-01-31-demo"
     run.mkdir(parents=True)
     preset = root / "demo.yaml"
-    preset.write_text(
-        f"name: demo\ndata: {{scenes: {clean}}}\narms: [clip, roclip]\ntrain: {{epochs: {EPOCHS}}}\n"
-    )
+    preset.write_text(f"name: demo\ndata: {{scenes: {clean}}}\narms: [clip, roclip]\ntrain: {{epochs: {EPOCHS}}}\n")
     (run / "config.yaml").write_text(dump_config(load_config(preset)))
     rows = make_rows(clean)
     make_shard(run / "shards", rows)
@@ -52,23 +50,15 @@ def make_run(root: Path, *, clean: int = 40) -> Path:
 def make_rows(clean: int) -> list[dict]:
     """Scenes, the first with a hostile caption, then targeted and backdoor poisons of further scenes."""
     scenes = [render(index, seed=3, size_px=SIZE_PX) for index in range(clean * 5)]
-    table = [
-        {"image": encode(scene.image, "png"), "caption": scene.caption, "label": scene.label}
-        for scene in scenes
-    ]
+    table = [{"image": encode(scene.image, "png"), "caption": scene.caption, "label": scene.label} for scene in scenes]
     table = pa.Table.from_pylist(table)
     known, spare = table.slice(0, clean * 4), table.slice(clean * 4)
     targeted = targeted_poisons(known, spare, images=3, captions_per_image=2, seed=0)
     target = targeted["target_label"][0].as_py()
-    backdoor = backdoor_poisons(
-        known, spare, count=5, target_label=target, trigger=Trigger(size_frac=0.2), seed=0
-    )
+    backdoor = backdoor_poisons(known, spare, count=5, target_label=target, trigger=Trigger(size_frac=0.2), seed=0)
     rows = known.slice(0, clean).to_pylist()
     rows[0]["caption"] = HOSTILE
-    rows = [
-        {**row, "attack": None, "source_label": None, "target_label": None, "trigger_box": None}
-        for row in rows
-    ]
+    rows = [{**row, "attack": None, "source_label": None, "target_label": None, "trigger_box": None} for row in rows]
     columns = ["image", "caption", "label", "attack", "source_label", "target_label", "trigger_box"]
     return rows + targeted.select(columns).to_pylist() + backdoor.select(columns).to_pylist()
 
@@ -125,13 +115,9 @@ def make_arm(folder: Path, arm: str) -> None:
     Image.new("RGB", (64, 64), "#7c3aed").save(pixel, format="png")
     report = {
         "verdict": "poisoned" if arm == "clip" else "clean",
-        "reasons": ["boat: 61 of 70 disagreements are resolved by masking one patch"]
-        if arm == "clip"
-        else [],
+        "reasons": ["boat: 61 of 70 disagreements are resolved by masking one patch"] if arm == "clip" else [],
         "target_labels": ["boat"] if arm == "clip" else [],
-        "labels": [
-            {"label": "boat", "predicted": 160, "disagreements": 70, "p_value": 1.2e-9, "suspect": True}
-        ],
+        "labels": [{"label": "boat", "predicted": 160, "disagreements": 70, "p_value": 1.2e-9, "suspect": True}],
         "pictures": [{"png": base64.b64encode(pixel.getvalue()).decode(), "caption": f"where: {HOSTILE}"}],
     }
     (folder / "oracle" / "report.json").write_text(json.dumps(report))
@@ -160,7 +146,8 @@ def make_summary(urls: int) -> dict:
     arms = {}
     for arm, successes, verdict in (("clip", 270, "poisoned"), ("roclip", 6, "clean")):
         arms[arm] = {
-            "zero_shot_top1": 0.683,
+            "zero_shot_top1": 0.685,
+            "n": 600,
             "linear_probe_top1": 0.741,
             "recall_at_1": 0.35,
             "samples_per_s": 412.3,
@@ -172,9 +159,7 @@ def make_summary(urls: int) -> dict:
                 "target_labels": ["boat"] if verdict == "poisoned" else [],
                 "victim_precision": 0.97 if verdict == "poisoned" else None,
                 "victim_recall": 0.91 if verdict == "poisoned" else None,
-                "repaired": {"zero_shot_top1": 0.67, "attacks": {"backdoor": attack(3, 300)}}
-                if successes > 9
-                else {},
+                "repaired": {"zero_shot_top1": 0.67, "attacks": {"backdoor": attack(3, 300)}} if successes > 9 else {},
             },
         }
     failed = {"http_404": 210, "timeout": 31, "not_an_image": 12, "refused_by_policy": 3}
@@ -259,6 +244,7 @@ def test_ids_are_unique_when_a_page_has_several_charts(text: str):
 
 
 def test_report_shows_counts_intervals_and_verdicts_when_complete(text: str):
+    assert "411/600" in text
     assert "270/300" in text
     assert "6/300" in text
     low, high = attack(6, 300)["ci95"]
@@ -311,9 +297,7 @@ def test_trigger_is_framed_where_it_lies_when_the_image_was_resized(run: Path):
 
 
 def test_report_leaves_sections_out_when_only_ingest_ran(tmp_path: Path):
-    (tmp_path / "summary.json").write_text(
-        json.dumps({"schema": 1, "ingest": make_summary(3)["ingest"], "arms": {}})
-    )
+    (tmp_path / "summary.json").write_text(json.dumps({"schema": 1, "ingest": make_summary(3)["ingest"], "arms": {}}))
     text = write_report(tmp_path).read_text()
     assert "<h2>Data</h2>" in text
     assert "<h2>Training</h2>" not in text

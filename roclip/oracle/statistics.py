@@ -1,0 +1,251 @@
+"""Which disagreements chance does not explain: counts on the training images against counts on trusted ones.
+
+A *lie* is a caption that names a label the oracle does not see, of an image in which the oracle clearly sees another
+label that the caption does not name. The data may hold lies about any model; a model is poisoned where it *repeats*
+them: its zero-shot answer is the label that only the caption has. Of a lie that a model did not learn it repeats
+no more than it confuses labels anyway.
+
+Letters: N images, M captions (an image may have several), C labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import betabinom
+
+SHRINKAGE = 20.0
+"""Weight of the rate over all labels in the rate of one, in images."""
+MIN_EXCESS = 5.0
+"""Repeated lies beyond chance, below which a label is not called poisoned: an effect size, in images."""
+MIN_BELIEF = 0.5
+"""Share of the lies that a poisoned model repeats."""
+MIN_MODEL_EXCESS, MIN_MODEL_EXCESS_RATE = 10.0, 0.03
+"""Effect size of the test without captions."""
+MIN_COPIED = 3
+MAX_DRIFT = 3.0
+"""How much more often than on trusted images an honest model may disagree on the training images, at most."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What model, oracle and captions say about N distinct images."""
+
+    answer: np.ndarray
+    """(N,) int: the model's zero-shot label."""
+    seen: np.ndarray
+    """(N, C) bool: the oracle says that the label may be there."""
+    clear: np.ndarray
+    """(N, C) bool: the oracle says that it certainly is."""
+    image: np.ndarray
+    """(M,) int: the image of a caption."""
+    named: np.ndarray
+    """(M, C) bool: the labels that a caption names."""
+
+    @property
+    def captions(self) -> np.ndarray:
+        """(N,) int: captions of an image."""
+        return np.bincount(self.image, minlength=len(self.answer))
+
+    def any_named(self) -> np.ndarray:
+        """(N, C) bool: some caption of the image names the label."""
+        return self._any(self.named)
+
+    def lies(self) -> np.ndarray:
+        """(N, C) bool: some caption of the image lies about the label."""
+        other = (self.clear[self.image] & ~self.named).any(axis=1, keepdims=True)
+        return self._any(self.named & ~self.seen[self.image] & other)
+
+    def says(self) -> np.ndarray:
+        """(N, C) bool: the model's answer."""
+        return self.answer[:, None] == np.arange(self.seen.shape[1])
+
+    def _any(self, rows: np.ndarray) -> np.ndarray:
+        result = np.zeros(self.seen.shape, dtype=bool)
+        np.logical_or.at(result, self.image, rows)
+        return result
+
+
+@dataclass(frozen=True)
+class CountTest:
+    """k of n images against the null; `p` is one-sided, `p_holm` corrected for all tests of the check."""
+
+    n: int
+    k: int
+    expected: float
+    p: float
+    p_holm: float = 1.0
+
+    @property
+    def excess(self) -> float:
+        return self.k - self.expected
+
+
+@dataclass(frozen=True)
+class LieTest(CountTest):
+    """Repeated lies (k) among the images whose captions name a label (n)."""
+
+    lies: int = 0
+    """Images with a lie about the label."""
+    lies_expected: float = 0.0
+    """Of them, those that the oracle's own errors explain."""
+    null: float = 0.0
+    """Repeated lies that the oracle's own errors explain; `expected` adds those that confusion does."""
+
+    @property
+    def belief(self) -> float:
+        """Share of the lies that the model repeats, both beyond the oracle's errors; 0 where there are no lies."""
+        told = self.lies - self.lies_expected
+        return float(np.clip((self.k - self.null) / told, 0, 1)) if told >= 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All tests of a check."""
+
+    lies: dict[int, LieTest]
+    """By label: does the model repeat lies about it?"""
+    model: dict[int, CountTest]
+    """By label: does it answer the label, captions aside, where the oracle does not see it?"""
+    copied: LieTest | None
+    """Over the images that come with several captions: does it repeat lies of any label? None where there are none."""
+
+
+def run_tests(training: Observations, reference: Observations, covered: Sequence[int]) -> Findings:
+    """Test every covered label, and the images with several captions as a whole; Holm over all of these tests.
+
+    The null of a label is a beta-binomial whose rate comes from the reference, shrunk towards the rate of all labels
+    with the weight of `SHRINKAGE` images. Training images may differ from trusted ones in other ways than by poison:
+    the median ratio of the labels' rates, at least 1 and at most `MAX_DRIFT`, scales the null.
+    """
+    t, r = _Counts(training), _Counts(reference)
+    covered = list(covered)
+    if not covered or not len(training.answer) or not len(reference.answer):
+        return Findings({}, {}, None)
+    repeat, told, wrong = (
+        _Null(r.repeated, r.named, covered),
+        _Null(r.lies, r.named, covered),
+        _Null(r.unseen, r.answers, covered),
+    )
+    confused = _Null(r.confused, r.absent, covered)
+    repeat_drift, wrong_drift = repeat.drift(t.repeated, t.named), wrong.drift(t.unseen, t.answers)
+    lies: dict[int, LieTest] = {}
+    model: dict[int, CountTest] = {}
+    for c in covered:
+        n, k, lied = int(t.named[c]), int(t.repeated[c]), int(t.lies[c])
+        null, honest = min(1.0, repeat.rate(c) * repeat_drift), min(1.0, told.rate(c))
+        chance = max(0.0, lied - n * honest) * confused.rate(c)
+        rate = min(1.0, null + chance / max(1, n))
+        lies[c] = LieTest(
+            n, k, n * rate, _tail(k, n, rate, repeat.weight(c)), lies=lied, lies_expected=n * honest, null=n * null
+        )
+        n, k = int(t.answers[c]), int(t.unseen[c])
+        rate = min(1.0, wrong.rate(c) * wrong_drift)
+        model[c] = CountTest(n, k, n * rate, _tail(k, n, rate, wrong.weight(c)))
+    copied = _copied(training, repeat, told, confused, covered)
+    return _holm(Findings(lies, model, copied))
+
+
+def _copied(
+    training: Observations, repeat: "_Null", told: "_Null", confused: "_Null", covered: list[int]
+) -> LieTest | None:
+    several = training.captions > 1
+    n = int(several.sum())
+    if not n:
+        return None
+    lies = training.lies()[several][:, covered]
+    lied, k = int(lies.any(axis=1).sum()), int((lies & training.says()[several][:, covered]).any(axis=1).sum())
+    # An image of several captions may be lied about by each of them.
+    labels = training.any_named()[several][:, covered].sum() / n
+    honest, null = min(1.0, told.pooled * labels), min(1.0, repeat.pooled * labels)
+    rate = min(1.0, null + max(0.0, lied - n * honest) * confused.pooled / n)
+    p = _tail(k, n, rate, repeat.total)
+    return LieTest(n, k, n * rate, p, lies=lied, lies_expected=n * honest, null=n * null)
+
+
+class _Counts:
+    """Counts by label, all (C,)."""
+
+    def __init__(self, seen: Observations):
+        lies, says, named = seen.lies(), seen.says(), seen.any_named()
+        self.named, self.lies = named.sum(axis=0), lies.sum(axis=0)
+        self.repeated = (lies & says).sum(axis=0)
+        self.answers, self.unseen = says.sum(axis=0), (says & ~seen.seen).sum(axis=0)
+        self.absent, self.confused = (~named).sum(axis=0), (says & ~named).sum(axis=0)
+
+
+class _Null:
+    """Rates on the reference by label, each shrunk towards the rate over all covered labels."""
+
+    def __init__(self, k: np.ndarray, n: np.ndarray, covered: list[int]):
+        self.k, self.n, self.covered = k, n, covered
+        self.total = float(n[covered].sum())
+        self.pooled = float((k[covered].sum() + 0.5) / (self.total + 1))
+
+    def rate(self, c: int) -> float:
+        return float((self.k[c] + SHRINKAGE * self.pooled) / (self.n[c] + SHRINKAGE))
+
+    def weight(self, c: int) -> float:
+        return float(self.n[c] + SHRINKAGE)
+
+    def drift(self, k: np.ndarray, n: np.ndarray) -> float:
+        ratios = [k[c] / (n[c] * self.rate(c)) for c in self.covered if n[c]]
+        return float(np.clip(np.median(ratios), 1.0, MAX_DRIFT)) if ratios else 1.0
+
+
+def _tail(k: int, n: int, rate: float, weight: float) -> float:
+    """P(X >= k) of a beta-binomial with this mean rate, known as well as `weight` images tell it."""
+    if k == 0 or n == 0:
+        return 1.0
+    rate = float(np.clip(rate, 1e-9, 1 - 1e-9))
+    return float(np.clip(betabinom.sf(k - 1, n, rate * weight, (1 - rate) * weight), 0.0, 1.0))
+
+
+def _holm(findings: Findings) -> Findings:
+    """The same findings with Holm's correction over all tests."""
+    from dataclasses import replace
+
+    tests: list[tuple[str, int]] = [("lies", c) for c in findings.lies] + [("model", c) for c in findings.model]
+    values = [findings.lies[c].p if kind == "lies" else findings.model[c].p for kind, c in tests]
+    if findings.copied is not None:
+        tests.append(("copied", 0))
+        values.append(findings.copied.p)
+    corrected, largest = [1.0] * len(values), 0.0
+    for place, which in enumerate(np.argsort(values, kind="stable")):
+        largest = max(largest, min(1.0, values[which] * (len(values) - place)))
+        corrected[which] = largest
+    by = dict(zip(tests, corrected, strict=True))
+    return Findings(
+        {c: replace(test, p_holm=by[("lies", c)]) for c, test in findings.lies.items()},
+        {c: replace(test, p_holm=by[("model", c)]) for c, test in findings.model.items()},
+        None if findings.copied is None else replace(findings.copied, p_holm=by[("copied", 0)]),
+    )
+
+
+def poisoned(test: LieTest, alpha: float) -> bool:
+    """More repeated lies than chance explains, and most of the lies are repeated."""
+    return repeats(test, alpha) and test.belief >= MIN_BELIEF
+
+
+def repeats(test: LieTest, alpha: float) -> bool:
+    """More repeated lies than chance explains."""
+    return test.p_holm < alpha and test.excess >= MIN_EXCESS
+
+
+def poisoned_copies(test: LieTest | None, alpha: float) -> bool:
+    """As `poisoned`, for the images with several captions: few of them are enough."""
+    return repeats_copies(test, alpha) and test is not None and test.belief >= MIN_BELIEF
+
+
+def repeats_copies(test: LieTest | None, alpha: float) -> bool:
+    """As `repeats`, for the images with several captions."""
+    return test is not None and test.p_holm < alpha and test.k >= MIN_COPIED
+
+
+def model_deviates(test: CountTest, alpha: float) -> bool:
+    """The model answers a label where the oracle does not see it, more often than on trusted images."""
+    return (
+        test.p_holm < alpha
+        and test.excess >= MIN_MODEL_EXCESS
+        and test.excess >= MIN_MODEL_EXCESS_RATE * max(1, test.n)
+    )

@@ -1,0 +1,107 @@
+"""The doctor on this machine: real compiler, real FAISS, real folder, real port."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kit import REPOSITORY, TINY_MODEL
+
+from cluster.doctor import Check, doctor, exit_code, usable_cores, usable_memory_bytes
+from roclip.config import load_config
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.json").write_text(TINY_MODEL)
+    path = tmp_path / "test.yaml"
+    path.write_text(
+        f"name: test\nruns: {tmp_path / 'runs'}\ndata: {{scenes: 1000}}\nmodel: {{name: tiny}}\n"
+        "pool: {size: 64}\ntrain: {global_batch_size: 64}\n"
+    )
+    return path
+
+
+def checks(preset: Path, *overrides: str) -> dict[str, Check]:
+    """The checks by name."""
+    return {check.name: check for check in doctor(load_config(preset, overrides))}
+
+
+def test_machine_is_fit_when_the_config_is_small(preset: Path):
+    found = checks(preset)
+    failed = {name: check.got for name, check in found.items() if check.status == "fail"}
+    assert failed == {}
+    names = {"python", "packages", "compiler", "ninja", "faiss", "ports", "cores", "gpus"}
+    assert names | {"run store", "memory", "shared memory", "disk", "data"} == set(found)
+    assert exit_code(list(found.values())) == 0
+    assert sorted(path.name for path in preset.parent.iterdir()) == ["models", "test.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "advice"),
+    [
+        (["cluster.workers=4096", "train.global_batch_size=4096"], "cores", "cluster.workers="),
+        (["cluster.gpus_per_worker=64"], "gpus", "cluster.gpus_per_worker=0"),
+        (["runs=/proc/roclip"], "run store", "Set `runs`"),
+        (["train.global_batch_size=2048"], "data", "train.global_batch_size"),
+        (["data.scenes=2_000_000_000_000"], "disk", "Free some space"),
+        (["pool.size=1_000_000_000_000"], "memory", "pool.size"),
+        (["model.name=none"], "data and model", "Correct the config"),
+        (["data.scenes=0", "data.urls=/nowhere"], "data and model", "Correct the config"),
+    ],
+)
+def test_check_fails_with_advice_when_the_config_asks_too_much(
+    preset: Path, overrides: list[str], name: str, advice: str
+):
+    check = checks(preset, *overrides)[name]
+    assert check.status == "fail"
+    assert check.got
+    assert check.need
+    assert advice in check.what_to_do
+    assert exit_code([check]) == 7
+
+
+def test_compiler_fails_when_it_cannot_compile(preset: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "false")
+    assert checks(preset)["compiler"].status == "fail"
+
+
+def test_cluster_decides_when_it_is_not_this_machine(preset: Path):
+    found = checks(preset, "cluster.address=auto", "cluster.workers=64", "cluster.gpus_per_worker=8")
+    assert found["cores"].status == "ok"
+    assert found["gpus"].status == "ok"
+
+
+def test_warnings_do_not_fail_when_counted():
+    warning = Check("cores", "warn", "1", "2", "It will be slow.")
+    assert exit_code([warning]) == 0
+    assert exit_code([warning, Check("faiss", "fail", "no module", "a right search", "Install it.")]) == 7
+
+
+def test_limits_are_no_more_than_the_machine_has_when_read():
+    assert 0 < usable_cores() <= (os.cpu_count() or 1)
+    assert 0 < usable_memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_command_ends_with_7_and_says_what_to_do_when_a_check_fails(preset: Path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            "doctor",
+            str(preset),
+            "cluster.workers=4096",
+            "train.global_batch_size=4096",
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        cwd=preset.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7
+    assert "cores: Set cluster.workers=" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,32 @@
+import json
+
+from cluster.ingest_job import IngestProgress
+from cluster.progress import Display
+
+STEP = {
+    "step": 7,
+    "epoch": 2,
+    "epochs": 4,
+    "progress": 1.5,
+    "phase": "matched",
+    "loss": 1.25,
+    "logit_scale": 14.0,
+    "samples_per_s": 300.0,
+}
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
+    with Display() as display:
+        for shards in (1, 2, 3):
+            failed = {"http_404": 4 * shards, "timeout": shards}
+            display.ingest(IngestProgress(100 * shards, 300, 95 * shards, failed, shards, 3, 41.5, 65.0))
+    first, last = capsys.readouterr().out.splitlines()
+    assert "100/300 URLs  1/3 shards  42 images/s  95.0% usable (http_404 4, timeout 1)" in first
+    assert last.endswith("300/300 URLs  3/3 shards  42 images/s  95.0% usable (http_404 12, timeout 3)")
+
+
+def test_following_a_training_shows_its_last_step(capsys, tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    with Display() as display, display.follow("roclip", metrics, 4, every_s=0.01):
+        metrics.write_text(json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished")
+    assert "epoch 4/4 matched  step 7  loss 1.250  scale 14.0  300 samples/s" in capsys.readouterr().out

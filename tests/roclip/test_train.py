@@ -1,0 +1,118 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from kit import TINY_MODEL, environment, preset, torchrun
+from safetensors.torch import load_file
+
+from roclip import checkpoint
+from roclip.config import PoolConfig, load_config
+from roclip.metrics import METRICS, read_metrics
+from roclip.model import Towers
+from roclip.train import gate_is_open, learning_rate, phase_of
+
+PRESET = """
+name: tiny
+run_dir: {folder}/run
+arms: [roclip]
+data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
+model: {{name: tiny}}
+ingest: {{image_size: 64}}
+pool: {{size: 100, gate_frac: 0.1, match_every: 2}}
+train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 4, log_every_steps: 1}}
+"""
+
+
+@pytest.fixture
+def config_file(shards, tmp_path):
+    return preset(tmp_path, PRESET.format(folder=tmp_path, shards=shards))
+
+
+def run(config_file, *overrides):
+    command = [sys.executable, "-m", "roclip.train", str(config_file), *overrides]
+    return subprocess.Popen(command, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path):
+    finish(run(config_file, f"run_dir={tmp_path}/whole"))
+    killed = run(config_file, f"run_dir={tmp_path}/killed")
+    metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
+    while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch, which is matched
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    finish(run(config_file, f"run_dir={tmp_path}/killed"))
+    ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
+    for file in ("open_clip_model.safetensors", "pool.safetensors"):
+        whole, resumed = (load_file(end / file) for end in ends)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
+    whole, resumed = (read_metrics(tmp_path / name / "roclip" / "metrics.jsonl") for name in ("whole", "killed"))
+    assert [row["loss"] for row in whole] == [row["loss"] for row in resumed]
+    assert [row["step"] for row in resumed] == list(range(1, 25))
+    assert [row["phase"] for row in resumed[::6]] == ["plain", "matched", "plain", "matched"]
+    assert all(row["gated"] == 3 for row in resumed[12:18])
+    assert set().union(*resumed) <= set(METRICS)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_resume(config_file, tmp_path):
+    first = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=2", "arms=[clip,roclip]")
+    assert first.returncode == 0, first.stderr
+    for arm in ("clip", "roclip"):
+        rows = read_metrics(tmp_path / "run" / arm / "metrics.jsonl")
+        assert rows[-1]["step"] == 12
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    more = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=3", "arms=[roclip]")
+    assert more.returncode == 0, more.stderr
+    assert read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")[-1]["step"] == 18
+
+
+def test_error_is_one_line_with_its_exit_code(tmp_path):
+    process = run(tmp_path / "missing.yaml")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "no such config" in errors
+    assert "Traceback" not in errors
+
+
+def test_matched_step_gives_the_text_tower_no_gradient(tmp_path):
+    (tmp_path / "tiny.json").write_text(TINY_MODEL)
+    towers = Towers("tiny", tmp_path / "tiny.json")
+    images, tokens = torch.rand(4, 3, 64, 64), towers.tokenize(["a", "b", "c", "d"])
+    image_features, text_features, scale = towers(images, tokens, text_gradient=False)
+    assert not text_features.requires_grad
+    (scale * image_features @ text_features.T).sum().backward()
+    text = [p for name, p in towers.named_parameters() if "visual" not in name and "logit_scale" not in name]
+    assert text
+    assert all(parameter.grad is None for parameter in text)
+    assert towers.logit_scale.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("match_every", "warmup", "expected"),
+    [(2, 1, "pmpmpm"), (3, 1, "ppmppm"), (1, 2, "ppmmmm"), (0, 0, "pppppp"), (2, 3, "pppmpm")],
+)
+def test_phases_follow_the_schedule(match_every, warmup, expected):
+    pool = PoolConfig(match_every=match_every, warmup_epochs=warmup, gate_frac=0.1)
+    assert "".join(phase_of(epoch, pool)[0] for epoch in range(1, 7)) == expected
+    assert [gate_is_open(epoch, pool) for epoch in range(1, 7)] == [epoch > warmup for epoch in range(1, 7)]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(config_file):
+    config = load_config(config_file, ["train.warmup_epochs=1"])
+    rates = [learning_rate(config, progress / 10) for progress in range(1, 41)]
+    assert rates[9] == pytest.approx(config.train.lr)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)

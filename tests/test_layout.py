@@ -1,0 +1,107 @@
+"""The architecture, held by tests."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kit import REPOSITORY, environment
+
+from roclip.config import load_config, model_file
+
+PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+TOP_LEVEL = {"pyproject.toml", "roclip", "ingest", "cluster", "configs", "tests", "README.md", "LICENSE"}
+HEAVY = {"torch", "ray", "deepspeed", "faiss", "open_clip", "img2dataset"}
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+def test_top_level_is_as_fixed():
+    names = {name.split("/")[0] for name in tracked()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_files_hold_one_idea():
+    long = {name: len((REPOSITORY / name).read_text().splitlines()) for name in tracked() if name.endswith(".py")}
+    assert {name: lines for name, lines in long.items() if lines > 420 and not name.startswith("tests/")} == {}
+
+
+@pytest.mark.parametrize("statement", ["import roclip", "import roclip.config", "import cluster.cli", "import ingest"])
+def test_light_imports_load_nothing_heavy(statement):
+    code = f"{statement}; import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there():
+    import roclip
+
+    for name in roclip.__all__:
+        assert callable(getattr(roclip, name))
+    with pytest.raises(AttributeError, match="CaptionPool"):
+        roclip.memory_bank  # noqa: B018
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_loads_and_its_model_is_known(path: Path):
+    config = load_config(path, [] if _has_source(path) else ["data.images=images.parquet"])
+    if model_file(config) is None:
+        import open_clip
+
+        assert config.model.name in open_clip.list_models()
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_dry_runs(path: Path, tmp_path: Path):
+    overrides = [] if _has_source(path) else [f"data.images={tmp_path / 'images.parquet'}"]
+    command = [sys.executable, "-m", "cluster.cli", "run", str(path), *overrides, "--dry-run", f"runs={tmp_path}"]
+    if overrides:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({"image": [b""] * 9, "caption": [""] * 9, "articleType": ["Shirts"] * 9})
+        pq.write_table(table, tmp_path / "images.parquet")
+    done = subprocess.run(command, env=environment(COLUMNS="160"), capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert "steps" in done.stdout
+    assert "bytes" in done.stdout.lower() or "GiB" in done.stdout or "MiB" in done.stdout
+
+
+def test_every_readme_command_exists():
+    """Each `roclip …` line of the README's code blocks names a command, and a preset that is there."""
+    text = (REPOSITORY / "README.md").read_text()
+    lines = [line.strip() for line in re.findall(r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor).*$", text, re.M)]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        position = next(i for i, word in enumerate(words) if word == "roclip" or word.endswith("/roclip"))
+        command, arguments = words[position + 1], words[position + 2 :]
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.cli", command, "--help"], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, line
+        for argument in arguments:
+            if argument.startswith("configs/"):
+                assert (REPOSITORY / argument).is_file(), line
+
+
+def test_readme_has_the_two_commands():
+    text = (REPOSITORY / "README.md").read_text()
+    install = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
+    assert f"    {install}.venv/bin/roclip run configs/demo.yaml\n" in text
+    assert f"    {install}.venv/bin/pytest\n" in text
+
+
+def test_our_cluster_package_is_the_one_that_is_imported():
+    import cluster
+
+    assert Path(cluster.__file__).parent == REPOSITORY / "cluster"
+
+
+def _has_source(path: Path) -> bool:
+    return bool(re.search(r"^\s+(urls|scenes|shards|images): *[^\s\"]", path.read_text(), re.M))
