@@ -250,7 +250,7 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
     shipped = arms[ordered[-1]] if ordered else {}
     verdict = (shipped.get("oracle") or {}).get("verdict")
     threshold = VERDICT_CODES.get(config.oracle.fail_on)
-    code = VERDICT_CODES.get(verdict, 0)
+    code = VERDICT_CODES.get(verdict or "clean", 0)
     return code if threshold and code >= threshold else 0
 
 

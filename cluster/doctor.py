@@ -67,7 +67,7 @@ def doctor(config: Config | None) -> list[Check]:
         return [
             *checks,
             _memory(config, None),
-            Check("data and model", "fail", str(error), "both found", "Correct the config."),
+            Check("model", "fail", str(error), "a known name", "Correct model.name."),
         ]
     return [*checks, _memory(config, plan), _shared_memory(config), _disk(config, plan), _data(plan)]
 
@@ -230,9 +230,10 @@ def _disk(config: Config, plan: Plan) -> Check:
 
 def _data(plan: Plan) -> Check:
     """Whether the data makes at least one step an epoch."""
-    rows, steps = plan.rows, plan.steps_per_epoch
-    got = f"{rows:,} rows, {steps:,} steps an epoch" if rows is not None else "rows unknown"
-    return _judge("data", steps != 0, got, "a step an epoch", "Lower train.global_batch_size, or bring more data.")
+    if plan.rows is None:
+        return Check("data", "fail", plan.problem, "the list or the shards", "Correct the path in the config.")
+    got, advice = f"{plan.rows:,} rows, {plan.steps_per_epoch:,} steps an epoch", "Lower train.global_batch_size."
+    return _judge("data", plan.steps_per_epoch != 0, got, "a step an epoch", advice)
 
 
 def _gpus(config: Config) -> Check:

@@ -31,7 +31,7 @@ _PROBE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a run. Steps and samples are upper bounds; what depends on the rows is None while they are unknown."""
+    """The size of a run. Steps and samples are upper bounds; what depends on unknown rows is None."""
 
     rows: int | None
     """URLs, poisons included; None where the list is not there yet."""
@@ -263,12 +263,17 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
 def _list_rows(where: str) -> tuple[int, bool]:
     import fsspec  # here, so that `roclip --help` does not pay for it
 
-    fs, path = fsspec.url_to_fs(where)
-    files = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else []
-    files = [file for file in map(str, files) if not Path(file).name.startswith((".", "_"))]
+    try:
+        fs, path = fsspec.url_to_fs(where)
+        files = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else []
+        files = [file for file in map(str, files) if not Path(file).name.startswith((".", "_"))]
+        counts = [_file_rows(fs, file) for file in files]
+    except (OSError, ValueError) as error:
+        raise UrlListError(
+            f"{where}: expected a list that can be read, got {error}. Check path and network."
+        ) from error
     if not files:
         raise UrlListError(f"{where}: expected a list of rows (a file, folder or glob), got nothing. Check the path.")
-    counts = [_file_rows(fs, file) for file in files]
     return sum(rows for rows, _ in counts), all(exact for _, exact in counts)
 
 

@@ -49,6 +49,7 @@ def check(
     config: OracleConfig,
     out: Path,
     truth: Path | None = None,
+    subject: dict[str, Any] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Judge a model by the shards that it learned from; write report.json, report.html and disagreements.parquet to `out`.
@@ -58,6 +59,7 @@ def check(
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
         truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real.
+        subject: What is judged, in the caller's words; goes into the report as it is.
 
     Returns:
         The content of report.json. Raises `ShardError` or `DataError` when shards or trusted images cannot be read.
@@ -75,6 +77,7 @@ def check(
     victims = _victims(findings, looked, config.alpha)
     report: dict[str, Any] = {
         "schema": SCHEMA,
+        "subject": subject or {},
         "verdict": verdict,
         "reasons": reasons,
         "target_labels": targets,
@@ -205,9 +208,7 @@ def _victims(findings: Findings, looked: Looked, alpha: float) -> np.ndarray:
     return victims
 
 
-def _label_rows(
-    findings: Findings, labels: Sequence[str], segmenter: Segmenter, alpha: float
-) -> list[dict[str, Any]]:
+def _label_rows(findings: Findings, labels: Sequence[str], segmenter: Segmenter, alpha: float) -> list[dict[str, Any]]:
     """One row a label, the most suspicious first, unchecked ones last."""
     rows = []
     for c, test in sorted(findings.lies.items(), key=lambda item: (item[1].p, -item[1].excess)):

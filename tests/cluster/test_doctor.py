@@ -48,8 +48,8 @@ def test_machine_is_fit_when_the_config_is_small(preset: Path):
         (["train.global_batch_size=2048"], "data", "train.global_batch_size"),
         (["data.scenes=2_000_000_000_000"], "disk", "Free some space"),
         (["pool.size=1_000_000_000_000"], "memory", "pool.size"),
-        (["model.name=none"], "data and model", "Correct the config"),
-        (["data.scenes=0", "data.urls=/nowhere"], "data and model", "Correct the config"),
+        (["model.name=none"], "model", "Correct model.name"),
+        (["data.scenes=0", "data.urls=/nowhere"], "data", "Correct the path"),
     ],
 )
 def test_check_fails_with_advice_when_the_config_asks_too_much(

@@ -1,0 +1,209 @@
+"""What a check leaves on disk: report.json, disagreements.parquet, and report.html, one page that needs no other file.
+
+Captions come from the web: they are escaped, and the page forbids itself scripts and requests.
+"""
+
+import base64
+import colorsys
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from roclip.oracle import statistics
+from roclip.oracle.segmenters import Segmenter
+from roclip.oracle.shardpass import Looked
+from roclip.oracle.statistics import Findings
+from roclip.shards import Manifest, write_atomic
+from roclip.stream import ShardReader, decode
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+PICTURES = 24
+"""Suspect pictures in report.html; the first half of them are in report.json too."""
+_PANEL_PX = 144
+
+
+def write_outputs(
+    report: dict[str, Any],
+    findings: Findings,
+    looked: Looked,
+    victims: np.ndarray,
+    segmenter: Segmenter,
+    labels: Sequence[str],
+    shards: Path,
+    out: Path,
+    alpha: float,
+) -> None:
+    """Write all three files to `out`, report.json last: where it is, the check is complete."""
+    rows = disagreements(looked, victims, labels)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+    write_atomic(out / "disagreements.parquet", buffer.getvalue())
+    repeated = [row for row in rows if row["victim"]] or [row for row in rows if row["d3"]]
+    resisted = [row for row in rows if row["d2"] and not row["d3"]]
+    suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, shards)
+    others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, shards)
+    page = render(report, suspects, others, labels)
+    report["pictures"] = [
+        {
+            "png": picture["png"],
+            "caption": f"{picture['caption']} — model: {picture['model']}, oracle: {picture['oracle']}",
+        }
+        for picture in suspects[: PICTURES // 2]
+    ]
+    write_atomic(out / "report.html", page)
+    write_atomic(out / "report.json", json.dumps(report, indent=1))
+
+
+SCHEMA = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("sha256", pa.string()),
+        ("keys", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.string())),
+        ("model", pa.string()),  # zero-shot answer
+        ("oracle", pa.list_(pa.string())),  # labels it clearly sees, the largest first
+        ("lie", pa.string()),  # label that only captions name
+        ("d1", pa.bool_()),  # model against oracle
+        ("d2", pa.bool_()),  # caption against oracle
+        ("d3", pa.bool_()),  # the model repeats what only the caption says
+        ("victim", pa.bool_()),  # d3, of a label or a kind for which chance does not explain it
+        ("image", pa.int32()),  # number of the distinct image in this pass
+    ]
+)
+
+
+def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a distinct image on which the three disagree, the most suspicious first; columns as in `SCHEMA`."""
+    seen = looked.observations
+    lies, says = seen.lies(), seen.says()
+    d1 = (says & ~seen.seen).any(axis=1)
+    d2, d3 = lies.any(axis=1), (lies & says).any(axis=1)
+    # How much more of the image is something else than what the caption claims.
+    contrast = (looked.areas * seen.clear).max(axis=1, initial=0) - (looked.areas * lies).max(axis=1, initial=0)
+    copies = np.minimum(seen.captions, 99)
+    order = np.lexsort((-contrast, -copies, ~d3, ~victims))
+    order = order[(d1 | d2)[order]]
+    captions_of, rows = looked.captions_of(), []
+    for rank, n in enumerate(order, 1):
+        lied = lies[n] & says[n] if d3[n] else lies[n]
+        clear = [labels[c] for c in np.argsort(-looked.areas[n], kind="stable") if seen.clear[n, c]]
+        rows.append(
+            {
+                "rank": rank,
+                "sha256": looked.sha256[n],
+                "keys": [looked.keys[row] for row in captions_of[n]],
+                "captions": [looked.captions[row] for row in captions_of[n]],
+                "model": labels[seen.answer[n]],
+                "oracle": clear,
+                "lie": labels[int(np.flatnonzero(lied)[0])] if lied.any() else None,
+                "d1": bool(d1[n]),
+                "d2": bool(d2[n]),
+                "d3": bool(d3[n]),
+                "victim": bool(victims[n]),
+                "image": int(n),
+            }
+        )
+    return rows
+
+
+def render(
+    report: dict[str, Any], suspects: list[dict[str, Any]], others: list[dict[str, Any]], labels: Sequence[str]
+) -> str:
+    """The page. `suspects` and `others` are pictures as `_pictures` makes them."""
+    checked = [row for row in report["labels"] if "lies" in row]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"
+    return environment.from_string(TEMPLATE.read_text()).render(
+        report=report,
+        checked=checked,
+        longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
+        suspects=suspects,
+        others=others,
+        colors={
+            label: "rgb({},{},{})".format(*color) for label, color in zip(labels, palette(len(labels)), strict=True)
+        },
+        min_belief=statistics.MIN_BELIEF,
+    )
+
+
+def palette(number: int) -> list[tuple[int, int, int]]:
+    """So many different strong colours."""
+    hues = [(0.09 + place * 0.618034) % 1 for place in range(number)]
+    triples = [colorsys.hls_to_rgb(hue, 0.5, 0.85) for hue in hues]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in triples]
+
+
+def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The first rows, images with one caption and with several in turn, and labels in turn."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((len(row["keys"]) > 1, row["lie"] if len(row["keys"]) == 1 else ""), []).append(row)
+    turns = [
+        (place, number_of_group, row)
+        for number_of_group, group in enumerate(groups.values())
+        for place, row in enumerate(group)
+    ]
+    return [row for _, _, row in sorted(turns, key=lambda turn: turn[:2])[:number]]
+
+
+def _pictures(
+    rows: list[dict[str, Any]], looked: Looked, segmenter: Segmenter, labels: Sequence[str], shards: Path
+) -> list[dict[str, Any]]:
+    """Each row's image beside what the oracle sees in it, as base64 PNG, with the words that belong to it."""
+    if not rows:
+        return []
+    captions_of = looked.captions_of()
+    images = read_images([looked.places[captions_of[row["image"]][0]] for row in rows], looked.size_px, shards)
+    masks = segmenter.masks(np.stack(images))
+    return [
+        {
+            "png": two_panels(image, mask, len(labels)),
+            "caption": row["captions"][0],
+            "more": len(row["captions"]) - 1,
+            "model": row["model"],
+            "oracle": ", ".join(row["oracle"]) or "nothing it knows",
+            "oracle_labels": row["oracle"],
+            "lie": row["lie"] or "",
+            "repeated": row["d3"],
+            "key": row["keys"][0],
+        }
+        for row, image, mask in zip(rows, images, masks, strict=True)
+    ]
+
+
+def read_images(places: Sequence[tuple[str, int]], size_px: int, shards: Path) -> list[np.ndarray]:
+    """The images at these places (shard, sample number), each (size_px, size_px, 3) uint8."""
+    readers = {record.name: ShardReader(shards, record) for record in Manifest(shards).records()}
+    images = [decode(readers[name].read(sample)[0], size_px) for name, sample in places]
+    for reader in readers.values():
+        reader.close()
+    return images
+
+
+def two_panels(image: np.ndarray, mask: np.ndarray, classes: int) -> str:
+    """Base64 PNG: the image, and the image in grey with every object of the mask in its label's colour."""
+    gray = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.55 + 100
+    colors = np.array([(0, 0, 0), *palette(classes)], dtype=float)[mask]
+    on = (mask > 0)[:, :, None]
+    overlay = np.where(on, 0.35 * gray + 0.65 * colors, gray).clip(0, 255).astype(np.uint8)
+    panels = [Image.fromarray(panel) for panel in (image, overlay)]
+    if max(image.shape) < _PANEL_PX:
+        panels = [panel.resize((_PANEL_PX, _PANEL_PX), Image.Resampling.BICUBIC) for panel in panels]
+    else:
+        for panel in panels:
+            panel.thumbnail((_PANEL_PX, _PANEL_PX))
+    width, height = panels[0].size
+    sheet = Image.new("RGB", (2 * width + 4, height), (255, 255, 255))
+    sheet.paste(panels[0], (0, 0))
+    sheet.paste(panels[1], (width + 4, 0))
+    buffer = io.BytesIO()
+    sheet.quantize(128).save(buffer, format="png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
