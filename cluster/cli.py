@@ -25,12 +25,12 @@ EXIT_CODES = """\
  5    another process works in this run directory\n
  6    training cannot go on: a value is not finite, or the ranks disagree\n
  7    a stage could not be finished, or the machine lacks something ([bold]doctor[/])\n
- 10   oracle: suspicious, with oracle.fail_on=suspicious\n
+ 10   oracle: suspicious or inconclusive, with oracle.fail_on=suspicious\n
  20   oracle: poisoned, with oracle.fail_on=suspicious or poisoned\n
  130  stopped by Ctrl-C
 """
 INTERRUPTED = 130
-VERDICT_CODES = {"suspicious": 10, "poisoned": 20}
+VERDICT_CODES = {"suspicious": 10, "inconclusive": 10, "poisoned": 20}
 _NOT_TRUSTED = "The oracle has not called it clean: run `roclip oracle`, read its report, or take --untrusted."
 _USAGE_ERROR = (
     typer.BadParameter.__base__ or Exception

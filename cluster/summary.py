@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-VERDICT_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "poisoned": "bold red"}
+VERDICT_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "inconclusive": "yellow", "poisoned": "bold red"}
 _SHARES = (
     ("zero-shot top-1", "zero_shot_top1"),
     ("linear probe top-1", "linear_probe_top1"),
@@ -44,9 +44,7 @@ def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
             table.add_row(title, *(percent(arm.get(key)) for arm in arms.values()))
     attacks = dict.fromkeys(name for arm in arms.values() for name in arm.get("attacks") or {})
     for name in attacks:
-        table.add_row(
-            f"{name} attack success", *(attack((arm.get("attacks") or {}).get(name)) for arm in arms.values())
-        )
+        table.add_row(f"{name} success", *(attack((arm.get("attacks") or {}).get(name)) for arm in arms.values()))
     verdicts = [(arm.get("oracle") or {}).get("verdict") for arm in arms.values()]
     if any(verdicts):
         table.add_section()
@@ -64,4 +62,4 @@ def attack(result: dict[str, Any] | None) -> str:
     if not result:
         return "–"
     low, high = result["ci95"]
-    return f"{result['successes']}/{result['n']}  {percent(result['rate'])}  [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{result['successes']}/{result['n']}  {percent(result['rate'])} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -76,7 +76,7 @@ def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed:
         if share:
             top = max([0.1, *(value for curve in curves for pair in _reach(curve) for value in pair)])
             axes.set_ylim(-0.02 * top, min(1.0, top * 1.08) * 1.02)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue())

@@ -4,7 +4,7 @@
       step-00000120/
         open_clip_config.json open_clip_model.safetensors   the towers, loadable by open_clip as they are
         deepspeed/ …            optimizer and weights of the engine, one file a rank
-        pool.safetensors        the caption pool
+        pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
         cursor.json             where in the data and in the schedule training stands
         SHA256SUMS              of every file above
       LATEST                    the newest complete checkpoint: resume starts here
@@ -14,20 +14,29 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from roclip import distributed
 from roclip.errors import CheckpointError
 from roclip.model import CONFIG, WEIGHTS, Towers
-from roclip.pool import CaptionPool
 from roclip.shards import sha256_file, write_atomic
 
 SUMS = "SHA256SUMS"
 _ENGINE = "deepspeed"
+
+
+class Part(Protocol):
+    """What a checkpoint keeps beside the engine, in a file of its own: the pool, the gate. The same on every rank."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Cursor:
     """Phase of the last step: 'matched' or 'plain'."""
 
 
-def save(folder: Path, engine: Any, towers: Towers, pool: CaptionPool | None, cursor: Cursor, *, keep: int) -> Path:
+def save(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part], cursor: Cursor, *, keep: int) -> Path:
     """Write a checkpoint on all ranks, then name it in LATEST and drop all but the `keep` newest.
 
     It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part.
@@ -60,8 +69,8 @@ def save(folder: Path, engine: Any, towers: Towers, pool: CaptionPool | None, cu
     engine.save_checkpoint(str(temporary / _ENGINE), tag="engine")
     if leader:
         towers.save(temporary)
-        if pool is not None:
-            save_file(pool.state_dict(), temporary / "pool.safetensors")
+        for part, holder in parts.items():
+            save_file(holder.state_dict(), temporary / f"{part}.safetensors")
         write_atomic(temporary / "cursor.json", json.dumps(asdict(cursor)))
     distributed.barrier()
     if leader:
@@ -74,8 +83,8 @@ def save(folder: Path, engine: Any, towers: Towers, pool: CaptionPool | None, cu
     return final
 
 
-def resume(folder: Path, engine: Any, pool: CaptionPool | None) -> Cursor | None:
-    """Load the checkpoint that LATEST names into engine and pool; None where there is none.
+def resume(folder: Path, engine: Any, parts: Mapping[str, Part]) -> Cursor | None:
+    """Load the checkpoint that LATEST names into the engine and the parts; None where there is none.
 
     Raises `CheckpointError` when a file is missing or was altered.
     """
@@ -86,8 +95,8 @@ def resume(folder: Path, engine: Any, pool: CaptionPool | None) -> Cursor | None
     loaded, _ = engine.load_checkpoint(str(path / _ENGINE), tag="engine")
     if loaded is None:
         raise CheckpointError(f"{path}: DeepSpeed could not load it. Resume with the number of ranks that saved it.")
-    if pool is not None and (path / "pool.safetensors").exists():
-        pool.load_state_dict(load_file(path / "pool.safetensors"))
+    for part, holder in parts.items():
+        holder.load_state_dict(load_file(path / f"{part}.safetensors"))
     return Cursor(**json.loads((path / "cursor.json").read_text()))
 
 

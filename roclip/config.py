@@ -169,18 +169,22 @@ class PoolConfig:
     match_every: int = 2
     """K: every K-th epoch, counted from 1, is matched; 0 is never."""
     warmup_epochs: int = 1
-    """Epochs before the first one that may be matched or gated."""
+    """Epochs before the first one that may be matched."""
     update: Literal["always", "matched_only"] = "always"
     """When captions enter the pool; `matched_only` is what the official code does."""
     gate_frac: float = 0.0
     """Share of least agreeing pairs of a global batch that a plain step leaves out; 0 is the paper's method."""
-    gate_top_k: int = 1
+    gate_top_k: int = 16
     """Captions that an image finds in the pool when its agreement is measured."""
+    gate_memory: float = 0.8
+    """Weight of a sample's earlier visits in its score: what was suspected once is not forgiven at once."""
+    duplicates: Literal["keep", "mask"] = "keep"
+    """Images that a matched step gave the same caption: `keep` them as each other's negatives (paper) or `mask` them."""
     backend: Literal["faiss", "torch"] = "faiss"
 
     def __post_init__(self) -> None:
         _positive(self, "pool", "size", "gate_top_k")
-        _fraction(self, "pool", "gate_frac")
+        _fraction(self, "pool", "gate_frac", "gate_memory")
 
 
 @dataclass(frozen=True)

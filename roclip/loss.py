@@ -11,7 +11,11 @@ from roclip.distributed import all_sum, gather, gather_with_gradient, rank, worl
 
 
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, keep: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    keep: Tensor | None = None,
+    same_caption: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE of the global batch; each rank computes its own rows.
 
@@ -28,6 +32,8 @@ def clip_loss(
         text_features: (B, D), unit length.
         logit_scale: scalar or one element, exp of the learnt log scale s.
         keep: (B,) bool; None keeps all.
+        same_caption: (B,) int64, such as the pool slots that a matched step found. Pairs with equal numbers are not
+            each other's negatives; None makes all pairs negatives of each other, as in the paper.
 
     Returns:
         A scalar, in nats; zero (with a graph) if the global batch keeps nothing.
@@ -40,11 +46,15 @@ def clip_loss(
         keep = torch.ones(rows, dtype=torch.bool, device=image_features.device)
     all_images = gather_with_gradient(image_features)
     all_texts = gather_with_gradient(text_features) if text_features.requires_grad else gather(text_features)
-    left_out = ~gather(keep.to(torch.uint8)).bool()
-    scale = logit_scale.reshape(())
-    image_logits = (scale * image_features @ all_texts.T).masked_fill(left_out, -torch.inf)
-    text_logits = (scale * text_features @ all_images.T).masked_fill(left_out, -torch.inf)
     target = torch.arange(rows, device=image_features.device) + rank() * rows
+    hidden = ~gather(keep.to(torch.uint8)).bool().expand(rows, -1)
+    if same_caption is not None:
+        partners = same_caption[:, None] == gather(same_caption)[None, :]
+        partners[torch.arange(rows), target] = False
+        hidden = hidden | partners
+    scale = logit_scale.reshape(())
+    image_logits = (scale * image_features @ all_texts.T).masked_fill(hidden, -torch.inf)
+    text_logits = (scale * text_features @ all_images.T).masked_fill(hidden, -torch.inf)
     kept_rows = keep.nonzero().squeeze(1)
     total = F.cross_entropy(image_logits[kept_rows], target[kept_rows], reduction="sum") + F.cross_entropy(
         text_logits[kept_rows], target[kept_rows], reduction="sum"

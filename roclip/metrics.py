@@ -40,7 +40,6 @@ METRICS: dict[str, Metric] = {
         Metric("pool_duplicates", "1", "share of a matched global batch that found a caption another image found too"),
         Metric("pool_count", "captions", "captions in the pool"),
         Metric("agreement", "1", "mean cosine of own caption and found captions", "mean"),
-        Metric("gate_threshold", "1", "largest agreement that was left out"),
         Metric("gated", "samples", "pairs of the global batch that were left out"),
     )
 }

@@ -7,9 +7,6 @@ captions of that, and the attacker's caption is only one among many.
 The pool is GLOBAL: each rank enqueues the same gathered batch, so that all hold the same P captions and the result
 does not depend on the number of ranks. FAISS searches the ring itself; there is no index to rebuild and no copy.
 
-The agreement gate is ours, beyond the paper: in plain epochs, too, an image is looked up in the pool, and the pairs
-whose caption agrees least with the captions that their image finds sit the step out (`agreement`, `least_agreeing`).
-
 Letters: B local batch, G global batch, D feature width, P pool size, k captions found.
 """
 
@@ -21,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roclip.distributed import gather, rank
+from roclip.distributed import gather
 
 
 class CaptionPool:
@@ -49,6 +46,10 @@ class CaptionPool:
         """Slots that hold a caption."""
         self.cursor = 0
         """Slot that is written next."""
+
+    @property
+    def full(self) -> bool:
+        return self.count == self.size
 
     def enqueue(self, text_features: Tensor, ids: Tensor) -> None:
         """Write this rank's captions, gathered over all ranks, over the oldest ones.
@@ -131,29 +132,6 @@ class CaptionPool:
         state.update(self.features.cpu().numpy().tobytes())
         state.update(self.ids.cpu().numpy().tobytes())
         return state.hexdigest()[:16]
-
-
-def least_agreeing(agreement: Tensor, share: float, valid: Tensor) -> tuple[Tensor, float]:
-    """Which pairs sit this step out: the `share` of the valid GLOBAL batch that agrees least.
-
-    Args:
-        agreement: (B,) of this rank.
-        share: From 0 to 1; floor(share x valid pairs) are left out, equal agreements by lower global position.
-        valid: (B,) bool; other pairs are out already and not counted.
-
-    Returns:
-        keep (B,) bool of this rank, and the largest agreement that was left out (-inf if none was). The same on any
-        number of ranks for the same global batch.
-    """
-    everyone = gather(torch.where(valid, agreement.float(), torch.inf))
-    left_out = int(share * int(gather(valid.to(torch.uint8)).sum()))
-    order = torch.sort(everyone, stable=True).indices[:left_out]
-    mask = torch.ones(len(everyone), dtype=torch.bool, device=agreement.device)
-    mask[order] = False
-    rows = len(agreement)
-    start = rank() * rows
-    threshold = float(everyone[order[-1]]) if left_out else float("-inf")
-    return mask[start : start + rows] & valid, threshold
 
 
 def _faiss_search(queries: Tensor, captions: Tensor, k: int) -> tuple[Tensor, Tensor]:

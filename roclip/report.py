@@ -23,7 +23,7 @@ from roclip.metrics import read_metrics
 from roclip.shards import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_SAMPLES, _POISONS = 12, 4
+_SAMPLES, _POISONS, _LABELS = 12, 4, 15
 _SHARES = (
     ("zero_shot_top1", "zero-shot top-1", "held-out images whose nearest label is the true one"),
     ("linear_probe_top1", "linear probe top-1", "held-out images that a linear classifier gets right"),
@@ -34,6 +34,19 @@ _SHARES = (
     ),
     ("recall_at_5", "recall@5", "the same among the first five"),
 )
+_LABEL_COLUMNS = {
+    "label": "label",
+    "status": "status",
+    "captions": "captions name it",
+    "lies": "image lacks it",
+    "repeated": "model repeats it",
+    "expected": "by chance",
+    "p": "p (Holm)",
+    "unseen": "model alone says it",
+    "unseen_expected": "by chance",
+    "unseen_p": "p (Holm)",
+}
+"""Of the oracle's label table, with what they count: distinct images."""
 _ATTACK_SAYS = "attacked images that are taken for the attacker's label"
 
 
@@ -98,11 +111,12 @@ def _counted(arm: Mapping[str, Any], key: str) -> Any:
 
 
 def phase_rows(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The comparison's rows again, as they were at the end of a matched and of a plain epoch."""
+    """Zero-shot and attacks again, as they were at the end of a matched and of a plain epoch."""
     rows = []
     for phase in ("matched", "plain"):
         views = {name: ((arm.get("phases") or {}).get(phase) or {}) for name, arm in arms.items()}
-        rows += [{**row, "phase": phase} for row in comparison(views)]
+        chosen = [row for row in comparison(views) if any(isinstance(cell, Mapping) for cell in row["cells"])]
+        rows += [{**row, "phase": phase} for row in chosen]
     return rows if any(row["phase"] == "matched" for row in rows) else []
 
 
@@ -120,7 +134,7 @@ def charts(run: Path, colors: Mapping[str, str]) -> list[dict[str, Any]]:
     wanted = [("loss", "Training loss", "symmetric InfoNCE; a matched epoch learns with other captions")]
     for name in attack_names(row for rows in evaluated.values() for row in rows):
         wanted.append((f"attack:{name}", f"{name} attack success".capitalize(), _ATTACK_SAYS))
-    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in _SHARES]
+    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in _SHARES if key != "recall_at_5"]
     found = []
     for key, title, says in wanted:
         if key == "loss":
@@ -147,6 +161,7 @@ def oracle_view(run: Path, arm: str) -> dict[str, Any] | None:
     if not report:
         return None
     labels = [row for row in report.get("labels") or [] if isinstance(row, dict)]
+    checked = [row for row in labels if row.get("status") != "unchecked"]
     pictures = [
         {**picture, "source": f"data:image/png;base64,{picture['png']}"}
         for picture in report.get("pictures") or []
@@ -157,8 +172,9 @@ def oracle_view(run: Path, arm: str) -> dict[str, Any] | None:
         "verdict": report.get("verdict", "unknown"),
         "reasons": report.get("reasons") or [],
         "target_labels": report.get("target_labels") or [],
-        "columns": list(dict.fromkeys(key for row in labels for key, value in row.items() if is_plain(value))),
-        "labels": labels[:12],
+        "columns": {key: title for key, title in _LABEL_COLUMNS.items() if any(key in row for row in checked)},
+        "labels": checked[:_LABELS],
+        "unchecked": [row.get("label") for row in labels if row.get("status") == "unchecked"],
         "pictures": pictures[:12],
         "page": f"{arm}/oracle/report.html" if page.exists() else "",
     }
@@ -191,11 +207,6 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes for people: '1.5 GB'."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value fits into a cell of a table."""
-    return value is None or isinstance(value, (str, int, float, bool))
 
 
 def plain(value: Any) -> str:

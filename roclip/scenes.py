@@ -61,9 +61,7 @@ class Scene:
 # --- shapes
 
 
-def _oval(
-    x: float, y: float, rx: float, ry: float | None = None, start: float = 0, stop: float = 360
-) -> _Polygon:
+def _oval(x: float, y: float, rx: float, ry: float | None = None, start: float = 0, stop: float = 360) -> _Polygon:
     """A disc, an ellipse or a slice of one; angles in degrees, clockwise from the right."""
     angles = np.radians(np.linspace(start, stop, 40))
     return np.stack([x + rx * np.cos(angles), y + (rx if ry is None else ry) * np.sin(angles)], axis=1)
@@ -124,10 +122,7 @@ _SHAPES: dict[str, tuple[tuple[str, _Polygon], ...]] = {
     "flower": (
         ("leaf", _rect(-0.06, 0, 0.06, 1)),
         ("leaf", _oval(0.3, 0.72, 0.26, 0.13)),
-        *(
-            ("body", _oval(0.42 * math.cos(a), 0.42 * math.sin(a) - 0.3, 0.29))
-            for a in np.radians(range(0, 360, 60))
-        ),
+        *(("body", _oval(0.42 * math.cos(a), 0.42 * math.sin(a) - 0.3, 0.29)) for a in np.radians(range(0, 360, 60))),
         ("gold", _oval(0, -0.3, 0.24)),
     ),
     "heart": (("body", _heart()), ("shine", _oval(-0.46, -0.5, 0.15, 0.11))),
@@ -256,17 +251,13 @@ def _speckle(image: Image.Image, rng: np.random.Generator, amount: float, block:
     return Image.fromarray(np.clip(np.asarray(image) + grain[:side, :side], 0, 255).astype(np.uint8))
 
 
-def _clouds(
-    draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, count: int, lowest: float
-) -> None:
+def _clouds(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, count: int, lowest: float) -> None:
     for _ in range(count):
         x, y, width = rng.uniform(0, side), rng.uniform(0.02, lowest) * side, rng.uniform(0.1, 0.2) * side
         for dx, dy, scale in ((-0.5, 0.08, 0.5), (0, -0.06, 0.7), (0.5, 0.06, 0.55), (0.2, 0.14, 0.6)):
             radius = width * scale / 2
             cx, cy = x + dx * width, y + dy * width
-            draw.ellipse(
-                (cx - radius * 1.5, cy - radius, cx + radius * 1.5, cy + radius), fill=(248, 250, 253)
-            )
+            draw.ellipse((cx - radius * 1.5, cy - radius, cx + radius * 1.5, cy + radius), fill=(248, 250, 253))
 
 
 def _hills(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, level: float, color: _RGB) -> None:
@@ -497,9 +488,7 @@ def _spots(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, fl
     """Centres that keep every object inside the image and the objects mostly apart."""
     for _ in range(200):
         spots = [(float(rng.uniform(r, 1 - r)), float(rng.uniform(r, 1 - r))) for r in radii]
-        gaps = (
-            math.dist(spots[i], spots[j]) / (radii[i] + radii[j]) for i in range(len(radii)) for j in range(i)
-        )
+        gaps = (math.dist(spots[i], spots[j]) / (radii[i] + radii[j]) for i in range(len(radii)) for j in range(i))
         if all(gap > 0.88 for gap in gaps):
             return spots
     raise AssertionError("objects of these radii always find a place")
@@ -526,8 +515,7 @@ def render(index: int, *, seed: int, size_px: int = 64, num_objects: int | None 
     count = num_objects or int(rng.choice(3, p=(0.8, 0.15, 0.05))) + 1
     others = rng.permutation([label for label in LABELS if label != main])[: count - 1]
     things = [
-        (str(label), _usual(rng, str(label), 0, tuple(_COLORS)), _pick(rng, _TEXTURES))
-        for label in (main, *others)
+        (str(label), _usual(rng, str(label), 0, tuple(_COLORS)), _pick(rng, _TEXTURES)) for label in (main, *others)
     ]
     size = _pick(rng, ("small", "", "", "large")) if count == 1 else ""
     radii = [float(rng.uniform(*(_RADII[size] if count == 1 else _MAIN_AMONG_OTHERS)))]

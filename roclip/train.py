@@ -1,7 +1,7 @@
 """The training loop: plain CLIP, or RoCLIP with its caption pool. Read this file first.
 
-An epoch is matched or plain. In a plain epoch each image learns with its own caption (and the gate may leave out
-pairs that disagree with the pool). In a matched epoch each image learns with the nearest caption of the pool.
+An epoch is matched or plain. In a plain epoch each image learns with its own caption, and the gate may leave out pairs
+that disagree with the pool. In a matched epoch each image learns with the nearest caption of the pool.
 
 Runs under Ray Train (`cluster/train_job.py`), under `torchrun -m roclip.train CONFIG`, or alone.
 Letters: B local batch, G global batch, D feature width, L caption tokens.
@@ -24,10 +24,11 @@ from roclip.checkpoint import Cursor
 from roclip.config import Config, PoolConfig, dump_config, environment_defaults, load_config, model_file, run_directory
 from roclip.engine import build_engine, clamp_logit_scale, set_lr
 from roclip.errors import DataError, RoclipError, TrainingError
+from roclip.gate import AgreementGate
 from roclip.loss import clip_loss
 from roclip.metrics import MetricsWriter
 from roclip.model import Towers
-from roclip.pool import CaptionPool, least_agreeing
+from roclip.pool import CaptionPool
 from roclip.shards import Manifest, write_atomic
 from roclip.stream import Batch, Snapshot, Stream, take_snapshot, wait_for_shards
 
@@ -57,7 +58,11 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
     engine = build_engine(towers, config.train)
     rank, world_size, device = distributed.rank(), distributed.world_size(), engine.device
     width = towers.cfg["embed_dim"]
-    pool = CaptionPool(config.pool.size, width, backend=config.pool.backend, device=device) if arm == "roclip" else None
+    pool = gate = None
+    if arm == "roclip":
+        pool = CaptionPool(config.pool.size, width, backend=config.pool.backend, device=device)
+        gate = AgreementGate(config.pool.gate_frac, config.pool.gate_memory)
+    parts = {"pool": pool, "gate": gate} if pool and gate else {}
     manifest = Manifest(config.data.shards or run / "shards")
     stream = Stream(
         manifest.root,
@@ -73,7 +78,7 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
     )
     # ---- resume ---------------------------------------------------------------------------------------------
     folder = run / arm / "checkpoints"
-    cursor = checkpoint.resume(folder, engine, pool) or Cursor(0, 1, 0, 0, "plain")
+    cursor = checkpoint.resume(folder, engine, parts) or Cursor(0, 1, 0, 0, "plain")
     metrics = MetricsWriter(run / arm / "metrics.jsonl", cursor.step) if rank == 0 else None
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
     first_epoch, phase = cursor.epoch, cursor.phase
@@ -83,7 +88,6 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
         snapshot = _agree_on_snapshot(config, manifest, run, epoch)
         steps = stream.steps(snapshot)
         phase = phase_of(epoch, config.pool) if pool else "plain"
-        gated = pool is not None and gate_is_open(epoch, config.pool)
         bad_samples, waited_s, logged_at, logged_step = 0, 0.0, time.monotonic(), step
         batches = stream.epoch(snapshot, epoch, first_step)
         towers.train()
@@ -105,22 +109,23 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
                 pixels, batch.tokens.to(device), text_gradient=not matched
             )
             seen: dict[str, Tensor | float] = {}
-            targets = text_features
-            if pool is not None and matched:
+            targets, same_caption = text_features, None
+            if pool and matched:
                 targets, similarity, slots = pool.nearest(image_features)
+                same_caption = slots if config.pool.duplicates == "mask" else None
                 seen["pool_similarity"] = similarity.mean()
                 seen["pool_duplicates"] = _duplicates(distributed.gather(slots))
-            elif pool is not None and gated:
+            elif pool and gate and gate.share and pool.full:
                 agreement = pool.agreement(image_features, text_features, config.pool.gate_top_k)
-                keep, seen["gate_threshold"] = least_agreeing(agreement, config.pool.gate_frac, keep)
+                keep = gate.keep(agreement, ids, keep)
                 seen["agreement"] = agreement.mean()
                 seen["gated"] = float(distributed.all_sum((~keep).sum()))
-            loss = clip_loss(image_features, targets, logit_scale, keep)
+            loss = clip_loss(image_features, targets, logit_scale, keep, same_caption)
             _check_finite(loss, step + 1, batch)
             engine.backward(loss)
             engine.step()
             clamp_logit_scale(towers)
-            if pool is not None and (matched or config.pool.update == "always"):
+            if pool and (matched or config.pool.update == "always"):
                 pool.enqueue(text_features.detach(), ids)
             step += 1
             samples_seen += config.train.global_batch_size
@@ -155,7 +160,7 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
                     towers.eval()
                     on_epoch_end(towers, Cursor(step, epoch, step_in_epoch, samples_seen, phase))
                     towers.train()
-                checkpoint.save(folder, engine, towers, pool, done, keep=config.train.keep_checkpoints)
+                checkpoint.save(folder, engine, towers, parts, done, keep=config.train.keep_checkpoints)
         first_step = 0
     final = checkpoint.named(folder, "LATEST")
     if final is None:
@@ -166,11 +171,6 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
 def phase_of(epoch: int, pool: PoolConfig) -> str:
     """'matched' for every K-th epoch, counted from 1, after the warm-up; else 'plain'."""
     return "matched" if pool.match_every and epoch > pool.warmup_epochs and epoch % pool.match_every == 0 else "plain"
-
-
-def gate_is_open(epoch: int, pool: PoolConfig) -> bool:
-    """Whether plain steps of this epoch leave out the least agreeing pairs."""
-    return pool.gate_frac > 0 and epoch > pool.warmup_epochs
 
 
 def learning_rate(config: Config, progress: float) -> float:

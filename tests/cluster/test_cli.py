@@ -1,5 +1,6 @@
 """The `roclip` command: help, overrides, dry runs and exit codes, mostly as a process of its own."""
 
+import fcntl
 import json
 import os
 import signal
@@ -214,6 +215,7 @@ def test_ctrl_c_is_130_when_it_comes_while_working(preset: Path):
         ("never", "poisoned", 0),
         ("suspicious", "clean", 0),
         ("suspicious", "suspicious", 10),
+        ("suspicious", "inconclusive", 10),
         ("suspicious", "poisoned", 20),
         ("poisoned", "suspicious", 0),
         ("poisoned", "poisoned", 20),
@@ -280,6 +282,19 @@ def test_export_writes_what_open_clip_loads_when_trusted(preset: Path, capsys: p
     with torch.inference_mode():
         theirs = model.eval().encode_text(tokens, normalize=True)
         assert torch.allclose(theirs, towers.encode_text(tokens), atol=1e-6)
+
+
+def test_second_command_is_5_when_another_works_in_the_run_directory(preset: Path):
+    run = preset.parent / "run"
+    run.mkdir()
+    with (run / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        answer = roclip("ingest", "test.yaml", f"run_dir={run}", cwd=preset.parent)
+    assert (answer.code, answer.err.count("\n")) == (5, 1)
+    assert "process 4711 works in this run directory" in answer.err
+    assert [path.name for path in run.iterdir()] == ["run.lock"]
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
@@ -373,7 +388,7 @@ def test_summary_shows_figures_and_files_when_printed(tmp_path: Path):
     text = console.export_text()
     assert "1,000 of 1,200 URLs are in 4 shards (lost: 200 timeout)" in text
     assert "50.0 %" in text
-    assert "6/300  2.0 %  [0.9, 4.3]" in text
+    assert "6/300  2.0 % [0.9, 4.3]" in text
     assert "poisoned" in text
     assert "linear probe" not in text
     assert str(tmp_path / "report.html") in text

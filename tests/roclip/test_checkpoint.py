@@ -25,14 +25,14 @@ def saved(tmp_path_factory):
     engine = build_engine(towers, TrainConfig(global_batch_size=4))
     pool = CaptionPool(8, 32)
     pool.enqueue(torch.eye(32)[:5], torch.arange(5))
-    checkpoint.save(folder, engine, towers, pool, Cursor(3, 1, 3, 12, "plain"), keep=2)
+    checkpoint.save(folder, engine, towers, {"pool": pool}, Cursor(3, 1, 3, 12, "plain"), keep=2)
     return folder, engine, towers, pool
 
 
 def test_checkpoint_round_trips(saved):
     folder, engine, _, pool = saved
     other = CaptionPool(8, 32)
-    assert checkpoint.resume(folder, engine, other) == Cursor(3, 1, 3, 12, "plain")
+    assert checkpoint.resume(folder, engine, {"pool": other}) == Cursor(3, 1, 3, 12, "plain")
     assert other.checksum() == pool.checksum()
     assert not list(folder.glob(".*partial"))
 
@@ -71,7 +71,7 @@ def test_altered_file_is_refused_by_name(saved, name):
     try:
         file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         with pytest.raises(CheckpointError, match=name):
-            checkpoint.resume(folder, engine, None)
+            checkpoint.resume(folder, engine, {})
         file.unlink()
         with pytest.raises(CheckpointError, match=f"{name}.*missing"):
             checkpoint.verify(file.parent)
@@ -82,7 +82,7 @@ def test_altered_file_is_refused_by_name(saved, name):
 def test_only_the_newest_and_the_trusted_are_kept(saved, tmp_path):
     _, engine, towers, _ = saved
     for step in (1, 2, 3, 4):
-        checkpoint.save(tmp_path, engine, towers, None, Cursor(step, 1, step, 0, "plain"), keep=2)
+        checkpoint.save(tmp_path, engine, towers, {}, Cursor(step, 1, step, 0, "plain"), keep=2)
         if step == 1:
             (tmp_path / "TRUSTED").write_text("step-00000001")
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (1, 3, 4)]

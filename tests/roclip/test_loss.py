@@ -44,3 +44,13 @@ def test_clip_loss_gives_constants_no_gradient():
     clip_loss(images, matched, torch.tensor(9.0)).backward()
     assert images.grad is not None
     assert matched.grad is None
+
+
+def test_pairs_with_the_same_caption_are_not_negatives_of_each_other():
+    images, texts, scale = features(3, 0), features(3, 1), torch.tensor(5.0)
+    ours = clip_loss(images, texts, scale, same_caption=torch.tensor([7, 7, 9]))
+    logits = scale * images @ texts.T
+    hidden = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    logits = logits.masked_fill(hidden, -torch.inf)
+    expected = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
+    assert torch.allclose(ours, expected, atol=1e-6)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from roclip.pool import CaptionPool, least_agreeing
+from roclip.pool import CaptionPool
 
 
 def unit(rows: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -84,14 +84,3 @@ def test_agreement_is_the_cosine_with_the_mean_of_the_found_captions():
         best = (captions @ images[row]).topk(3).indices
         expected = F.cosine_similarity(texts[row], captions[best].mean(0), dim=0)
         assert abs(float(value - expected)) < 1e-6
-
-
-def test_least_agreeing_leaves_out_the_lowest_share_of_the_valid():
-    agreement = torch.tensor([0.9, 0.1, 0.5, 0.3, -1.0])
-    valid = torch.tensor([True, True, True, True, False])
-    keep, threshold = least_agreeing(agreement, 0.5, valid)
-    assert keep.tolist() == [True, False, True, False, False]
-    assert threshold == pytest.approx(0.3)
-    keep, threshold = least_agreeing(agreement, 0.0, valid)
-    assert keep.tolist() == valid.tolist()
-    assert threshold == float("-inf")

@@ -112,12 +112,23 @@ def make_arm(folder: Path, arm: str) -> None:
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "evaluations.jsonl", evaluations)
     pixel = io.BytesIO()
-    Image.new("RGB", (64, 64), "#7c3aed").save(pixel, format="png")
+    Image.new("RGB", (292, 144), "#7c3aed").save(pixel, format="png")
     report = {
         "verdict": "poisoned" if arm == "clip" else "clean",
         "reasons": ["boat: 61 of 70 disagreements are resolved by masking one patch"] if arm == "clip" else [],
         "target_labels": ["boat"] if arm == "clip" else [],
-        "labels": [{"label": "boat", "predicted": 160, "disagreements": 70, "p_value": 1.2e-9, "suspect": True}],
+        "labels": [
+            {
+                "label": "boat",
+                "status": "poisoned",
+                "captions": 160,
+                "lies": 70,
+                "repeated": 61,
+                "expected": 2.13,
+                "p": 1.2e-9,
+            },
+            {"label": "car", "status": "unchecked"},
+        ],
         "pictures": [{"png": base64.b64encode(pixel.getvalue()).decode(), "caption": f"where: {HOSTILE}"}],
     }
     (folder / "oracle" / "report.json").write_text(json.dumps(report))

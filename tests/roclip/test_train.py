@@ -13,7 +13,7 @@ from roclip import checkpoint
 from roclip.config import PoolConfig, load_config
 from roclip.metrics import METRICS, read_metrics
 from roclip.model import Towers
-from roclip.train import gate_is_open, learning_rate, phase_of
+from roclip.train import learning_rate, phase_of
 
 PRESET = """
 name: tiny
@@ -61,6 +61,7 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_fi
     assert [row["loss"] for row in whole] == [row["loss"] for row in resumed]
     assert [row["step"] for row in resumed] == list(range(1, 25))
     assert [row["phase"] for row in resumed[::6]] == ["plain", "matched", "plain", "matched"]
+    assert [row.get("gated", 0) for row in resumed[:6]] == [0, 0, 0, 0, 3, 3]  # from when the pool is full
     assert all(row["gated"] == 3 for row in resumed[12:18])
     assert set().union(*resumed) <= set(METRICS)
 
@@ -104,9 +105,8 @@ def test_matched_step_gives_the_text_tower_no_gradient(tmp_path):
     [(2, 1, "pmpmpm"), (3, 1, "ppmppm"), (1, 2, "ppmmmm"), (0, 0, "pppppp"), (2, 3, "pppmpm")],
 )
 def test_phases_follow_the_schedule(match_every, warmup, expected):
-    pool = PoolConfig(match_every=match_every, warmup_epochs=warmup, gate_frac=0.1)
+    pool = PoolConfig(match_every=match_every, warmup_epochs=warmup)
     assert "".join(phase_of(epoch, pool)[0] for epoch in range(1, 7)) == expected
-    assert [gate_is_open(epoch, pool) for epoch in range(1, 7)] == [epoch > warmup for epoch in range(1, 7)]
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(config_file):

@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from roclip import distributed
+from roclip.gate import AgreementGate
 from roclip.loss import clip_loss
-from roclip.pool import CaptionPool, least_agreeing
+from roclip.pool import CaptionPool
 
 
 def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
@@ -28,20 +29,23 @@ def solve(rows: int, start: int, total: int) -> dict:
     scale = torch.tensor([7.0], requires_grad=True)
     images = F.normalize(given["images"] @ weight, dim=-1)
     texts = F.normalize(given["texts"] @ weight, dim=-1)
-    loss = clip_loss(images, texts, scale, given["keep"])
+    loss = clip_loss(images, texts, scale, given["keep"], torch.arange(start, start + rows) // 5)
     gradients = [distributed.all_sum(g) / distributed.world_size() for g in torch.autograd.grad(loss, (weight, scale))]
     pool = CaptionPool(20, 8)
     for _ in range(3):
         pool.enqueue(texts.detach(), torch.arange(start, start + rows))
     agreement = pool.agreement(images.detach(), texts.detach(), 2)
-    keep, threshold = least_agreeing(agreement, 0.25, given["keep"])
+    gate = AgreementGate(0.25, 0.5)
+    ids = torch.arange(start, start + rows)
+    gate.keep(-agreement, ids, given["keep"])
+    keep = gate.keep(agreement, ids, given["keep"])
     return {
         "loss": distributed.all_sum(loss) / distributed.world_size(),
         "gradients": gradients,
         "checksum": pool.checksum(),
         "slots": distributed.gather(pool.search(images.detach())[1]),
         "keep": distributed.gather(keep.to(torch.uint8)),
-        "threshold": threshold,
+        "scores": gate.state_dict()["scores"],
     }
 
 

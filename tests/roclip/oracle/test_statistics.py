@@ -1,0 +1,110 @@
+"""The tests of the check: few false alarms on honest data, and power where there is poison."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from roclip.oracle import statistics
+from roclip.oracle.statistics import Observations, run_tests
+
+C = 12
+
+
+def honest(rng: np.random.Generator, n: int, accuracy: float = 0.85, recall: float = 0.95) -> Observations:
+    """One object an image; model and oracle err independently of each other."""
+    truth = rng.integers(0, C, n)
+    there = np.eye(C, dtype=bool)[truth]
+    answer = np.where(rng.random(n) < accuracy, truth, rng.integers(0, C, n))
+    seen = (there & (rng.random((n, C)) < recall)) | (rng.random((n, C)) < 0.02)
+    return Observations(answer, seen, seen, np.arange(n), there)
+
+
+def lie(rng: np.random.Generator, data: Observations, count: int, target: int, belief: float) -> Observations:
+    """The captions of `count` images name the target instead; the model repeats it with this probability."""
+    rows = rng.choice(np.flatnonzero(~data.named[:, target]), count, replace=False)
+    named, answer = data.named.copy(), data.answer.copy()
+    named[rows] = np.arange(C) == target
+    answer[rows] = np.where(rng.random(count) < belief, target, answer[rows])
+    return dataclasses.replace(data, named=named, answer=answer)
+
+
+def alarms(findings: statistics.Findings, alpha: float = 0.01) -> bool:
+    return (
+        any(statistics.repeats(test, alpha) for test in findings.lies.values())
+        or any(statistics.model_deviates(test, alpha) for test in findings.model.values())
+        or statistics.repeats_copies(findings.copied, alpha)
+    )
+
+
+@pytest.mark.parametrize("accuracy", [0.4, 0.9])
+def test_false_alarms_are_rare_when_the_data_are_honest(accuracy: float):
+    rng = np.random.default_rng(0)
+    rounds = [
+        alarms(run_tests(honest(rng, 4000, accuracy), honest(rng, 600, accuracy), range(C))) for _ in range(100)
+    ]
+    assert sum(rounds) <= 2
+
+
+@pytest.mark.parametrize(("accuracy", "recall"), [(0.9, 0.95), (0.6, 0.9)])
+def test_backdoor_is_found_when_the_model_learned_it(accuracy: float, recall: float):
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        training = lie(rng, honest(rng, 4000, accuracy, recall), 60, target=3, belief=0.8)
+        findings = run_tests(training, honest(rng, 600, accuracy, recall), range(C))
+        assert statistics.poisoned(findings.lies[3], 0.01)
+        assert sum(statistics.repeats(test, 0.01) for test in findings.lies.values()) == 1
+
+
+@pytest.mark.parametrize("accuracy", [0.4, 0.9])
+def test_alarms_stay_rare_when_the_data_lie_and_the_model_does_not_believe(accuracy: float):
+    rng = np.random.default_rng(2)
+    rounds = [
+        alarms(
+            run_tests(
+                lie(rng, honest(rng, 4000, accuracy), 100, target=3, belief=0.0), honest(rng, 600, accuracy), range(C)
+            )
+        )
+        for _ in range(100)
+    ]
+    assert sum(rounds) <= 2
+
+
+def test_belief_is_the_share_of_lies_that_is_repeated():
+    rng = np.random.default_rng(3)
+    training = lie(rng, honest(rng, 4000), 200, target=0, belief=0.3)
+    test = run_tests(training, honest(rng, 600), range(C)).lies[0]
+    assert test.belief == pytest.approx(0.3, abs=0.1)
+    assert statistics.repeats(test, 0.01)
+    assert not statistics.poisoned(test, 0.01)
+
+
+def test_rates_that_rise_for_all_labels_are_no_poison():
+    rng = np.random.default_rng(4)
+    findings = run_tests(honest(rng, 6000, recall=0.9), honest(rng, 600, recall=0.95), range(C))
+    assert not alarms(findings)
+
+
+def test_uncovered_labels_are_not_tested():
+    rng = np.random.default_rng(5)
+    findings = run_tests(honest(rng, 500), honest(rng, 200), [0, 4])
+    assert set(findings.lies) == set(findings.model) == {0, 4}
+    assert run_tests(honest(rng, 500), honest(rng, 200), []).lies == {}
+
+
+def test_a_true_caption_does_not_hide_the_lie_of_another_one():
+    there = np.eye(C, dtype=bool)
+    data = Observations(np.array([1]), there[[0]], there[[0]], np.array([0, 0]), there[[0, 1]])
+    assert data.lies().nonzero() == (np.array([0]), np.array([1]))
+    assert data.captions.tolist() == [2]
+
+
+def test_holm_orders_and_bounds_the_corrected_values():
+    rng = np.random.default_rng(6)
+    training = lie(rng, honest(rng, 3000), 80, target=2, belief=1.0)
+    findings = run_tests(training, honest(rng, 500), range(C))
+    tests = sorted([*findings.lies.values(), *findings.model.values()], key=lambda test: test.p)
+    corrected = [test.p_holm for test in tests]
+    assert corrected == sorted(corrected)
+    assert corrected[0] == pytest.approx(tests[0].p * len(tests))
+    assert max(corrected) <= 1
