@@ -26,7 +26,7 @@ def oracle(
     on_progress: Callable[[str], None] | None = None,
     in_process: bool = False,
 ) -> dict[str, Any]:
-    """Judge the checkpoint that `<run>/<arm>/checkpoints/LATEST` names, and return what summary.json keeps of the verdict.
+    """Judge the checkpoint that `<run>/<arm>/checkpoints/LATEST` names; returns what summary.json keeps of the verdict.
 
     The report lies in `<run>/<arm>/oracle/`. A checkpoint of the arm that is called clean becomes TRUSTED. With
     `checkpoint`, any folder with open_clip weights is judged instead, and TRUSTED stays as it is. A checkpoint that
@@ -37,7 +37,9 @@ def oracle(
     """
     if in_process:
         return judge(config, run, arm, checkpoint, on_progress)
-    task = _judge.options(num_cpus=config.cluster.cpus_per_worker, num_gpus=config.cluster.gpus_per_worker, max_retries=1)
+    task = _judge.options(
+        num_cpus=config.cluster.cpus_per_worker, num_gpus=config.cluster.gpus_per_worker, max_retries=1
+    )
     where = None if checkpoint is None else str(checkpoint.resolve())
     try:
         return ray.get(task.remote(dump_config(config), str(run.resolve()), arm, where))
@@ -61,7 +63,11 @@ def judge(
         raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first.")
     if (path / checkpoints.SUMS).exists() or checkpoint is None:
         checkpoints.verify(path)
-    origin, shards, out = run / "origin", Path(config.data.shards) if config.data.shards else run / "shards", run / arm / "oracle"
+    origin, shards, out = (
+        run / "origin",
+        Path(config.data.shards) if config.data.shards else run / "shards",
+        run / arm / "oracle",
+    )
     names = _labels(origin / "labels.json")
     trusted = origin / "trusted.parquet"
     if not trusted.exists():

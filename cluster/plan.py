@@ -47,7 +47,7 @@ class Plan:
     matched: tuple[int, ...]
     """Epochs, from 1, in which the arm `roclip` matches images with captions of the pool."""
     gated: tuple[int, ...]
-    """Plain epochs whose least agreeing pairs are left out."""
+    """Plain epochs whose least agreeing pairs are left out, once the pool is full."""
     parameters: int | None
     """Of both towers; None for towers that are not open_clip's own."""
     embed_dim: int
@@ -87,8 +87,8 @@ def make_plan(config: Config) -> Plan:
         shards=None if rows is None or not ingests(config) else math.ceil(rows / ingest.samples_per_shard),
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
-        matched=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "matched"),
-        gated=tuple(e for e in range(1, train.epochs + 1) if phase_of(config, e) == "gated"),
+        matched=tuple(e for e in range(1, train.epochs + 1) if is_matched(config, e)),
+        gated=gated_epochs(config, steps_per_epoch),
         parameters=weight_count,
         embed_dim=model["embed_dim"],
         ranks=config.cluster.workers,
@@ -107,14 +107,25 @@ def ingests(config: Config) -> bool:
     return bool(config.data.urls or config.data.images or config.data.scenes)
 
 
-def phase_of(config: Config, epoch: int) -> str:
-    """What the arm `roclip` does in an epoch, from 1: 'matched', 'gated' or 'plain'."""
+def is_matched(config: Config, epoch: int) -> bool:
+    """Whether the arm `roclip` matches in an epoch, from 1: `roclip.train.phase_of` without torch."""
     pool = config.pool
-    if epoch <= pool.warmup_epochs:
-        return "plain"
-    if pool.match_every and epoch % pool.match_every == 0:
-        return "matched"
-    return "gated" if pool.gate_frac else "plain"
+    return bool(pool.match_every) and epoch > pool.warmup_epochs and epoch % pool.match_every == 0
+
+
+def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
+    """Plain epochs in which the gate is open for at least one step: the pool must have been filled first."""
+    gated, captions = [], 0
+    if not config.pool.gate_frac or "roclip" not in config.arms:
+        return ()
+    for epoch in range(1, config.train.epochs + 1):
+        matched = is_matched(config, epoch)
+        steps = config.pool.size if steps_per_epoch is None else steps_per_epoch
+        if matched or config.pool.update == "always":
+            captions += steps * config.train.global_batch_size
+        if not matched and captions > config.pool.size:
+            gated.append(epoch)
+    return tuple(gated)
 
 
 def count_rows(config: Config) -> tuple[int, bool]:

@@ -1,7 +1,6 @@
 """What every command of a run works in: its directory, locked; a display; Ray, when it is needed; what it cost."""
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -17,7 +16,7 @@ import psutil
 import ray
 
 from cluster.progress import Display
-from roclip.config import Config, dump_config, environment_defaults, parse_config, run_directory
+from roclip.config import Config, dump_config, environment_defaults, identity, parse_config, run_directory
 from roclip.errors import ConfigError, RunLockedError
 from roclip.shards import write_atomic
 
@@ -129,9 +128,7 @@ def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
 
 
 def _refuse_another(saved: Config, config: Config, path: Path) -> None:
-    neutral = {"run_dir": "", "runs": "", "source": ""}
-    before = dump_config(dataclasses.replace(saved, **neutral)).splitlines()
-    now = dump_config(dataclasses.replace(config, **neutral)).splitlines()
+    before, now = identity(saved).splitlines(), identity(config).splitlines()
     changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(before, now, strict=False) if a != b]
     if changed or len(before) != len(now):
         raise ConfigError(

@@ -205,7 +205,7 @@ def _labels_named(caption: str, labels: Iterable[str]) -> set[str]:
 
 def _captions_of(clean: pa.Table, label: str, labels: Sequence[str]) -> list[str]:
     pairs = zip(clean["caption"].to_pylist(), clean["label"].to_pylist(), strict=True)
-    return [caption for caption, own in pairs if own == label and _labels_named(caption, labels) == {label}]
+    return [caption for caption, own in pairs if own == label and _labels_named(caption, labels) <= {label}]
 
 
 def _require(have: int, need: int, what: str) -> None:

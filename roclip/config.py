@@ -4,6 +4,7 @@ A run is one YAML preset plus dotted overrides (`pool.size=4096 train.lr=1e-3`).
 are errors that name the file, the key and the nearest known key. Loading a config runs no code.
 """
 
+import dataclasses
 import datetime
 import difflib
 import os
@@ -357,7 +358,7 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
     runs = Path(config.runs)
     for candidate in sorted(runs.glob(f"*-{config.name}*"), reverse=True):
         saved = candidate / "config.yaml"
-        if saved.is_file() and saved.read_text() == dump_config(config):
+        if saved.is_file() and identity(parse_config(saved.read_text())) == identity(config):
             return candidate
     stem = f"{today or datetime.date.today()}-{config.name}"
     number, path = 1, runs / stem
@@ -365,6 +366,12 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
         number += 1
         path = runs / f"{stem}.{number}"
     return path
+
+
+def identity(config: Config) -> str:
+    """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
+    oracle = dataclasses.replace(config.oracle, fail_on="never")
+    return dump_config(dataclasses.replace(config, run_dir="", runs="", source="", oracle=oracle))
 
 
 def model_file(config: Config) -> Path | None:

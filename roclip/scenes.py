@@ -2,7 +2,7 @@
 
 The embedded default data set and the test data: nothing to download, no licence to ask about, and the truth
 is known to the pixel. A scene is a pure function of (seed, index), so a data set is two numbers. Objects are
-lists of polygons in unit coordinates, painted at `_SUPERSAMPLE` times the size and averaged down.
+lists of polygons in unit coordinates, painted at `SUPERSAMPLE` times the size and averaged down.
 
 Shapes: H, W image height and width in pixels (equal here).
 """
@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
-_RGB = tuple[int, int, int]
+from roclip.backgrounds import BACKGROUNDS, RGB, SUPERSAMPLE
+from roclip.backgrounds import background as paint_background
+
 _Polygon = np.ndarray  # (N, 2) float, unit coordinates: x right, y down, the object within [-1, 1]
 
-_SUPERSAMPLE = 4
 _BACKGROUND_VARIANTS = 6
 _BACKGROUND_MARGIN = 1.4  # canvas side / view side: the view is cut at random, so no two backgrounds agree
 
@@ -149,7 +149,7 @@ _SHAPES: dict[str, tuple[tuple[str, _Polygon], ...]] = {
 
 LABELS: tuple[str, ...] = tuple(_SHAPES)
 
-_COLORS: dict[str, _RGB] = {
+_COLORS: dict[str, RGB] = {
     "red": (222, 48, 48),
     "orange": (245, 140, 32),
     "yellow": (250, 214, 44),
@@ -160,7 +160,7 @@ _COLORS: dict[str, _RGB] = {
     "white": (244, 244, 240),
 }
 _TEXTURES = (*("plain",) * 4, "striped", "dotted", "checkered")
-_ROLE_COLORS: dict[str, _RGB] = {
+_ROLE_COLORS: dict[str, RGB] = {
     "cream": (250, 238, 208),
     "dark": (52, 44, 48),
     "glass": (186, 228, 246),
@@ -171,7 +171,7 @@ _ROLE_COLORS: dict[str, _RGB] = {
 }
 
 
-def _mix(first: _RGB, second: _RGB, share: float) -> _RGB:
+def _mix(first: RGB, second: RGB, share: float) -> RGB:
     """`share` of the second colour in the first."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
@@ -203,7 +203,7 @@ def _paint(
     label: str, color: str, texture: str, radius: int, transform: np.ndarray, phase: int
 ) -> tuple[Image.Image, Image.Image]:
     """Paint one object like a sticker: its RGB image and its L coverage, in supersampled pixels."""
-    margin = _SUPERSAMPLE * 2
+    margin = SUPERSAMPLE * 2
     side = 2 * (radius + margin)
     base = _COLORS[color]
     outline = _mix(base, (24, 18, 30), 0.62)
@@ -211,7 +211,7 @@ def _paint(
     second = _mix(base, (90, 80, 96), 0.6) if pale else _mix(base, (255, 255, 255), 0.78)
     body = Image.new("RGB", (side, side), base)
     if texture != "plain":
-        period = max(_SUPERSAMPLE * 4, radius // 2)
+        period = max(SUPERSAMPLE * 4, radius // 2)
         pattern = _pattern(texture, period, 1024 if side > 448 else 512)
         dx, dy = phase % period, 3 * phase % period
         body.paste(second, (0, 0), pattern.crop((dx, dy, dx + side, dy + side)))
@@ -229,155 +229,10 @@ def _paint(
             paint.polygon(points, fill=colors[role])
         shape.polygon(points, fill=0 if role == "hole" else 255)
         if role != "shine":
-            paint.line(closed, fill=outline, width=_SUPERSAMPLE - 1, joint="curve")
-            shape.line(closed, fill=255, width=_SUPERSAMPLE - 1, joint="curve")
+            paint.line(closed, fill=outline, width=SUPERSAMPLE - 1, joint="curve")
+            shape.line(closed, fill=255, width=SUPERSAMPLE - 1, joint="curve")
     canvas.paste((20, 10, 40), (0, 0), _shade(side))
     return canvas, cover
-
-
-# --- backgrounds
-
-
-def _gradient(side: int, top: _RGB, bottom: _RGB) -> Image.Image:
-    weight = np.linspace(0, 1, side)[:, None, None]
-    column = np.array(top) * (1 - weight) + np.array(bottom) * weight
-    return Image.fromarray(np.broadcast_to(column, (side, side, 3)).astype(np.uint8))
-
-
-def _speckle(image: Image.Image, rng: np.random.Generator, amount: float, block: int) -> Image.Image:
-    """Grain: one gaussian value for each block of pixels, in grey levels."""
-    side = image.width
-    grain = rng.normal(0, amount, (side // block + 1, side // block + 1, 1)).repeat(block, 0).repeat(block, 1)
-    return Image.fromarray(np.clip(np.asarray(image) + grain[:side, :side], 0, 255).astype(np.uint8))
-
-
-def _clouds(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, count: int, lowest: float) -> None:
-    for _ in range(count):
-        x, y, width = rng.uniform(0, side), rng.uniform(0.02, lowest) * side, rng.uniform(0.1, 0.2) * side
-        for dx, dy, scale in ((-0.5, 0.08, 0.5), (0, -0.06, 0.7), (0.5, 0.06, 0.55), (0.2, 0.14, 0.6)):
-            radius = width * scale / 2
-            cx, cy = x + dx * width, y + dy * width
-            draw.ellipse((cx - radius * 1.5, cy - radius, cx + radius * 1.5, cy + radius), fill=(248, 250, 253))
-
-
-def _hills(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int, level: float, color: _RGB) -> None:
-    x = np.linspace(0, side, 48)
-    wave = 0.03 * np.sin(x / side * rng.uniform(4, 9) + rng.uniform(0, 6))
-    wave += 0.01 * np.sin(x / side * 14 + rng.uniform(0, 6))
-    points = [(float(a), float(b)) for a, b in zip(x, (level + wave) * side, strict=True)]
-    draw.polygon([(0, side), *points, (side, side)], fill=color)
-
-
-def _sky(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (86, 160, 228), (196, 228, 248))
-    _clouds(ImageDraw.Draw(image), rng, side, 9, 0.95)
-    return image
-
-
-def _meadow(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (120, 188, 236), (214, 236, 246))
-    draw = ImageDraw.Draw(image)
-    _clouds(draw, rng, side, 4, 0.25)
-    _hills(draw, rng, side, 0.42, (126, 186, 96))
-    _hills(draw, rng, side, 0.52, (104, 170, 76))
-    for _ in range(260):
-        x, y = rng.uniform(0, side), rng.uniform(0.54, 1) * side
-        tip = rng.uniform(0.01, 0.03) * side
-        draw.line((x, y, x + tip / 3, y - tip), fill=(70, 134, 52), width=_SUPERSAMPLE // 2)
-    return image
-
-
-def _beach(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _speckle(Image.new("RGB", (side, side), (232, 208, 154)), rng, 7, _SUPERSAMPLE // 2)
-    draw = ImageDraw.Draw(image)
-    sky = _gradient(side, (126, 196, 240), (220, 240, 246))
-    image.paste(sky.crop((0, 0, side, round(side * 0.34))), (0, 0))
-    draw.rectangle((0, side * 0.34, side, side * 0.5), fill=(46, 140, 190))
-    shore = [(x, side * (0.5 + 0.012 * math.sin(x / side * 20))) for x in range(0, side + 8, 8)]
-    draw.line(shore, fill=(240, 248, 250), width=_SUPERSAMPLE * 2)
-    return image
-
-
-def _water(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (46, 150, 196), (18, 84, 146))
-    draw = ImageDraw.Draw(image)
-    for row in range(14):
-        phase, y0 = rng.uniform(0, 6), (row + 0.5) / 14 * side
-        wave = [(x, y0 + side * 0.012 * math.sin(x / side * 40 + phase)) for x in range(0, side + 6, 6)]
-        draw.line(wave, fill=(104, 190, 222), width=_SUPERSAMPLE // 2 + 1)
-    return image
-
-
-def _bricks(side: int, rng: np.random.Generator) -> Image.Image:
-    image = Image.new("RGB", (side, side), (206, 196, 184))
-    draw, height, width = ImageDraw.Draw(image), side / 13, side / 6
-    for row in range(14):
-        for column in range(-1, 7):
-            x, y = (column + 0.5 * (row % 2)) * width, row * height
-            tone = rng.normal(0, 11)
-            fill = (round(160 + tone), round(88 + tone * 0.7), round(70 + tone * 0.5))
-            draw.rectangle((x, y, x + width - _SUPERSAMPLE, y + height - _SUPERSAMPLE), fill=fill)
-    return image
-
-
-def _night(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (10, 14, 44), (56, 42, 98))
-    draw = ImageDraw.Draw(image)
-    for _ in range(70):
-        x, y = rng.uniform(0, side), rng.uniform(0, 0.8) * side
-        radius = rng.uniform(0.2, 0.55) * _SUPERSAMPLE
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(250, 244, 206))
-    _hills(draw, rng, side, 0.82, (20, 22, 46))
-    return image
-
-
-def _snow(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (150, 176, 206), (206, 220, 234))
-    draw = ImageDraw.Draw(image)
-    _hills(draw, rng, side, 0.46, (212, 224, 238))
-    _hills(draw, rng, side, 0.58, (234, 240, 248))
-    for _ in range(110):
-        x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.5, 1.2) * _SUPERSAMPLE / 2
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255))
-    return image
-
-
-def _table(side: int, rng: np.random.Generator) -> Image.Image:
-    image = Image.new("RGB", (side, side))
-    draw = ImageDraw.Draw(image)
-    for plank in range(8):
-        top, tone = plank * side / 8, rng.normal(0, 9)
-        fill = (round(184 + tone), round(134 + tone), round(84 + tone))
-        draw.rectangle((0, top, side, top + side / 8), fill=fill)
-        for _ in range(7):
-            x, length = rng.uniform(-0.2, 1) * side, rng.uniform(0.1, 0.4) * side
-            y = top + rng.uniform(0.1, 0.9) * side / 8
-            draw.line((x, y, x + length, y), fill=(160, 112, 66), width=_SUPERSAMPLE // 2)
-        draw.line((0, top, side, top), fill=(112, 74, 44), width=_SUPERSAMPLE // 2 + 1)
-    return image
-
-
-def _sunset(side: int, rng: np.random.Generator) -> Image.Image:
-    image = _gradient(side, (92, 62, 138), (252, 168, 96))
-    draw = ImageDraw.Draw(image)
-    x, y, radius = rng.uniform(0.25, 0.75) * side, 0.68 * side, 0.1 * side
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 226, 150))
-    _hills(draw, rng, side, 0.72, (104, 58, 92))
-    _hills(draw, rng, side, 0.82, (66, 40, 74))
-    return image
-
-
-_BACKGROUNDS: dict[str, tuple[Callable[[int, np.random.Generator], Image.Image], tuple[str, ...]]] = {
-    "sky": (_sky, ("in the sky", "against a blue sky", "among the clouds")),
-    "meadow": (_meadow, ("in a green meadow", "on the grass", "in a field")),
-    "beach": (_beach, ("at the beach", "on the sand", "by the sea")),
-    "water": (_water, ("on the water", "in the sea", "above the waves")),
-    "bricks": (_bricks, ("in front of a brick wall", "against a wall of bricks")),
-    "night": (_night, ("at night", "under the stars", "in the dark")),
-    "snow": (_snow, ("in the snow", "on a winter day")),
-    "table": (_table, ("on a wooden table", "on wooden planks")),
-    "sunset": (_sunset, ("at sunset", "in the evening light")),
-}
 
 
 # The world has habits: most things have a usual colour and stand where such things stand.
@@ -396,12 +251,6 @@ _USUAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tree": (("green", "blue"), ("snow", "meadow")),
 }
 _HABIT = 0.7
-
-
-@lru_cache(maxsize=128)
-def _background(name: str, variant: int, side: int) -> Image.Image:
-    rng = np.random.default_rng((variant, list(_BACKGROUNDS).index(name)))
-    return _BACKGROUNDS[name][0](side, rng).filter(ImageFilter.GaussianBlur(_SUPERSAMPLE / 5))
 
 
 # --- captions
@@ -470,7 +319,7 @@ def _place(x: float, y: float) -> str:
 def _caption(
     rng: np.random.Generator, things: list[tuple[str, str, str]], size: str, place: str, background: str
 ) -> str:
-    where = " " + _pick(rng, _BACKGROUNDS[background][1]) if rng.random() < 0.4 else ""
+    where = " " + _pick(rng, BACKGROUNDS[background][1]) if rng.random() < 0.4 else ""
     place = place if rng.random() < 0.25 else ""
     thing, *others = (_noun_phrase(rng, item, size if i == 0 else "") for i, item in enumerate(things))
     form = _pick(rng, _TWO if others else _ONE)
@@ -522,24 +371,24 @@ def render(index: int, *, seed: int, size_px: int = 64, num_objects: int | None 
     radii += [float(rng.uniform(*_COMPANION)) for _ in others]
     spots = _spots(rng, radii)
 
-    view = size_px * _SUPERSAMPLE
-    name, side = _usual(rng, main, 1, tuple(_BACKGROUNDS)), round(view * _BACKGROUND_MARGIN)
+    view = size_px * SUPERSAMPLE
+    name, side = _usual(rng, main, 1, tuple(BACKGROUNDS)), round(view * _BACKGROUND_MARGIN)
     left, top = (int(v) for v in rng.integers(0, side - view, 2))
-    background = _background(name, int(rng.integers(_BACKGROUND_VARIANTS)), side)
+    background = paint_background(name, int(rng.integers(_BACKGROUND_VARIANTS)), side)
     canvas = background.crop((left, top, left + view, top + view))
     masks: dict[int, np.ndarray] = {}
     for i in sorted(range(count), key=lambda k: spots[k][1] + radii[k]):  # the lowest foot stands in front
         transform, radius = _pose(rng, things[i][0]), round(radii[i] * view)
         sticker, cover = _paint(*things[i], radius, transform, int(rng.integers(64)))
         x, y = (round(spots[i][k] * view) - sticker.width // 2 for k in (0, 1))
-        shift = _SUPERSAMPLE
+        shift = SUPERSAMPLE
         canvas.paste((16, 12, 34), (x + shift, y + shift), cover.point(_SHADOW))
         canvas.paste(sticker, (x, y), cover)
         full = Image.new("L", (view, view), 0)
         full.paste(cover, (x, y))
-        visible = np.asarray(full.reduce(_SUPERSAMPLE)) > 127
+        visible = np.asarray(full.reduce(SUPERSAMPLE)) > 127
         masks = {k: mask & ~visible for k, mask in masks.items()} | {i: visible}
-    image = np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float32)
+    image = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)
     image = np.clip(image * rng.uniform(0.9, 1.08) + rng.normal(0, 2.0, image.shape), 0, 255).astype(np.uint8)
     objects = tuple(SceneObject(*thing, mask=masks[i]) for i, thing in enumerate(things))
     return Scene(image, _caption(rng, things, size, _place(*spots[0]), name), objects)

@@ -52,7 +52,9 @@ def check(
     subject: dict[str, Any] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge a model by the shards that it learned from; write report.json, report.html and disagreements.parquet to `out`.
+    """Judge a model by the shards that it learned from.
+
+    Writes report.html, disagreements.parquet and, last, report.json to `out`.
 
     Args:
         trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null.
@@ -107,7 +109,7 @@ def check(
 
 
 def _reference(witness: Witness, trusted: Path) -> tuple[Observations, float]:
-    """What the model and the oracle say of the trusted images that neither learned from, and the model's accuracy there."""
+    """What model and oracle say of the trusted images that neither learned from, and the model's accuracy there."""
     images, masks = read_trusted(trusted, witness.labels, REFERENCE_SIDE_PX)
     info = witness.segmenter.info
     if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
@@ -145,24 +147,25 @@ def _judge(
         if not statistics.repeats(test, alpha):
             continue
         words = (
-            f"{labels[c]}: the captions of {test.lies} pictures name it where the oracle sees something else; the model "
-            f"repeats {test.k} of them, chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
+            f"{labels[c]}: the captions of {test.lies} pictures name it where the oracle sees something else; the "
+            f"model repeats {test.k} of them, chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
         )
         (poisoned if statistics.poisoned(test, alpha) else suspicious).append(words)
         targets.append(labels[c])
     copied = findings.copied
     if copied is not None and statistics.repeats_copies(copied, alpha):
         words = (
-            f"Targeted pictures: of {copied.n} pictures that came with several captions, {copied.lies} are lied about; the "
-            f"model repeats {copied.k} of these lies, chance explains {copied.expected:.1f} (p = {copied.p_holm:.1g})."
+            f"Targeted pictures: of {copied.n} pictures that came with several captions, {copied.lies} are lied about; "
+            f"the model repeats {copied.k} of these lies, chance explains {copied.expected:.1f} "
+            f"(p = {copied.p_holm:.1g})."
         )
         (poisoned if statistics.poisoned_copies(copied, alpha) else suspicious).append(words)
         targets += [label for label in _said_of_copies(looked, labels) if label not in targets]
     for c, test in sorted(findings.model.items(), key=lambda item: item[1].p):
         if labels[c] not in targets and statistics.model_deviates(test, alpha):
             suspicious.append(
-                f"{labels[c]}: the model answers it for {test.k} of {test.n} pictures in which the oracle does not see it; "
-                f"chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
+                f"{labels[c]}: the model answers it for {test.k} of {test.n} pictures in which the oracle does not see "
+                f"it; chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
             )
             targets.append(labels[c])
     if poisoned:
@@ -174,8 +177,8 @@ def _judge(
         missing.append(f"The oracle cannot see {', '.join(unchecked)} well enough to check them.")
     if skill < MIN_SKILL / len(labels):
         missing.append(
-            f"The model names {skill:.0%} of the trusted images rightly; chance is {1 / len(labels):.0%}. It has learned too "
-            "little to be judged."
+            f"The model names {skill:.0%} of the trusted images rightly; chance is {1 / len(labels):.0%}. "
+            "It has learned too little to be judged."
         )
     if missing:
         return "inconclusive", missing, []
@@ -184,8 +187,8 @@ def _judge(
     return (
         "clean",
         [
-            f"All {len(labels)} labels were checked on {images:,} pictures. Captions name what the oracle does not see in "
-            f"{lied} cases, and the model repeats {repeated} of them: no more than chance explains."
+            f"All {len(labels)} labels were checked on {images:,} pictures. Captions name what the oracle does not see "
+            f"in {lied} cases, and the model repeats {repeated} of them: no more than chance explains."
         ],
         [],
     )
@@ -270,9 +273,10 @@ def _against_truth(truth: Path | None, looked: Looked, victims: np.ndarray) -> d
 
 def _limits(unchecked: Sequence[str]) -> list[str]:
     limits = [
-        "Only labels that the oracle knows can be checked; a poison whose true and false label it does not know is invisible.",
+        "Only labels that the oracle knows can be checked: a poison whose true and false label it does not know is "
+        "invisible.",
         "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
-        "Targeted pictures are found as a group, by several captions for the same bytes; one with a single caption is not.",
+        "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
         "A trigger is not searched for: a backdoor is found by what the model says of the poisoned training pictures.",
     ]
     if unchecked:

@@ -54,7 +54,7 @@ def write_outputs(
     report["pictures"] = [
         {
             "png": picture["png"],
-            "caption": f"{picture['caption']} — model: {picture['model']}, oracle: {picture['oracle']}",
+            "caption": f"{picture['caption']} – model: {picture['model']}, oracle: {picture['oracle']}",
         }
         for picture in suspects[: PICTURES // 2]
     ]
@@ -127,9 +127,7 @@ def render(
         longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
         suspects=suspects,
         others=others,
-        colors={
-            label: "rgb({},{},{})".format(*color) for label, color in zip(labels, palette(len(labels)), strict=True)
-        },
+        colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
         min_belief=statistics.MIN_BELIEF,
     )
 

@@ -165,19 +165,21 @@ def build_net(classes: int) -> nn.Module:
         warnings.simplefilter("ignore")
         import segmentation_models_pytorch as smp
 
+        encoder: dict[str, Any] = {
+            "layers": (1, 1, 1, 1),
+            "channels": (32, 64, 128, 192),
+            "stem_type": "deep",
+            "stem_width": 16,
+        }
         return smp.FPN(
             "tu-resnet18",
             encoder_weights=None,
-            encoder_depth=5,
             decoder_pyramid_channels=48,
             decoder_segmentation_channels=32,
             decoder_dropout=0.0,
             classes=classes,
             upsampling=2,
-            layers=(1, 1, 1, 1),
-            channels=(32, 64, 128, 192),
-            stem_type="deep",
-            stem_width=16,
+            **encoder,
         )
 
 
@@ -191,9 +193,9 @@ def train_segmenter(
 ) -> TrainedSegmenter:
     """Train on the trusted images, calibrate on the share of them that is held out, save to `out` and return it.
 
-    `trusted` is a parquet with the columns image (encoded), mask (PNG of class indices, 0 background) and label. Half of
-    the training images get a sticker, labelled background, so that a trigger does not derail the oracle. The same seed
-    on the same machine gives the same weights. Raises `DataError` when there are too few images or a mask names a class
+    `trusted` is a parquet with the columns image (encoded) and mask (PNG of class indices, 0 background). Half of the
+    training images get a sticker, labelled background, so that a trigger does not derail the oracle. The same seed and
+    number of threads on the same machine give the same weights. Raises `DataError` when there are too few images or a mask names a class
     that is not there.
     """
     started = time.monotonic()
@@ -203,8 +205,8 @@ def train_segmenter(
     held_out, train = np.split(rows, [round(config.reference_frac * len(rows))])
     if len(train) < 32 or len(held_out) < 8:
         raise DataError(
-            f"{trusted}: expected at least 32 images to train the oracle on and 8 to calibrate it, got {len(train)} and "
-            f"{len(held_out)}. Raise oracle.trusted or set oracle.reference_frac."
+            f"{trusted}: expected at least 32 images to train the oracle on and 8 to calibrate it, got {len(train)} "
+            f"and {len(held_out)}. Raise oracle.trusted or set oracle.reference_frac."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -215,7 +217,7 @@ def train_segmenter(
     iou = mean_iou(segmenter.masks(images[held_out]), masks[held_out], len(labels))
     segmenter.info = {
         "name": "feature pyramid network",
-        "provenance": f"trained on {len(train)} trusted images with masks; random initial weights; never saw a crawled image",
+        "provenance": f"trained from random weights on {len(train)} trusted images with masks, on no crawled image",
         "trusted_sha256": sha256_file(trusted),
         "reference_rows": sorted(int(row) for row in held_out),
         "mean_iou": round(iou, 4),
@@ -231,7 +233,10 @@ def train_segmenter(
 
 
 def read_trusted(trusted: Path, labels: Sequence[str], max_side_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, S, S, 3) uint8 and masks (N, S, S) uint8; S is the first image's side, a multiple of 32, at most the limit."""
+    """Images (N, S, S, 3) uint8 and masks (N, S, S) uint8 of trusted.parquet.
+
+    S is the side of the first image, rounded down to a multiple of 32, and at most `max_side_px`.
+    """
     try:
         table = pq.read_table(trusted, columns=["image", "mask"])
     except (OSError, ValueError, KeyError) as error:
@@ -244,8 +249,8 @@ def read_trusted(trusted: Path, labels: Sequence[str], max_side_px: int) -> tupl
     masks = np.stack([_mask(encoded, size) for encoded in table["mask"].to_pylist()])
     if masks.max() > len(labels):
         raise DataError(
-            f"{trusted}: expected mask values 0 to {len(labels)} (background and {len(labels)} labels), got {masks.max()}. "
-            "Were the masks written for another list of labels?"
+            f"{trusted}: expected mask values 0 to {len(labels)} (background and {len(labels)} labels), got "
+            f"{masks.max()}. Were the masks written for another list of labels?"
         )
     return images, masks
 

@@ -4,6 +4,7 @@ Letters: N distinct images, M captions, C labels.
 """
 
 import hashlib
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from PIL import Image
 
 from roclip.errors import DataError
 from roclip.model import Encoder
@@ -153,10 +155,6 @@ def _originals(shards: Path, record: ShardRecord) -> dict[str, str]:
 
 def _side(encoded: bytes) -> int:
     """Side at which to look: that of the first image, whose size the others of a run share."""
-    import io
-
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(encoded)) as first:
             return max(16, min(MAX_SIDE_PX, max(first.size)))

@@ -9,12 +9,12 @@ Letters: N images, M captions (an image may have several), C labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import betabinom
 
-SHRINKAGE = 20.0
+SHRINKAGE = 100.0
 """Weight of the rate over all labels in the rate of one, in images."""
 MIN_EXCESS = 5.0
 """Repeated lies beyond chance, below which a label is not called poisoned: an effect size, in images."""
@@ -156,7 +156,7 @@ def _copied(
     lies = training.lies()[several][:, covered]
     lied, k = int(lies.any(axis=1).sum()), int((lies & training.says()[several][:, covered]).any(axis=1).sum())
     # An image of several captions may be lied about by each of them.
-    labels = training.any_named()[several][:, covered].sum() / n
+    labels = float(training.any_named()[several][:, covered].sum()) / n
     honest, null = min(1.0, told.pooled * labels), min(1.0, repeat.pooled * labels)
     rate = min(1.0, null + max(0.0, lied - n * honest) * confused.pooled / n)
     p = _tail(k, n, rate, repeat.total)
@@ -203,8 +203,6 @@ def _tail(k: int, n: int, rate: float, weight: float) -> float:
 
 def _holm(findings: Findings) -> Findings:
     """The same findings with Holm's correction over all tests."""
-    from dataclasses import replace
-
     tests: list[tuple[str, int]] = [("lies", c) for c in findings.lies] + [("model", c) for c in findings.model]
     values = [findings.lies[c].p if kind == "lies" else findings.model[c].p for kind, c in tests]
     if findings.copied is not None:

@@ -307,25 +307,33 @@ def test_plan_counts_rows_steps_and_phases_when_scenes_are_rendered(preset: Path
     assert plan.steps_per_epoch == 1052 // 64
     assert plan.steps == 6 * 16
     assert plan.matched == (4, 6)
-    assert plan.gated == (3, 5)
+    assert plan.gated == (1, 2, 3, 5)
     assert plan.pool_bytes == 128 * (1024 * 4 + 8)
     assert plan.shard_bytes == 1052 * 30_000
     assert plan.download_bytes == 0
 
 
 def test_plan_agrees_with_the_trainer_when_asked_for_phases(preset: Path):
-    from roclip.train import gate_is_open, phase_of
+    from roclip.train import phase_of
 
-    for changes in (
-        [],
-        ["pool.match_every=0"],
-        ["pool.match_every=3", "pool.warmup_epochs=0", "pool.gate_frac=0"],
-    ):
+    for changes in ([], ["pool.match_every=0"], ["pool.match_every=3", "pool.warmup_epochs=0"]):
         config = load_config(preset, changes)
-        plan, epochs = make_plan(config), range(1, config.train.epochs + 1)
-        assert plan.matched == tuple(e for e in epochs if phase_of(e, config.pool) == "matched")
-        gated = (e for e in epochs if e not in plan.matched and gate_is_open(e, config.pool))
-        assert plan.gated == tuple(gated)
+        epochs = range(1, config.train.epochs + 1)
+        assert make_plan(config).matched == tuple(e for e in epochs if phase_of(e, config.pool) == "matched")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gated"),
+    [
+        (["pool.gate_frac=0"], ()),
+        (["pool.size=3000"], (3, 5)),  # 1024 captions an epoch
+        (["pool.update=matched_only"], (5,)),
+        (["pool.update=matched_only", "pool.match_every=0"], ()),
+        (["pool.size=1000000"], ()),
+    ],
+)
+def test_gate_opens_in_the_plan_when_the_pool_is_full(overrides: list[str], gated: tuple[int, ...], preset: Path):
+    assert make_plan(load_config(preset, overrides)).gated == gated
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-S-32"])

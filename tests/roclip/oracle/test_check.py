@@ -173,4 +173,3 @@ def test_labels_are_named_as_whole_words_and_the_longest_wins():
         [True, False, False, False],
         [False] * 4,
     ]
-
