@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from roclip import checkpoint as checkpoints
 from roclip.config import Config, dump_config, environment_defaults, parse_config
@@ -37,9 +38,9 @@ def oracle(
     """
     if in_process:
         return judge(config, run, arm, checkpoint, on_progress)
-    task = _judge.options(
-        num_cpus=config.cluster.cpus_per_worker, num_gpus=config.cluster.gpus_per_worker, max_retries=1
-    )
+    largest = max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
+    cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, largest)  # training is over: take its share
+    task = _judge.options(num_cpus=cpus, max_retries=1)
     where = None if checkpoint is None else str(checkpoint.resolve())
     try:
         return ray.get(task.remote(dump_config(config), str(run.resolve()), arm, where))
@@ -63,11 +64,8 @@ def judge(
         raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first.")
     if (path / checkpoints.SUMS).exists() or checkpoint is None:
         checkpoints.verify(path)
-    origin, shards, out = (
-        run / "origin",
-        Path(config.data.shards) if config.data.shards else run / "shards",
-        run / arm / "oracle",
-    )
+    origin, out = run / "origin", run / arm / "oracle"
+    shards = Path(config.data.shards) if config.data.shards else run / "shards"
     names = _labels(origin / "labels.json")
     trusted = origin / "trusted.parquet"
     if not trusted.exists():

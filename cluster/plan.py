@@ -116,7 +116,7 @@ def is_matched(config: Config, epoch: int) -> bool:
 def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
     """Plain epochs in which the gate is open for at least one step: the pool must have been filled first."""
     gated, captions = [], 0
-    if not config.pool.gate_frac or "roclip" not in config.arms:
+    if not any(config.pool.gate_frac) or "roclip" not in config.arms:
         return ()
     for epoch in range(1, config.train.epochs + 1):
         matched = is_matched(config, epoch)

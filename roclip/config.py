@@ -173,19 +173,20 @@ class PoolConfig:
     """Epochs before the first one that may be matched."""
     update: Literal["always", "matched_only"] = "always"
     """When captions enter the pool; `matched_only` is what the official code does."""
-    gate_frac: float = 0.0
-    """Share of least agreeing pairs of a global batch that a plain step leaves out; 0 is the paper's method."""
-    gate_top_k: int = 16
-    """Captions that an image finds in the pool when its agreement is measured."""
+    gate_frac: tuple[float, float] = (0.0, 0.0)
+    """Share of least agreeing pairs of a global batch that a plain step leaves out, at the start and at the end (linear
+    in epochs between); (0, 0) is the paper's method. It starts when the pool is full."""
     gate_memory: float = 0.8
     """Weight of a sample's earlier visits in its score: what was suspected once is not forgiven at once."""
     duplicates: Literal["keep", "mask"] = "keep"
-    """Images that a matched step gave the same caption: `keep` them as each other's negatives (paper) or `mask` them."""
+    """Whether images that a matched step gave the same caption stay each other's negatives (`keep`, the paper)."""
     backend: Literal["faiss", "torch"] = "faiss"
 
     def __post_init__(self) -> None:
-        _positive(self, "pool", "size", "gate_top_k")
-        _fraction(self, "pool", "gate_frac", "gate_memory")
+        _positive(self, "pool", "size")
+        _fraction(self, "pool", "gate_memory")
+        if not all(0 <= share <= 1 for share in self.gate_frac):
+            raise ConfigError(f"pool.gate_frac: expected two shares from 0 to 1, got {self.gate_frac}.")
 
 
 @dataclass(frozen=True)

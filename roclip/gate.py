@@ -1,10 +1,10 @@
-"""The agreement gate: pairs whose caption disagrees with what their image finds in the pool sit plain steps out.
+"""The agreement gate: pairs whose caption stands badly among the pool's for their image sit plain steps out.
 
 Ours, beyond the paper. RoCLIP protects its matched epochs; in the plain epochs between them, and above all in the
-first, an image still learns with its own caption, and a poison is learnt there. But an image that is looked up in the
-caption pool finds captions of what it shows, so a poisoned caption agrees little with them. The gate ranks each global
-batch by agreement, keeps the ranks of a sample over its visits, and leaves the lowest share out of the loss, as
-positives and as negatives. What is never learnt never becomes agreement, so an early start closes the hole.
+first, an image still learns with its own caption, and a poison is learnt there. But an image shows what it shows: many
+captions of the pool are nearer to it than an attacker's caption of something else (`CaptionPool.agreement`). The gate
+ranks each global batch by agreement, keeps the ranks of a sample over its visits, and leaves the lowest share out of
+the loss, as positives and as negatives. What is not learnt does not come to agree, so it must start early.
 
 Letters: B local batch, G global batch.
 """
@@ -21,32 +21,34 @@ class AgreementGate:
         r_i = (rank of pair i's agreement in the valid global batch) / (its size - 1),  0 the least agreeing
         s_i <- r_i on the first visit, then memory x s_i + (1 - memory) x r_i
 
-    and the floor(share x valid pairs) with the lowest s sit out. Ranks, not cosines, because the scale of agreement
+    and the floor(share x valid pairs) with the lowest s sit out; the share falls linearly over the epochs, because the
+    scores are poor at first and every honest pair left out is a loss. Ranks, not cosines, because the scale of agreement
     grows in training. Every rank keeps the scores of all samples; the answer does not depend on the number of ranks.
 
     Args:
-        share: From 0 to 1, of the global batch.
         memory: From 0 (only this visit counts) to less than 1.
     """
 
-    def __init__(self, share: float, memory: float):
-        self.share, self.memory = share, memory
+    def __init__(self, memory: float):
+        self.memory = memory
         self.scores: dict[int, float] = {}
         """Score by sample id: what training suspects. Low is suspicious."""
 
-    def keep(self, agreement: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
+    def keep(self, agreement: Tensor, ids: Tensor, valid: Tensor, share: float) -> Tensor:
         """Take one visit of this rank's pairs into the scores and say which of them learn.
 
         Args:
             agreement: (B,), see `CaptionPool.agreement`.
             ids: (B,) int64 sample ids.
             valid: (B,) bool; other pairs are out already, and are not ranked.
+            share: From 0 to 1, of the valid global batch.
 
         Returns:
             (B,) bool.
         """
         rows = len(agreement)
-        agreement, ids, valid = gather(agreement.float()).cpu(), gather(ids).cpu(), gather(valid.to(torch.uint8)).cpu().bool()
+        agreement, ids = gather(agreement.float()).cpu(), gather(ids).cpu()
+        valid = gather(valid.to(torch.uint8)).cpu().bool()
         places = valid.nonzero().squeeze(1)
         order = places[torch.sort(agreement[places], stable=True).indices]
         ranks = torch.arange(len(order), dtype=torch.float64) / max(len(order) - 1, 1)
@@ -57,7 +59,7 @@ class AgreementGate:
             scores.append(self.scores[sample])
         lowest = torch.sort(torch.tensor(scores, dtype=torch.float64), stable=True).indices
         learns = valid.clone()
-        learns[order[lowest[: int(self.share * len(order))]]] = False
+        learns[order[lowest[: int(share * len(order))]]] = False
         return learns[rank() * rows : (rank() + 1) * rows]
 
     def state_dict(self) -> dict[str, Tensor]:

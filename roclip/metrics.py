@@ -39,7 +39,7 @@ METRICS: dict[str, Metric] = {
         Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool", "mean"),
         Metric("pool_duplicates", "1", "share of a matched global batch that found a caption another image found too"),
         Metric("pool_count", "captions", "captions in the pool"),
-        Metric("agreement", "1", "mean cosine of own caption and found captions", "mean"),
+        Metric("agreement", "1", "mean share of the pool that is farther from an image than its own caption", "mean"),
         Metric("gated", "samples", "pairs of the global batch that were left out"),
     )
 }

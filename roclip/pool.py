@@ -15,7 +15,6 @@ from typing import Literal
 
 import faiss
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from roclip.distributed import gather
@@ -98,14 +97,23 @@ class CaptionPool:
         similarity, slots = self.search(image_features)
         return self.features[slots[:, 0]].to(image_features.device), similarity[:, 0], slots[:, 0]
 
-    def agreement(self, image_features: Tensor, text_features: Tensor, k: int = 1) -> Tensor:
-        """How well each pair's caption agrees with the captions that its image finds: (B,), in [-1, 1].
+    def agreement(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """How well each pair's caption stands among the pool's for its image: (B,), from 0 (worst) to 1.
 
-            a_i = < t_i, normalise(mean over the k nearest captions c of x_i) >
+            a_i = 1 - |{c in pool: <x_i, c> > <x_i, t_i>}| / |pool|
+
+        An image that shows what its caption says is nearer to that caption than to nearly all of the pool. Computed
+        in pieces of the pool, with (B, PIECE) scores at a time. Raises `LookupError` for an empty pool.
         """
-        _, slots = self.search(image_features, k)
-        found = F.normalize(self.features[slots].mean(dim=1), dim=-1).to(text_features.device)
-        return (text_features.detach().float() * found).sum(dim=-1)
+        if not self.count:
+            raise LookupError("the caption pool is empty: expected at least one enqueue before a look-up")
+        images, texts = image_features.detach().float(), text_features.detach().float()
+        own = (images * texts).sum(dim=1, keepdim=True)
+        nearer = torch.zeros(len(images), device=images.device)
+        for start in range(0, self.count, self.PIECE):
+            captions = self.features[start : min(start + self.PIECE, self.count)].to(images.device)
+            nearer += (images @ captions.T > own).sum(dim=1)
+        return 1 - nearer / self.count
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs, as tensors."""

@@ -61,7 +61,7 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
     pool = gate = None
     if arm == "roclip":
         pool = CaptionPool(config.pool.size, width, backend=config.pool.backend, device=device)
-        gate = AgreementGate(config.pool.gate_frac, config.pool.gate_memory)
+        gate = AgreementGate(config.pool.gate_memory)
     parts = {"pool": pool, "gate": gate} if pool and gate else {}
     manifest = Manifest(config.data.shards or run / "shards")
     stream = Stream(
@@ -115,9 +115,9 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
                 same_caption = slots if config.pool.duplicates == "mask" else None
                 seen["pool_similarity"] = similarity.mean()
                 seen["pool_duplicates"] = _duplicates(distributed.gather(slots))
-            elif pool and gate and gate.share and pool.full:
-                agreement = pool.agreement(image_features, text_features, config.pool.gate_top_k)
-                keep = gate.keep(agreement, ids, keep)
+            elif pool and gate and any(config.pool.gate_frac) and pool.full:
+                agreement = pool.agreement(image_features, text_features)
+                keep = gate.keep(agreement, ids, keep, gate_share(config, epoch - 1 + step_in_epoch / steps))
                 seen["agreement"] = agreement.mean()
                 seen["gated"] = float(distributed.all_sum((~keep).sum()))
             loss = clip_loss(image_features, targets, logit_scale, keep, same_caption)
@@ -171,6 +171,12 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
 def phase_of(epoch: int, pool: PoolConfig) -> str:
     """'matched' for every K-th epoch, counted from 1, after the warm-up; else 'plain'."""
     return "matched" if pool.match_every and epoch > pool.warmup_epochs and epoch % pool.match_every == 0 else "plain"
+
+
+def gate_share(config: Config, progress: float) -> float:
+    """Share of a plain global batch that the gate leaves out after so many epochs."""
+    start, end = config.pool.gate_frac
+    return start + (end - start) * progress / config.train.epochs
 
 
 def learning_rate(config: Config, progress: float) -> float:

@@ -197,7 +197,7 @@ def _judge(
 def _said_of_copies(looked: Looked, labels: Sequence[str]) -> list[str]:
     seen = looked.observations
     repeated = (seen.lies() & seen.says())[seen.captions > 1].sum(axis=0)
-    return [labels[c] for c in np.argsort(-repeated, kind="stable") if repeated[c]]
+    return [str(labels[c]) for c in np.argsort(-repeated, kind="stable") if repeated[c]]
 
 
 def _victims(findings: Findings, looked: Looked, alpha: float) -> np.ndarray:
@@ -205,9 +205,9 @@ def _victims(findings: Findings, looked: Looked, alpha: float) -> np.ndarray:
     seen = looked.observations
     repeated = seen.lies() & seen.says()
     labels = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
-    victims = repeated[:, labels].any(axis=1)
+    victims = np.asarray(repeated[:, labels].any(axis=1))
     if statistics.repeats_copies(findings.copied, alpha):
-        victims |= repeated[:, list(findings.lies)].any(axis=1) & (seen.captions > 1)
+        victims |= np.asarray(repeated[:, list(findings.lies)].any(axis=1)) & (seen.captions > 1)
     return victims
 
 

@@ -84,13 +84,11 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
     """One row a distinct image on which the three disagree, the most suspicious first; columns as in `SCHEMA`."""
     seen = looked.observations
     lies, says = seen.lies(), seen.says()
-    d1 = (says & ~seen.seen).any(axis=1)
-    d2, d3 = lies.any(axis=1), (lies & says).any(axis=1)
+    d1, d2, d3 = (np.asarray(rows.any(axis=1)) for rows in (says & ~seen.seen, lies, lies & says))
     # How much more of the image is something else than what the caption claims.
     contrast = (looked.areas * seen.clear).max(axis=1, initial=0) - (looked.areas * lies).max(axis=1, initial=0)
     copies = np.minimum(seen.captions, 99)
-    order = np.lexsort((-contrast, -copies, ~d3, ~victims))
-    order = order[(d1 | d2)[order]]
+    order = [n for n in np.lexsort((-contrast, -copies, ~d3, ~victims)) if d1[n] or d2[n]]
     captions_of, rows = looked.captions_of(), []
     for rank, n in enumerate(order, 1):
         lied = lies[n] & says[n] if d3[n] else lies[n]
@@ -101,7 +99,7 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
                 "sha256": looked.sha256[n],
                 "keys": [looked.keys[row] for row in captions_of[n]],
                 "captions": [looked.captions[row] for row in captions_of[n]],
-                "model": labels[seen.answer[n]],
+                "model": labels[int(seen.answer[n])],
                 "oracle": clear,
                 "lie": labels[int(np.flatnonzero(lied)[0])] if lied.any() else None,
                 "d1": bool(d1[n]),

@@ -195,8 +195,9 @@ def train_segmenter(
 
     `trusted` is a parquet with the columns image (encoded) and mask (PNG of class indices, 0 background). Half of the
     training images get a sticker, labelled background, so that a trigger does not derail the oracle. The same seed and
-    number of threads on the same machine give the same weights. Raises `DataError` when there are too few images or a mask names a class
-    that is not there.
+    number of threads on the same machine give the same weights.
+
+    Raises `DataError` when there are too few images or a mask names a class that is not there.
     """
     started = time.monotonic()
     say = on_progress or (lambda message: None)

@@ -62,7 +62,7 @@ class Witness:
         self.encoder, self.segmenter, self.labels = encoder, segmenter, tuple(labels)
         self._classifier = encoder.classifier(labels, templates)
         order = [segmenter.calibration.get(label) for label in labels]
-        self._seen = np.array([row.seen if row and row.covered else np.inf for row in order])
+        self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
         self._clear = np.array([row.clear if row and row.covered else np.inf for row in order])
 
     def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ class Witness:
         return np.concatenate(answers), np.concatenate(areas)
 
     def sees(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Area shares to (N, C) bool each: may be there, certainly is there. An unchecked label is never either."""
+        """Area shares to (N, C) bool each: may be there, certainly is there. An unchecked label may be anywhere."""
         return areas >= self._seen, areas >= self._clear
 
 

@@ -31,7 +31,7 @@ data: {scenes: 1000}
 arms: [clip, roclip]
 ingest: {samples_per_shard: 300, image_size: 256}
 train: {epochs: 6, global_batch_size: 64}
-pool: {size: 128, match_every: 2, warmup_epochs: 2, gate_frac: 0.1}
+pool: {size: 128, match_every: 2, warmup_epochs: 2, gate_frac: [0.1, 0.1]}
 attacks:
   targeted: {images: 4, captions_per_image: 8}
   backdoor: {count: 20}
@@ -325,7 +325,7 @@ def test_plan_agrees_with_the_trainer_when_asked_for_phases(preset: Path):
 @pytest.mark.parametrize(
     ("overrides", "gated"),
     [
-        (["pool.gate_frac=0"], ()),
+        (["pool.gate_frac=[0,0]"], ()),
         (["pool.size=3000"], (3, 5)),  # 1024 captions an epoch
         (["pool.update=matched_only"], (5,)),
         (["pool.update=matched_only", "pool.match_every=0"], ()),

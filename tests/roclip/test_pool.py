@@ -75,12 +75,12 @@ def test_state_round_trips_and_refuses_another_size():
         CaptionPool(11, 4).load_state_dict(pool.state_dict())
 
 
-def test_agreement_is_the_cosine_with_the_mean_of_the_found_captions():
+def test_agreement_is_the_share_of_the_pool_that_is_not_nearer(monkeypatch):
+    monkeypatch.setattr(CaptionPool, "PIECE", 7)
     pool = CaptionPool(20, 8)
-    captions = unit(20, 8)
-    pool.enqueue(captions, torch.arange(20))
+    pool.enqueue(unit(20, 8), torch.arange(20))
     images, texts = unit(5, 8, seed=1), unit(5, 8, seed=2)
-    for row, value in enumerate(pool.agreement(images, texts, k=3)):
-        best = (captions @ images[row]).topk(3).indices
-        expected = F.cosine_similarity(texts[row], captions[best].mean(0), dim=0)
-        assert abs(float(value - expected)) < 1e-6
+    for row, value in enumerate(pool.agreement(images, texts)):
+        nearer = sum(float(images[row] @ caption) > float(images[row] @ texts[row]) for caption in unit(20, 8))
+        assert float(value) == pytest.approx(1 - nearer / 20)
+    assert torch.equal(pool.agreement(texts, texts), torch.ones(5))

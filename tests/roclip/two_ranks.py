@@ -34,11 +34,11 @@ def solve(rows: int, start: int, total: int) -> dict:
     pool = CaptionPool(20, 8)
     for _ in range(3):
         pool.enqueue(texts.detach(), torch.arange(start, start + rows))
-    agreement = pool.agreement(images.detach(), texts.detach(), 2)
-    gate = AgreementGate(0.25, 0.5)
+    agreement = pool.agreement(images, texts)
+    gate = AgreementGate(0.5)
     ids = torch.arange(start, start + rows)
-    gate.keep(-agreement, ids, given["keep"])
-    keep = gate.keep(agreement, ids, given["keep"])
+    gate.keep(-agreement, ids, given["keep"], 0.25)
+    keep = gate.keep(agreement, ids, given["keep"], 0.25)
     return {
         "loss": distributed.all_sum(loss) / distributed.world_size(),
         "gradients": gradients,

@@ -38,7 +38,7 @@ def trusted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(trusted: Path) -> Path:
-    train_segmenter(trusted, LABELS, OracleConfig(epochs=10), 1, trusted.parent / "segmenter")
+    train_segmenter(trusted, LABELS, OracleConfig(epochs=7), 1, trusted.parent / "segmenter")
     return trusted.parent / "segmenter"
 
 
@@ -66,9 +66,10 @@ def test_segmenter_gives_shares_of_the_area(trusted: Path, folder: Path):
 
 
 def test_training_is_the_same_when_the_seed_is(trusted: Path, tmp_path: Path):
-    config = OracleConfig(epochs=1)
-    hashes = [train_segmenter(trusted, LABELS, config, 7, tmp_path / name).info["sha256"] for name in ("a", "b")]
-    assert hashes[0] == hashes[1]
+    config, few = OracleConfig(epochs=1), tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(trusted).slice(0, 80), few)
+    hashes = [train_segmenter(few, LABELS, config, seed, tmp_path / "out").info["sha256"] for seed in (7, 7, 8)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_loaded_segmenter_equals_the_trained_one(trusted: Path, tmp_path: Path):
@@ -126,5 +127,6 @@ def test_stickers_are_background():
     pixels, target = segmenters._augment(images, masks, np.random.default_rng(0))
     stuck = (target == 0).flatten(1).any(dim=1)
     assert 16 < int(stuck.sum()) < 48
-    flat = (pixels == pixels[:, :, :1, :1]).all(dim=1)
-    assert flat[target == 1].float().mean() > 0.99 or bool((target[~flat] == 0).float().mean() > 0.5)
+    spread = pixels.amax(dim=1) - pixels.amin(dim=1)  # the images are grey, the stickers mostly are not
+    assert bool((spread[target == 1] < 1e-6).all())
+    assert (spread[target == 0] > 0.05).float().mean() > 0.8
