@@ -38,7 +38,7 @@ def run(config: Config) -> dict:
         here.note_cost()
         summary = {
             "schema": 1,
-            "config": config.source,
+            "config": Path(config.source).name,
             "commit": here.provenance["commit"],
             **here.cost,
             "ingest": Manifest(here.shards).summary or {},

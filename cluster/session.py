@@ -21,7 +21,7 @@ from roclip.errors import ConfigError, RunLockedError
 from roclip.shards import write_atomic
 
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "ray", "img2dataset", "webdataset", "faiss-gpu", "faiss-cpu")
-_SAMPLE_EVERY_S = 2.0
+_SAMPLE_EVERY_S = 10.0
 
 
 class Session:

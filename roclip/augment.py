@@ -31,13 +31,15 @@ def augment(images: Tensor, ids: Tensor, config: AugmentConfig, *, seed: int, ep
     """
     draws = np.stack([np.random.Philox(key=[seed, epoch], counter=[int(i), 0, 0, 0]).random_raw(10) for i in ids])
     uniform = torch.from_numpy((draws >> np.uint64(11)).astype(np.float64) * 2.0**-53).float().to(images.device)
-    images = _crop_and_flip(images, uniform[:, :5], config, size)
+    if config.crop_scale != (1.0, 1.0) or config.flip or images.shape[-2:] != (size, size):
+        images = _crop_and_flip(images, uniform[:, :5], config, size)
     images = _jitter(images, uniform[:, 5:8], config)
     if config.gray:
         gray = _luma(images).expand_as(images)
         images = torch.where((uniform[:, 8] < config.gray).view(-1, 1, 1, 1), gray, images)
-    if config.blur:
-        images = torch.where((uniform[:, 9] < config.blur).view(-1, 1, 1, 1), gaussian_blur(images, size / 32), images)
+    if config.blur and (rows := uniform[:, 9] < config.blur).any():
+        images = images.clone()
+        images[rows] = gaussian_blur(images[rows], size / 32)
     return images
 
 

@@ -4,6 +4,7 @@ A run is one YAML preset plus dotted overrides (`pool.size=4096 train.lr=1e-3`).
 are errors that name the file, the key and the nearest known key. Loading a config runs no code.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -338,13 +339,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except Exception as error:
             raise _explain(override, error) from error
-    merged = OmegaConf.merge(merged, {"source": merged.source or str(path)})
+    merged = OmegaConf.merge(merged, {"source": merged.source or str(path.resolve())})
     return _instantiate(str(path), merged)
 
 
 def parse_config(text: str) -> Config:
-    """The `Config` that `dump_config` wrote."""
-    return _instantiate("config.yaml", OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    """The `Config` that `dump_config` wrote. Raises `ConfigError`, such as for the config of another version."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    except Exception as error:
+        raise _explain("config.yaml", error) from error
+    return _instantiate("config.yaml", merged)
 
 
 def dump_config(config: Config) -> str:
@@ -358,9 +363,9 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
         return Path(config.run_dir)
     runs = Path(config.runs)
     for candidate in sorted(runs.glob(f"*-{config.name}*"), reverse=True):
-        saved = candidate / "config.yaml"
-        if saved.is_file() and identity(parse_config(saved.read_text())) == identity(config):
-            return candidate
+        with contextlib.suppress(ConfigError, OSError):  # another version's run is another run
+            if identity(parse_config((candidate / "config.yaml").read_text())) == identity(config):
+                return candidate
     stem = f"{today or datetime.date.today()}-{config.name}"
     number, path = 1, runs / stem
     while (path / "config.yaml").exists():

@@ -22,7 +22,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     optimizer = torch.optim.AdamW(
-        parameter_groups(towers, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps
+        parameter_groups(towers, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
     engine, *_ = deepspeed.initialize(
         model=towers, optimizer=optimizer, config=deepspeed_config(config, distributed.world_size())

@@ -16,6 +16,8 @@ from scipy.stats import betabinom
 
 SHRINKAGE = 100.0
 """Weight of the rate over all labels in the rate of one, in images."""
+SMALLEST_P = 1e-12
+"""What the tail's own rounding allows to tell from nothing."""
 MIN_EXCESS = 5.0
 """Repeated lies beyond chance, below which a label is not called poisoned: an effect size, in images."""
 MIN_BELIEF = 0.5
@@ -198,7 +200,7 @@ def _tail(k: int, n: int, rate: float, weight: float) -> float:
     if k == 0 or n == 0:
         return 1.0
     rate = float(np.clip(rate, 1e-9, 1 - 1e-9))
-    return float(np.clip(betabinom.sf(k - 1, n, rate * weight, (1 - rate) * weight), 0.0, 1.0))
+    return float(np.clip(betabinom.sf(k - 1, n, rate * weight, (1 - rate) * weight), SMALLEST_P, 1.0))
 
 
 def _holm(findings: Findings) -> Findings:
