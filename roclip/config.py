@@ -245,7 +245,7 @@ class OracleConfig:
     reference_frac: float = 0.3
     """Share of the trusted images that the segmenter does not train on: how often do model and oracle disagree
     where nothing is poisoned."""
-    epochs: int = 8
+    epochs: int = 15
     """Passes of the segmenter's training."""
     alpha: float = 0.01
     """Family-wise error rate of the label test (Holm)."""
