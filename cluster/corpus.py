@@ -1,10 +1,10 @@
 """Prepares what a run of the embedded default needs before its first URL is fetched: the `origin/` folder.
 
-    corpus.parquet       what the origin serves, one row per URL: path, image, caption, behaviour
-    poison.parquet       ground truth of the poisons: key, attack, group, target and source label, trigger box
-    eval.parquet         held-out images with caption and label; attack_eval.parquet: triggered and targeted ones
-    trusted.parquet      images with masks for the oracle: rendered or set aside, never served
-    labels.json          class names and zero-shot templates; written last: the folder is complete
+corpus.parquet       what the origin serves, one row per URL: path, image, caption, behaviour
+poison.parquet       ground truth of the poisons: key, attack, group, target and source label, trigger box
+eval.parquet         held-out images with caption and label; attack_eval.parquet: triggered and targeted ones
+trusted.parquet      images with masks for the oracle: rendered or set aside, never served
+labels.json          class names and zero-shot templates; written last: the folder is complete
 """
 
 import io
@@ -287,4 +287,3 @@ def _write(path: Path, table: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     write_atomic(path, buffer.getvalue().to_pybytes())
-

@@ -211,9 +211,7 @@ class _Job:
         return sealed
 
     def _submit(self, part: Part) -> Any:
-        rows = part.table.take(
-            pa.array(range(len(part.table)))
-        )  # pickled as it is, a slice would take the list along
+        rows = part.table.take(pa.array(range(len(part.table))))  # pickled as it is, a slice would take the list along
         options = {
             "name": f"ingest-shard-{part.number:0{SHARD_DIGITS}d}",
             "num_cpus": self.config.cluster.cpus_per_ingest_task,
@@ -223,9 +221,7 @@ class _Job:
             "runtime_env": {"env_vars": {"ROCLIP_ROOM": "ingest"}},
         }
         task = ray.remote(_ingest_shard).options(**options)
-        return task.remote(
-            Part(part.number, rows), self.root, self.config.ingest, self.config.data.max_bad_frac
-        )
+        return task.remote(Part(part.number, rows), self.root, self.config.ingest, self.config.data.max_bad_frac)
 
     def _take_in(self, part: Part, attempt: int, outcome: _Outcome) -> None:
         if outcome.record is not None:

@@ -104,9 +104,7 @@ class _Fetching(threading.Thread):
 
     def run(self) -> None:
         try:
-            ingest(
-                self.here.config, self.urls, self.here.shards, on_progress=self.here.display.ingest, stop=self.halt
-            )
+            ingest(self.here.config, self.urls, self.here.shards, on_progress=self.here.display.ingest, stop=self.halt)
         except BaseException as error:  # handed to the main thread by `check`
             self.problem = error
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -63,7 +64,7 @@ class Session:
             dashboard_host="127.0.0.1",
             object_store_memory=cluster.store_memory_bytes,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
 

@@ -90,9 +90,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
 
 def _img2dataset() -> tuple[type, type, type]:
     environment_defaults()
-    os.environ.setdefault(
-        "OPENCV_IO_MAX_IMAGE_PIXELS", str(policy.MAX_PIXELS)
-    )  # OpenCV reads it once, at import
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(policy.MAX_PIXELS))  # OpenCV reads it once, at import
     with _hidden("torch", "ray", "faiss", "deepspeed"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports imghdr
         from img2dataset.downloader import Downloader

@@ -98,9 +98,7 @@ class _Pages:
     def __init__(self, corpus: Path):
         names = pq.read_schema(corpus).names
         if missing := [column for column in COLUMNS if column not in names]:
-            raise DataError(
-                f"{corpus}: expected the columns {', '.join(COLUMNS)}, got no {', '.join(missing)}."
-            )
+            raise DataError(f"{corpus}: expected the columns {', '.join(COLUMNS)}, got no {', '.join(missing)}.")
         table = pq.read_table(corpus, columns=["path", "image", "behaviour"])
         self.images = table.column("image")
         self.behaviours = table.column("behaviour").to_pylist()
@@ -168,9 +166,7 @@ def _end_with_stdin() -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ingest.origin", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m ingest.origin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--port", type=int, default=0, help="0, or taken: any free one")
     options = parser.parse_args()

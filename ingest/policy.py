@@ -77,9 +77,7 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _connect(policy: FetchPolicy, target: tuple[str, int], timeout: Any, source: Any = None) -> socket.socket:
     """Resolve once, and connect to the first allowed address that answers."""
     host, port = target
-    addresses = list(
-        dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
-    )
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)))
     allowed = [address for address in addresses if policy.allows(address)]
     if not allowed:
         raise RefusedError(f"{REFUSED}: {host} is at {', '.join(addresses)}, not a public address")
@@ -138,9 +136,7 @@ class _Http(urllib.request.HTTPHandler):
 
 class _Https(urllib.request.HTTPSHandler):
     def __init__(self, policy: FetchPolicy):
-        self.tls = (
-            ssl.create_default_context()
-        )  # once: reading the certificates takes longer than a small image
+        self.tls = ssl.create_default_context()  # once: reading the certificates takes longer than a small image
         super().__init__(context=self.tls)
         self.connection = _checked(http.client.HTTPSConnection, policy)
 

@@ -35,9 +35,7 @@ class Part:
     """Columns `url` and `caption`; at most `samples_per_shard` rows."""
 
 
-def read_url_list(
-    path: str, *, url_col: str = "url", caption_col: str = "caption", limit: int = 0
-) -> pa.Table:
+def read_url_list(path: str, *, url_col: str = "url", caption_col: str = "caption", limit: int = 0) -> pa.Table:
     """All rows of a URL list, as a table of the string columns `url` and `caption`; a missing value is "".
 
     `path` is a file, a folder or a glob on any fsspec store, such as `s3://bucket/urls/*.parquet`. Files are
@@ -56,9 +54,7 @@ def read_url_list(
             if limit and count >= limit:
                 return pa.concat_tables(batches)
     if not count:
-        raise UrlListError(
-            f"{path}: expected at least one row, got an empty list. Check that the crawl wrote it."
-        )
+        raise UrlListError(f"{path}: expected at least one row, got an empty list. Check that the crawl wrote it.")
     return pa.concat_tables(batches)
 
 
@@ -88,14 +84,11 @@ def _files(path: str) -> tuple[Any, list[str]]:
     except (ValueError, ImportError, OSError) as error:
         raise UrlListError(f"{path}: this URL list cannot be opened ({error}). Check the path.") from error
     if not found:
-        raise UrlListError(
-            f"{path}: no such URL list. Check data.urls; a file, a folder or a glob is expected."
-        )
+        raise UrlListError(f"{path}: no such URL list. Check data.urls; a file, a folder or a glob is expected.")
     files = sorted(name for name in map(str, found) if name.endswith(_NAMES))
     if not files:
         raise UrlListError(
-            f"{path}: expected {', '.join(FORMATS)} (all but parquet also .gz), got {_some(found)}. "
-            "Convert the list."
+            f"{path}: expected {', '.join(FORMATS)} (all but parquet also .gz), got {_some(found)}. Convert the list."
         )
     return fs, files
 
@@ -156,9 +149,7 @@ def _jsonl(file: IO[bytes], name: str, wanted: list[str]) -> Iterator[list]:
     try:
         found = json.loads(first)
     except ValueError as error:
-        raise UrlListError(
-            f"{name}: expected one JSON object a line, got {first[:60]!r} ({error})."
-        ) from error
+        raise UrlListError(f"{name}: expected one JSON object a line, got {first[:60]!r} ({error}).") from error
     file.seek(0)
     options = arrow_json.ParseOptions(
         explicit_schema=pa.schema([(column, pa.string()) for column in wanted]),

@@ -42,9 +42,7 @@ _REASONS = (
     (re.compile(r"[Cc]onnection refused"), "connection_refused"),
     (re.compile(r"[Cc]onnection reset|Remote end closed|Broken pipe"), "connection_reset"),
     (
-        re.compile(
-            r"Name or service not known|name resolution|No address associated|nodename nor|getaddrinfo"
-        ),
+        re.compile(r"Name or service not known|name resolution|No address associated|nodename nor|getaddrinfo"),
         "no_host",
     ),
     (re.compile(r"unreachable|No route to host"), "unreachable"),

@@ -1,14 +1,14 @@
 """Checkpoints: saved atomically, verified before they are loaded, named by LATEST and TRUSTED, exported to open_clip.
 
-    checkpoints/
-      step-00000120/
-        open_clip_config.json open_clip_model.safetensors   the towers, loadable by open_clip as they are
-        deepspeed/ …            optimizer and weights of the engine, one file a rank
-        pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
-        cursor.json             where in the data and in the schedule training stands
-        SHA256SUMS              of every file above
-      LATEST                    the newest complete checkpoint: resume starts here
-      TRUSTED                   the one that may leave the run; only the oracle moves it
+checkpoints/
+  step-00000120/
+    open_clip_config.json open_clip_model.safetensors   the towers, loadable by open_clip as they are
+    deepspeed/ …            optimizer and weights of the engine, one file a rank
+    pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
+    cursor.json             where in the data and in the schedule training stands
+    SHA256SUMS              of every file above
+  LATEST                    the newest complete checkpoint: resume starts here
+  TRUSTED                   the one that may leave the run; only the oracle moves it
 """
 
 import json

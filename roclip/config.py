@@ -448,4 +448,3 @@ def environment_defaults() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no weights are fetched behind the user's back
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-

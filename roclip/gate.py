@@ -54,9 +54,9 @@ class AgreementGate:
         ranks = torch.arange(len(order), dtype=torch.float64) / max(len(order) - 1, 1)
         scores = []
         for sample, now in zip(ids[order].tolist(), ranks.tolist(), strict=True):
-            before = self.scores.get(sample, now)
-            self.scores[sample] = self.memory * before + (1 - self.memory) * now
-            scores.append(self.scores[sample])
+            score = self.memory * self.scores.get(sample, now) + (1 - self.memory) * now
+            self.scores[sample] = score
+            scores.append(score)
         lowest = torch.sort(torch.tensor(scores, dtype=torch.float64), stable=True).indices
         learns = valid.clone()
         learns[order[lowest[: int(share * len(order))]]] = False

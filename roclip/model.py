@@ -44,12 +44,13 @@ class Towers(nn.Module):
             )
         self.name = name
         self.cfg: dict[str, Any] = cfg
-        self.clip: nn.Module = _quiet_create(name)
-        visual: Any = self.clip.visual
-        size = visual.image_size
+        self.clip: Any = _quiet_create(name)
+        size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else int(size)
         self.tokenizer = open_clip.get_tokenizer(name)
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -135,7 +136,7 @@ class Encoder:
         device = next(self.towers.parameters()).device
         pieces = []
         for start in range(0, len(images), self.batch_size):
-            batch = np.stack(images[start : start + self.batch_size])
+            batch = np.stack(list(images[start : start + self.batch_size]))
             pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float().div(255)
             pieces.append(self.towers.encode_image(pixels).cpu())
         return torch.cat(pieces) if pieces else torch.empty(0, 0)

@@ -143,9 +143,7 @@ class CaptionPool:
 
 
 def _faiss_search(queries: Tensor, captions: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    similarity, slots = faiss.knn(
-        queries.cpu().numpy(), captions.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
-    )
+    similarity, slots = faiss.knn(queries.cpu().numpy(), captions.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     return _lowest_slot_first(torch.from_numpy(similarity), torch.from_numpy(slots))
 
 

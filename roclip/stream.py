@@ -239,13 +239,14 @@ class ShardReader:
     @property
     def index(self) -> dict[str, list]:
         """Columns key, image_offset, image_size, caption_offset, caption_size."""
-        if self._index is None:
-            path = index_path(self.root, self.record.name)
-            try:
-                self._index = pq.read_table(path).to_pydict()
-            except (OSError, ValueError) as error:
-                raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
-        return self._index
+        if self._index is not None:
+            return self._index
+        path = index_path(self.root, self.record.name)
+        try:
+            self._index = index = pq.read_table(path).to_pydict()
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
+        return index
 
     def key(self, sample: int) -> str:
         return self.index["key"][sample]

@@ -101,9 +101,7 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
             set_lr(engine, lr)
             ids, keep = batch.ids.to(device), batch.valid.to(device)
             pixels = batch.images.to(device).float().div(255)
-            pixels = augment(
-                pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size
-            )
+            pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
             matched = phase == "matched"
             image_features, text_features, logit_scale = engine(
                 pixels, batch.tokens.to(device), text_gradient=not matched

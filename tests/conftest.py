@@ -1,5 +1,6 @@
 """A scrubbed environment and tiny shards."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from roclip.config import environment_defaults
 from roclip.shards import Manifest
 
 environment_defaults()
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
 
 @pytest.fixture(autouse=True)

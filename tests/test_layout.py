@@ -75,7 +75,10 @@ def test_preset_dry_runs(path: Path, tmp_path: Path):
 def test_every_readme_command_exists():
     """Each `roclip …` line of the README's code blocks names a command, and a preset that is there."""
     text = (REPOSITORY / "README.md").read_text()
-    lines = [line.strip() for line in re.findall(r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor).*$", text, re.M)]
+    lines = [
+        line.strip()
+        for line in re.findall(r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor).*$", text, re.M)
+    ]
     assert lines
     for line in lines:
         words = shlex.split(line, comments=True)

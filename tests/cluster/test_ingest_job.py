@@ -171,14 +171,10 @@ def test_resume_keeps_what_is_sealed_and_does_the_rest(local_ray, tmp_path):
         assert 2 <= first["shards"] <= len(sealed) < 6
         assert Manifest(root).summary is None
         assert not (root / WORK).exists()
-    with _serve(
-        tmp_path, behaviours
-    ) as origin:  # on another port: the list's URLs are others, its rows the same
+    with _serve(tmp_path, behaviours) as origin:  # on another port: the list's URLs are others, its rows the same
         origin.url_list(urls)
         second = ingest(_config(), urls, root)
-        assert {
-            name: record for record in Manifest(root).records() if (name := record.name) in sealed
-        } == sealed
+        assert {name: record for record in Manifest(root).records() if (name := record.name) in sealed} == sealed
         assert _keys(root) == _good_keys(behaviours)
         assert (second["urls"], second["succeeded"], second["failed"]) == (120, 96, {"http_404": 24})
     files = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
@@ -208,9 +204,7 @@ def test_shard_that_always_fails_is_tried_as_often_as_configured(local_ray, tmp_
     with _serve(tmp_path, behaviours) as origin:
         origin.url_list(tmp_path / "urls.parquet")
         config = _config(shard_retries=1, samples_per_shard=OUTAGE_URLS)
-        with pytest.raises(
-            StageError, match=r"00000\.tar failed 2 times, last: none of 100.*connection_refused 100"
-        ):
+        with pytest.raises(StageError, match=r"00000\.tar failed 2 times, last: none of 100.*connection_refused 100"):
             ingest(config, tmp_path / "urls.parquet", tmp_path / "shards")
     assert Manifest(tmp_path / "shards").records() == ()
 
@@ -221,8 +215,6 @@ def test_shards_of_another_list_are_refused(local_ray, tmp_path, monkeypatch):
         origin.url_list(tmp_path / "urls.parquet")
         ingest(_config(), tmp_path / "urls.parquet", Path("shards"))
     assert len(_keys(tmp_path / "shards")) == 5
-    pq.write_table(
-        pa.table({"url": ["http://a.example/"] * 9, "caption": ["x"] * 9}), tmp_path / "more.parquet"
-    )
+    pq.write_table(pa.table({"url": ["http://a.example/"] * 9, "caption": ["x"] * 9}), tmp_path / "more.parquet")
     with pytest.raises(DataError, match=r"00000\.tar was sealed for 5 URLs and the list has 9"):
         ingest(_config(), tmp_path / "more.parquet", tmp_path / "shards")

@@ -54,7 +54,9 @@ def the_run(folder: Path) -> Path:
 
 def keys(run: Path) -> list[str]:
     records = Manifest(run / "shards").records()
-    return [key for r in records for key in pq.read_table(run / "shards" / f"{r.name[:5]}.index.parquet")["key"].to_pylist()]
+    return [
+        key for r in records for key in pq.read_table(run / "shards" / f"{r.name[:5]}.index.parquet")["key"].to_pylist()
+    ]
 
 
 @pytest.fixture(scope="module")

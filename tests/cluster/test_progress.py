@@ -28,5 +28,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
 def test_following_a_training_shows_its_last_step(capsys, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     with Display() as display, display.follow("roclip", metrics, 4, every_s=0.01):
-        metrics.write_text(json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished")
+        metrics.write_text(
+            json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished"
+        )
     assert "epoch 4/4 matched  step 7  loss 1.250  scale 14.0  300 samples/s" in capsys.readouterr().out

@@ -28,9 +28,7 @@ def test_origin_behaves_as_the_corpus_says(write_corpus, jpeg, tmp_path):
         origin.url_list(tmp_path / "urls.parquet")
         rows = pq.read_table(tmp_path / "urls.parquet").to_pylist()
         assert [row["caption"] for row in rows] == [f"caption of {row}" for row in range(9)]
-        ok, redirect, slow, missing, broken, truncated, hang, refused, dead_host = (
-            row["url"] for row in rows
-        )
+        ok, redirect, slow, missing, broken, truncated, hang, refused, dead_host = (row["url"] for row in rows)
         assert _get(ok) == jpeg(0)
         assert _get(redirect) == jpeg(1)
         assert _get(slow) == jpeg(2)

@@ -107,9 +107,7 @@ def test_other_scheme_is_refused(url):
 
 
 def test_redirect_to_a_file_is_refused():
-    with _server(
-        [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\nContent-Length: 0\r\n\r\n"]
-    ) as url:
+    with _server([b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\nContent-Length: 0\r\n\r\n"]) as url:
         with pytest.raises(urllib.error.HTTPError, match="is not allowed") as refused:
             _get(url, PRIVATE)
         refused.value.close()

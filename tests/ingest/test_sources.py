@@ -32,9 +32,7 @@ def _write(folder, name, url_col="url", caption_col="caption"):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", ["parquet", "csv", "tsv", "jsonl", "txt", "csv.gz", "tsv.gz", "jsonl.gz", "txt.gz"]
-)
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "txt", "csv.gz", "tsv.gz", "jsonl.gz", "txt.gz"])
 def test_list_is_read_the_same_from_every_format(tmp_path, kind):
     path = _write(tmp_path, f"list.{kind}", "link", "text")
     table = read_url_list(str(path), url_col="link", caption_col="text")
@@ -68,9 +66,7 @@ def test_limit_keeps_the_first_rows_across_files(tmp_path, limit):
 
 
 def test_rows_without_a_url_keep_their_place(tmp_path):
-    pq.write_table(
-        pa.table({"url": [None, "http://a.example/"], "caption": ["a", None]}), tmp_path / "l.parquet"
-    )
+    pq.write_table(pa.table({"url": [None, "http://a.example/"], "caption": ["a", None]}), tmp_path / "l.parquet")
     rows = read_url_list(str(tmp_path / "l.parquet")).to_pylist()
     assert rows == [{"url": "", "caption": "a"}, {"url": "http://a.example/", "caption": ""}]
 
@@ -106,9 +102,7 @@ def test_unknown_format_names_the_known_ones(tmp_path):
         read_url_list(str(tmp_path / "list.xlsx"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("l.parquet", b"PAR1"), ("l.csv.gz", b"no gzip"), ("l.jsonl", b"[1,")]
-)
+@pytest.mark.parametrize(("name", "content"), [("l.parquet", b"PAR1"), ("l.csv.gz", b"no gzip"), ("l.jsonl", b"[1,")])
 def test_damaged_list_names_the_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UrlListError, match=name):

@@ -18,9 +18,7 @@ def _shard(folder, members, rows):
             tar.addfile(info, io.BytesIO(content))
     names = ("key", "caption", "status", "error_message")
     columns = list(zip(*rows, strict=True)) or [[]] * 4
-    table = pa.table(
-        {name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)}
-    )
+    table = pa.table({name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)})
     pq.write_table(table, folder / "00000.parquet")
     return folder / "00000.tar", folder / "00000.parquet"
 
@@ -30,9 +28,7 @@ def _sample(key, image, caption="a cat"):
 
 
 def _good(jpeg, count):
-    members = [
-        member for row in range(count) for member in _sample(f"{row:05d}", jpeg(row), f"caption {row}")
-    ]
+    members = [member for row in range(count) for member in _sample(f"{row:05d}", jpeg(row), f"caption {row}")]
     return members, [(f"{row:05d}", f"caption {row}", "success", None) for row in range(count)]
 
 
