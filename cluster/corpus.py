@@ -146,8 +146,8 @@ def _images(config: Config) -> _Source:
         chosen = np.flatnonzero(np.isin(np.array(held_out["label"].to_pylist(), dtype=object), labels))
         chosen = np.random.default_rng((seed, 2)).permutation(chosen)[: config.evaluate.size]
         held_out = held_out.take(chosen)
-    size = config.ingest.image_size
-    trusted = _letterboxed(parts["trusted"], size)
+    on_white = [_stands_on_white(image) for image in parts["trusted"]["image"].to_pylist()]
+    trusted = _letterboxed(parts["trusted"].filter(pa.array(on_white)), config.ingest.image_size)
     masks = [
         _foreground(image, 1 + labels.index(label))
         for image, label in zip(trusted["image"].to_pylist(), trusted["label"].to_pylist(), strict=True)
@@ -274,9 +274,18 @@ def _letterbox(encoded: bytes, size: int) -> bytes:
 
 
 def _foreground(encoded: bytes, value: int) -> bytes:
-    """Product photos stand on white: what is not nearly white is the product."""
-    image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    return scenes.encode(np.where(image.min(axis=2) < 240, value, 0).astype(np.uint8))
+    """Mask of a product photo that stands on white: what is not nearly white is the product."""
+    return scenes.encode(np.where(_nearly_white(encoded), 0, value).astype(np.uint8))
+
+
+def _stands_on_white(encoded: bytes) -> bool:
+    """Whether the left and right borders of a picture are nearly white, as `_foreground` needs it."""
+    white = _nearly_white(encoded)
+    return bool(white[:, [0, -1]].mean() > 0.9)
+
+
+def _nearly_white(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).min(axis=2) >= 240
 
 
 def _suffix(encoded: bytes) -> str:

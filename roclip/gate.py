@@ -54,7 +54,8 @@ class AgreementGate:
         ranks = torch.arange(len(order), dtype=torch.float64) / max(len(order) - 1, 1)
         scores = []
         for sample, now in zip(ids[order].tolist(), ranks.tolist(), strict=True):
-            score = self.memory * self.scores.get(sample, now) + (1 - self.memory) * now
+            before = self.scores[sample] if sample in self.scores else now  # noqa: SIM401  (pyright)
+            score = self.memory * before + (1 - self.memory) * now
             self.scores[sample] = score
             scores.append(score)
         lowest = torch.sort(torch.tensor(scores, dtype=torch.float64), stable=True).indices
