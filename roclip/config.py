@@ -7,16 +7,13 @@ are errors that name the file, the key and the nearest known key. Loading a conf
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import os
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-import omegaconf
-from omegaconf import OmegaConf
-
+from roclip import strict
 from roclip.errors import ConfigError
 
 
@@ -326,35 +323,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         raise ConfigError(f"{path}: no such config. Presets here: {', '.join(near) or 'none'}.")
-    schema = OmegaConf.structured(Config)
-    try:
-        merged = OmegaConf.merge(schema, OmegaConf.load(path))
-    except Exception as error:
-        raise _explain(str(path), error) from error
-    for override in overrides:
-        _, equals, _ = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override}: expected key=value (such as train.lr=1e-3). Remove spaces around '='.")
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        except Exception as error:
-            raise _explain(override, error) from error
-    merged = OmegaConf.merge(merged, {"source": merged.source or str(path.resolve())})
-    return _instantiate(str(path), merged)
+    config = strict.load(Config, str(path), path.read_text(), overrides)
+    return config if config.source else dataclasses.replace(config, source=str(path.resolve()))
 
 
 def parse_config(text: str) -> Config:
     """The `Config` that `dump_config` wrote. Raises `ConfigError`, such as for the config of another version."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
-    except Exception as error:
-        raise _explain("config.yaml", error) from error
-    return _instantiate("config.yaml", merged)
+    return strict.load(Config, "config.yaml", text)
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, such that `parse_config` gives an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return strict.dump(config)
 
 
 def run_directory(config: Config, *, today: datetime.date | None = None) -> Path:
@@ -384,44 +364,6 @@ def model_file(config: Config) -> Path | None:
     """The JSON of the model, if it is one of the preset's own; None for a name that open_clip knows."""
     path = Path(config.source).parent / "models" / f"{config.model.name}.json"
     return path if path.is_file() else None
-
-
-def _instantiate(source: str, merged: Any) -> Config:
-    try:
-        config = OmegaConf.to_object(merged)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-    except omegaconf.errors.OmegaConfBaseException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise ConfigError(f"{source}: {error.__cause__}") from error
-        raise _explain(source, error) from error
-    return _tuples(config)
-
-
-def _tuples(value: Any) -> Any:
-    """OmegaConf turns tuples into lists; turn them back, so that equal configs are equal."""
-    if not is_dataclass(value):
-        return tuple(value) if isinstance(value, list) else value
-    for item in fields(value):
-        object.__setattr__(value, item.name, _tuples(getattr(value, item.name)))
-    return value
-
-
-def _explain(source: str, error: Exception) -> ConfigError:
-    key = getattr(error, "full_key", None) or ""
-    message = str(getattr(error, "msg", None) or error).splitlines()[0]
-    if isinstance(error, (omegaconf.errors.ConfigKeyError, omegaconf.errors.ConfigAttributeError)) and key:
-        near = difflib.get_close_matches(key.split(".")[-1], _known_keys(key), n=1, cutoff=0.5)
-        hint = f" Did you mean {'.'.join([*key.split('.')[:-1], near[0]])!r}?" if near else ""
-        return ConfigError(f"{source}: unknown key {key!r}.{hint}")
-    return ConfigError(f"{source}: {key + ': ' if key else ''}{message}")
-
-
-def _known_keys(key: str) -> list[str]:
-    known: Any = Config
-    for part in key.split(".")[:-1]:
-        known = get_type_hints(known).get(part, Config)
-    return [item.name for item in fields(known)] if is_dataclass(known) else []
 
 
 def _positive(section: Any, name: str, *keys: str) -> None:

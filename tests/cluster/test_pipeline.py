@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from kit import environment, preset
+from kit import REPOSITORY, SHARED_DATA, environment, preset
 from tiny import TINY_RUN
 
 from roclip.metrics import read_metrics
@@ -152,3 +152,19 @@ def test_export_refuses_what_the_oracle_did_not_call_clean_unless_asked(done, tm
     finish(roclip("export", str(path), "--out", str(tmp_path / "model")), 0 if trusted else 4)
     finish(roclip("export", str(path), "--out", str(tmp_path / "any"), "--untrusted"))
     assert (tmp_path / "any" / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real photos are not beside this checkout")
+def test_real_photos_run_end_to_end(tmp_path):
+    photos = SHARED_DATA / "fashion" / "train.parquet"
+    few = ["data.limit=4000", "train.epochs=1", "arms=[roclip]", "oracle.trusted=400", "oracle.epochs=1"]
+    config = str(REPOSITORY / "configs" / "fashion.yaml")
+    said, _ = finish(roclip("run", config, f"data.images={photos}", f"runs={tmp_path}", *few))
+    (run,) = tmp_path.glob("*-fashion")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["ingest"]["succeeded"] > 4000
+    assert len(json.loads((run / "origin" / "labels.json").read_text())["labels"]) == 24
+    assert summary["arms"]["roclip"]["zero_shot_top1"] > 3 / 24  # one epoch: far above chance, no more
+    assert summary["arms"]["roclip"]["oracle"]["verdict"] in ("clean", "suspicious", "poisoned", "inconclusive")
+    assert "report.html" in said

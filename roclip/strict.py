@@ -1,0 +1,72 @@
+"""Fills frozen dataclasses from YAML, strictly: an unknown key or a wrong type is an error that says where and what."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import omegaconf
+from omegaconf import OmegaConf
+
+from roclip.errors import ConfigError
+
+Schema = TypeVar("Schema")
+
+
+def load(schema: type[Schema], source: str, text: str, overrides: Sequence[str] = ()) -> Schema:
+    """An instance of a dataclass from YAML and dotted `key=value` overrides.
+
+    Raises `ConfigError` naming `source` or the override, the key, and the nearest known key.
+    """
+    merged: Any = OmegaConf.structured(schema)
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.create(text))
+    except Exception as error:
+        raise _explain(schema, source, error) from error
+    for override in overrides:
+        _, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: expected key=value (such as train.lr=1e-3). Remove spaces around '='.")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            raise _explain(schema, override, error) from error
+    try:
+        return _tuples(OmegaConf.to_object(merged))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except omegaconf.errors.OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{source}: {error.__cause__}") from error
+        raise _explain(schema, source, error) from error
+
+
+def dump(value: Any) -> str:
+    """A dataclass as YAML, such that `load` gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(value))
+
+
+def _tuples(value: Any) -> Any:
+    """OmegaConf turns tuples into lists; turn them back, so that equal configs are equal."""
+    if not is_dataclass(value):
+        return tuple(value) if isinstance(value, list) else value
+    for item in fields(value):
+        object.__setattr__(value, item.name, _tuples(getattr(value, item.name)))
+    return value
+
+
+def _explain(schema: type, source: str, error: Exception) -> ConfigError:
+    key = getattr(error, "full_key", None) or ""
+    message = str(getattr(error, "msg", None) or error).splitlines()[0]
+    if isinstance(error, (omegaconf.errors.ConfigKeyError, omegaconf.errors.ConfigAttributeError)) and key:
+        near = difflib.get_close_matches(key.split(".")[-1], _known_keys(schema, key), n=1, cutoff=0.5)
+        hint = f" Did you mean {'.'.join([*key.split('.')[:-1], near[0]])!r}?" if near else ""
+        return ConfigError(f"{source}: unknown key {key!r}.{hint}")
+    return ConfigError(f"{source}: {key + ': ' if key else ''}{message}")
+
+
+def _known_keys(schema: type, key: str) -> list[str]:
+    known: Any = schema
+    for part in key.split(".")[:-1]:
+        known = get_type_hints(known).get(part, schema)
+    return [item.name for item in fields(known)] if is_dataclass(known) else []
