@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import ray.exceptions
 from roclip import checkpoint as checkpoints
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import CheckpointError, DataError, StageError
+from roclip.metrics import Progress
 from roclip.model import WEIGHTS, Encoder
 from roclip.oracle.check import SCHEMA, check
 from roclip.oracle.segmenters import CARD, TrainedSegmenter, train_segmenter
@@ -24,7 +24,6 @@ def oracle(
     arm: str,
     *,
     checkpoint: Path | None = None,
-    on_progress: Callable[[str], None] | None = None,
     in_process: bool = False,
 ) -> dict[str, Any]:
     """Judge the checkpoint that `<run>/<arm>/checkpoints/LATEST` names; returns what summary.json keeps of the verdict.
@@ -37,7 +36,7 @@ def oracle(
     Raises `CheckpointError` without a checkpoint, `DataError` without trusted images, `StageError` if the task is lost.
     """
     if in_process:
-        return judge(config, run, arm, checkpoint, on_progress)
+        return judge(config, run, arm, checkpoint)
     largest = max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, largest)  # training is over: take its share
     task = _judge.options(num_cpus=cpus, max_retries=1)
@@ -55,7 +54,7 @@ def judge(
     run: Path,
     arm: str,
     checkpoint: Path | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`oracle` in this process, without Ray."""
     folder = run / arm / "checkpoints"
@@ -103,7 +102,17 @@ def judge(
 @ray.remote
 def _judge(config: str, run: str, arm: str, checkpoint: str | None) -> dict[str, Any]:
     environment_defaults()
-    return judge(parse_config(config), Path(run), arm, None if checkpoint is None else Path(checkpoint))
+    where = progress_file(Path(run), arm)
+
+    def say(done: int, total: int, text: str) -> None:
+        write_atomic(where, json.dumps([done, total, text]))
+
+    return judge(parse_config(config), Path(run), arm, None if checkpoint is None else Path(checkpoint), say)
+
+
+def progress_file(run: Path, arm: str) -> Path:
+    """Where the task says how far it is: [done, total, text] as JSON."""
+    return run / arm / "oracle" / "progress.json"
 
 
 def _trust(folder: Path, name: str, verdict: str) -> None:
@@ -116,7 +125,7 @@ def _trust(folder: Path, name: str, verdict: str) -> None:
 
 
 def _segmenter(
-    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Callable[[str], None] | None
+    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Progress | None
 ) -> TrainedSegmenter:
     """The given segmenter, or the run's own, which is trained once for these trusted images and settings."""
     if config.oracle.weights:

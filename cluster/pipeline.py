@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cluster import corpus
 from cluster.ingest_job import ingest
-from cluster.oracle_job import oracle
+from cluster.oracle_job import oracle, progress_file
+from cluster.progress import told_standing, training_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from ingest.origin import Origin
@@ -153,7 +154,8 @@ def _train(here: Session, arm: str) -> None:
     if finished(here.config, here.path / arm / "checkpoints"):
         return
     here.need_ray()
-    with here.display.follow(arm, here.path / arm / "metrics.jsonl", here.config.train.epochs):
+    metrics = here.path / arm / "metrics.jsonl"
+    with here.display.follow(arm, lambda: training_standing(metrics, here.config.train.epochs)):
         train_arm(here.config, arm, here.path)
 
 
@@ -165,7 +167,10 @@ def _judge(here: Session, arm: str) -> dict:
         )
     here.display.say(f"oracle   checking {arm}")
     here.need_ray()
-    return oracle(here.config, here.path, arm)
+    said = progress_file(here.path, arm)
+    said.unlink(missing_ok=True)
+    with here.display.follow("oracle", lambda: told_standing(said)):
+        return oracle(here.config, here.path, arm)
 
 
 def _figures(here: Session, arm: str) -> dict:

@@ -1,9 +1,10 @@
 """The run on a terminal: a bar for ingest and one for each training, or plain lines where there is no terminal."""
 
 import contextlib
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from cluster.ingest_job import IngestProgress, describe
 from roclip.metrics import read_metrics
 
 _LINE_EVERY_S = 10.0
+Standing = tuple[float, float, str]
+"""Done, total, and a line of words."""
 
 
 class Display:
@@ -63,18 +66,18 @@ class Display:
         self.show("ingest", now.done_urls, now.total_urls, describe(now))
 
     @contextlib.contextmanager
-    def follow(self, arm: str, metrics: Path, epochs: int, every_s: float = 0.5) -> Iterator[None]:
-        """While the block runs, show what a training writes to its `metrics.jsonl`."""
+    def follow(self, stage: str, look: Callable[[], Standing | None], every_s: float = 0.5) -> Iterator[None]:
+        """While the block runs, show what `look` finds: what another process writes down as it goes."""
         stop = threading.Event()
 
         def watch() -> None:
-            last = -1
+            last = None
             while True:
                 ended = stop.wait(every_s)
-                rows = read_metrics(metrics)
-                if rows and rows[-1]["step"] != last:
-                    last = rows[-1]["step"]
-                    self.show(arm, rows[-1]["progress"], epochs, training_line(rows[-1]))
+                now = look()
+                if now is not None and now != last:
+                    last = now
+                    self.show(stage, *now)
                 if ended:
                     return
 
@@ -85,6 +88,20 @@ class Display:
         finally:
             stop.set()
             thread.join()
+
+
+def training_standing(metrics: Path, epochs: int) -> Standing | None:
+    """How far a training is, by its `metrics.jsonl`."""
+    rows = read_metrics(metrics)
+    return (rows[-1]["progress"], epochs, training_line(rows[-1])) if rows else None
+
+
+def told_standing(path: Path) -> Standing | None:
+    """How far a task says it is, in a JSON file of [done, total, text]."""
+    if not path.exists():
+        return None
+    done, total, text = json.loads(path.read_text())
+    return done, total, text
 
 
 def training_line(row: dict) -> str:

@@ -2,11 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from roclip.shards import write_atomic
+
+Progress = Callable[[int, int, str], None]
+"""What long work calls now and then: done, total, and what it is doing."""
 
 
 @dataclass(frozen=True)

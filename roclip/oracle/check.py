@@ -14,7 +14,7 @@ Letters: N distinct images, M captions, C labels, D feature width.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from roclip.config import OracleConfig
+from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.report import write_outputs
@@ -50,7 +51,7 @@ def check(
     out: Path,
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge a model by the shards that it learned from.
 
@@ -67,10 +68,9 @@ def check(
         The content of report.json. Raises `ShardError` or `DataError` when shards or trusted images cannot be read.
     """
     started = time.monotonic()
-    say = on_progress or (lambda message: None)
+    say = on_progress or (lambda done, total, text: None)
     witness = Witness(encoder, segmenter, labels, templates)
     reference, skill = _reference(witness, trusted)
-    say(f"oracle: {len(reference.answer)} trusted images give the null")
     looked = look(witness, shards, say)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     findings = statistics.run_tests(looked.observations, reference, covered)
@@ -104,7 +104,7 @@ def check(
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
     write_outputs(report, findings, looked, victims, segmenter, labels, shards, out, config.alpha)
-    say(f"oracle: {verdict}. {reasons[0]}")
+    say(1, 1, f"{verdict}. {reasons[0]}")
     return report
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from roclip.config import OracleConfig
 from roclip.errors import CheckpointError, DataError
+from roclip.metrics import Progress
 from roclip.shards import sha256_file, write_atomic
 from roclip.stream import decode
 
@@ -189,7 +190,7 @@ def train_segmenter(
     config: OracleConfig,
     seed: int,
     out: Path,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> TrainedSegmenter:
     """Train on the trusted images, calibrate on the share of them that is held out, save to `out` and return it.
 
@@ -200,7 +201,7 @@ def train_segmenter(
     Raises `DataError` when there are too few images or a mask names a class that is not there.
     """
     started = time.monotonic()
-    say = on_progress or (lambda message: None)
+    say = on_progress or (lambda done, total, text: None)
     images, masks = read_trusted(trusted, labels, MAX_SIDE_PX)
     rows = np.random.default_rng((seed, 61)).permutation(len(images))
     held_out, train = np.split(rows, [round(config.reference_frac * len(rows))])
@@ -229,7 +230,7 @@ def train_segmenter(
     }
     segmenter.save(out)
     covered = sum(segmenter.covers(label) for label in labels)
-    say(f"mean IoU {iou:.2f}, {covered} of {len(labels)} labels covered, {time.monotonic() - started:.0f} s")
+    say(config.epochs, config.epochs, f"segmenter: mean IoU {iou:.2f}, {covered} of {len(labels)} labels covered")
     return segmenter
 
 
@@ -310,9 +311,7 @@ def mean_iou(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
 _BATCH, _LR, _BACKGROUND_WEIGHT = 16, 4e-3, 0.3
 
 
-def _fit(
-    net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, seed: int, say: Callable[[str], None]
-) -> None:
+def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, seed: int, say: Progress) -> None:
     generator = np.random.default_rng((seed, 62))
     batch = min(_BATCH, len(images))
     steps = len(images) // batch
@@ -330,7 +329,7 @@ def _fit(
             optimizer.step()
             schedule.step()
             total += loss.item()
-        say(f"oracle training: epoch {epoch} of {epochs}, loss {total / steps:.3f}")
+        say(epoch, epochs, f"segmenter: epoch {epoch} of {epochs}, loss {total / steps:.3f}")
     net.eval()
 
 

@@ -6,7 +6,7 @@ Letters: N distinct images, M captions, C labels.
 import hashlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from roclip.errors import DataError
+from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.statistics import Observations
@@ -81,7 +82,7 @@ class Witness:
         return areas >= self._seen, areas >= self._clear
 
 
-def look(witness: Witness, shards: Path, say: Callable[[str], None]) -> Looked:
+def look(witness: Witness, shards: Path, say: Progress) -> Looked:
     """Read every usable sample of every sealed shard once. Raises `DataError` where there is no shard."""
     records = Manifest(shards).records()
     if not records:
@@ -93,7 +94,7 @@ def look(witness: Witness, shards: Path, say: Callable[[str], None]) -> Looked:
     places: list[tuple[str, int]] = []
     answers, areas, waiting = [], [], []
     unreadable = size = 0
-    for record in records:
+    for number, record in enumerate(records, start=1):
         reader, originals = ShardReader(shards, record), _originals(shards, record)
         for sample in range(len(reader.index["key"])):
             key = reader.key(sample)
@@ -114,7 +115,7 @@ def look(witness: Witness, shards: Path, say: Callable[[str], None]) -> Looked:
             if len(waiting) == BATCH:
                 _flush(witness, waiting, answers, areas)
         reader.close()
-        say(f"oracle: {record.name}, {len(keys):,} samples, {len(numbers):,} distinct images")
+        say(number, len(records), f"{record.name}: {len(keys):,} samples, {len(numbers):,} distinct images so far")
     _flush(witness, waiting, answers, areas)
     named = name_labels(captions, witness.labels)
     answer = np.concatenate(answers) if answers else np.empty(0, dtype=np.int64)

@@ -1,7 +1,7 @@
 import json
 
 from cluster.ingest_job import IngestProgress
-from cluster.progress import Display
+from cluster.progress import Display, told_standing, training_standing
 
 STEP = {
     "step": 7,
@@ -27,8 +27,15 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
 
 def test_following_a_training_shows_its_last_step(capsys, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    with Display() as display, display.follow("roclip", metrics, 4, every_s=0.01):
+    with Display() as display, display.follow("roclip", lambda: training_standing(metrics, 4), every_s=0.01):
         metrics.write_text(
             json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished"
         )
     assert "epoch 4/4 matched  step 7  loss 1.250  scale 14.0  300 samples/s" in capsys.readouterr().out
+
+
+def test_what_a_task_tells_is_shown(tmp_path):
+    told = tmp_path / "progress.json"
+    assert told_standing(told) is None
+    told.write_text(json.dumps([3, 15, "segmenter: epoch 3 of 15"]))
+    assert told_standing(told) == (3, 15, "segmenter: epoch 3 of 15")
