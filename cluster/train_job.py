@@ -5,6 +5,7 @@ can neither be lost between Ray's polls nor differ from what `torchrun -m roclip
 """
 
 import datetime
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,19 @@ def train_arm(config: Config, arm: str, run: Path) -> Path:
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
+        raise KeyboardInterrupt from stop
     except Exception as error:
         said = run / arm / FAILURE
         cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
         raise StageError(
             f"training {arm}: {cause} Logs: {run / arm / 'log'}. The same command resumes from the last checkpoint."
         ) from error
+    finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
     done = finished(config, folder)
     if done is None:
         raise StageError(f"training {arm}: ended before epoch {config.train.epochs}. Run the same command again.")
