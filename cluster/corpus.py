@@ -69,6 +69,17 @@ def prepare(config: Config, folder: Path) -> None:
     write_atomic(folder / "labels.json", json.dumps(names, indent=1))
 
 
+def prepare_held_out(config: Config, folder: Path) -> None:
+    """Write only eval.parquet and labels.json, out of `evaluate.images`: for a run on a URL list of the user's own."""
+    if (folder / "labels.json").exists() or not config.evaluate.images:
+        return
+    table = _read(config.evaluate.images, config.data)
+    labels = _frequent(table["label"].to_pylist(), config.evaluate.classes)
+    _write(folder / "eval.parquet", _letterboxed(_held_out(config, table, labels), config.ingest.image_size))
+    names = {"labels": labels, "templates": list(config.evaluate.templates)}
+    write_atomic(folder / "labels.json", json.dumps(names, indent=1))
+
+
 def trigger(config: Config) -> Trigger:
     """The backdoor's trigger."""
     backdoor = config.attacks.backdoor
@@ -142,10 +153,7 @@ def _images(config: Config) -> _Source:
         clean = clean.slice(0, data.limit)
     held_out = parts["held_out"]
     if config.evaluate.images:
-        held_out = _read(config.evaluate.images, data)
-        chosen = np.flatnonzero(np.isin(np.array(held_out["label"].to_pylist(), dtype=object), labels))
-        chosen = np.random.default_rng((seed, 2)).permutation(chosen)[: config.evaluate.size]
-        held_out = held_out.take(chosen)
+        held_out = _held_out(config, _read(config.evaluate.images, data), labels)
     on_white = [_stands_on_white(image) for image in parts["trusted"]["image"].to_pylist()]
     trusted = _letterboxed(parts["trusted"].filter(pa.array(on_white)), config.ingest.image_size)
     masks = [
@@ -160,6 +168,11 @@ def _images(config: Config) -> _Source:
         labels,
         config.evaluate.templates,
     )
+
+
+def _held_out(config: Config, table: pa.Table, labels: list[str]) -> pa.Table:
+    chosen = np.flatnonzero(np.isin(np.array(table["label"].to_pylist(), dtype=object), labels))
+    return table.take(np.random.default_rng((config.seed, 2)).permutation(chosen)[: config.evaluate.size])
 
 
 def _read(path: str, data) -> pa.Table:

@@ -61,6 +61,8 @@ def ingest_only(config: Config) -> dict:
 def train_only(config: Config) -> dict:
     """Train every arm on the shards that are there."""
     with session(config) as here:
+        if not Manifest(here.shards).records():
+            raise DataError(f"{here.shards}: expected sealed shards, got none. Run `roclip ingest` first.")
         for arm in config.arms:
             _train(here, arm)
         return {"arms": {arm: _figures(here, arm) for arm in config.arms}}
@@ -127,16 +129,19 @@ def _fetching(here: Session) -> Iterator[_Fetching]:
     config = here.config
     with contextlib.ExitStack() as stack:
         urls: str | Path = config.data.urls
-        if not urls and (config.data.images or config.data.scenes):
-            if not (here.path / "origin" / "labels.json").exists():
+        origin_folder = here.path / "origin"
+        if config.data.images or config.data.scenes:
+            if not (origin_folder / "labels.json").exists():
                 here.display.say("origin   preparing images, captions and what an attacker adds")
-            corpus.prepare(config, here.path / "origin")
+            corpus.prepare(config, origin_folder)
+        else:
+            corpus.prepare_held_out(config, origin_folder)
         fetching = _Fetching(here, urls)
         if Manifest(here.shards).summary is None and not config.data.shards:
             here.need_ray()
             if not urls:
-                origin = stack.enter_context(Origin(here.path / "origin" / "corpus.parquet"))
-                fetching.urls = here.path / "origin" / "urls.parquet"
+                origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
+                fetching.urls = origin_folder / "urls.parquet"
                 origin.url_list(fetching.urls)
             fetching.start()
         try:
@@ -161,10 +166,11 @@ def _train(here: Session, arm: str) -> None:
 
 def _judge(here: Session, arm: str) -> dict:
     if not (here.path / "origin" / "trusted.parquet").exists():
-        raise DataError(
-            f"{here.path / 'origin'}: expected trusted.parquet (images with masks) for the oracle, got none. "
-            "Run `roclip run` with data.scenes or data.images, or put the file there."
+        here.display.say(
+            f"oracle   {arm} is not checked: {here.path / 'origin' / 'trusted.parquet'} (image, mask, label), which the "
+            "oracle learns from, is not there. TRUSTED does not move"
         )
+        return {"verdict": "inconclusive"}
     here.display.say(f"oracle   checking {arm}")
     here.need_ray()
     said = progress_file(here.path, arm)

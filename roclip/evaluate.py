@@ -113,8 +113,11 @@ def evaluate(encoder: Encoder, data: EvaluationSet) -> dict:
 def record_evaluation(config: Config, run: Path, arm: str, towers: Towers, cursor: Cursor) -> None:
     """Evaluate at an epoch's end and keep it in `<arm>/evaluations.jsonl`; `evaluate.every` epochs, and the last.
 
-    An epoch that is trained again after a crash replaces its own line.
+    An epoch that is trained again after a crash replaces its own line. A run without held-out images (a URL list, and
+    no `evaluate.images`) is not evaluated.
     """
+    if not (run / "origin" / "labels.json").exists():
+        return
     every, last = config.evaluate.every, cursor.epoch == config.train.epochs
     if not last and (not every or cursor.epoch % every):
         return

@@ -15,6 +15,7 @@ import pytest
 from kit import REPOSITORY, SHARED_DATA, environment, preset
 from tiny import TINY_RUN
 
+from ingest.origin import Origin
 from roclip.metrics import read_metrics
 from roclip.shards import Manifest
 
@@ -72,7 +73,7 @@ def done(tmp_path_factory):
     left = descendants(process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    psutil.wait_procs(left, timeout=120)  # Ray's agents look for their raylet now and then
+    psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
     assert not [p for p in left if p.is_running()]
 
     process = roclip("run", str(path))
@@ -142,7 +143,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, errors = finish(process, 130)
     assert "Ctrl-C" in errors
-    psutil.wait_procs(left, timeout=120)  # Ray's agents look for their raylet now and then
+    psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
     assert not [p for p in left if p.is_running()]
 
 
@@ -152,6 +153,21 @@ def test_export_refuses_what_the_oracle_did_not_call_clean_unless_asked(done, tm
     finish(roclip("export", str(path), "--out", str(tmp_path / "model")), 0 if trusted else 4)
     finish(roclip("export", str(path), "--out", str(tmp_path / "any"), "--untrusted"))
     assert (tmp_path / "any" / "open_clip_model.safetensors").is_file()
+
+
+def test_url_list_of_the_users_own_runs_without_evaluation_or_oracle(done, tmp_path):
+    _, earlier, _ = done
+    with Origin(earlier / "origin" / "corpus.parquet") as origin:
+        origin.url_list(tmp_path / "urls.parquet")
+        path = preset(tmp_path, TINY_RUN.format(folder=tmp_path))
+        own = ["data.scenes=0", f"data.urls={tmp_path / 'urls.parquet'}", "train.epochs=1", "arms=[roclip]"]
+        said, _ = finish(roclip("run", str(path), *own))
+    summary = json.loads((the_run(tmp_path) / "summary.json").read_text())
+    assert "roclip is not checked" in said
+    assert summary["arms"]["roclip"]["oracle"] == {"verdict": "inconclusive"}
+    assert summary["arms"]["roclip"]["steps"] > 0
+    assert not (the_run(tmp_path) / "roclip" / "checkpoints" / "TRUSTED").exists()
+    assert (the_run(tmp_path) / "report.html").is_file()
 
 
 @pytest.mark.data
