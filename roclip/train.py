@@ -259,6 +259,9 @@ def main(arguments: list[str]) -> int:
     except RoclipError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

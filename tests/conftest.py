@@ -1,6 +1,8 @@
 """A scrubbed environment and tiny shards."""
 
+import atexit
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,21 @@ from roclip.shards import Manifest
 
 environment_defaults()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
+
+_exit_status: list[int] = []
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    _exit_status.append(int(exitstatus))
+
+
+@atexit.register  # first in, so last out: after Ray's and torch's own
+def _leave() -> None:
+    """End without tearing down Ray, torch, FAISS and Arrow in one process: that crashed once, after the last test."""
+    if _exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_status[-1])
 
 
 @pytest.fixture(autouse=True)

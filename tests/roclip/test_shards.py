@@ -1,11 +1,13 @@
 """The manifest, sample keys and atomic writes."""
 
 import hashlib
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from kit import environment
 
 from roclip.errors import ShardError
 from roclip.shards import Manifest, ShardRecord, digest, index_path, sample_key, sha256_file, write_atomic
@@ -139,24 +141,17 @@ def test_write_atomic_keeps_the_old_file_when_the_new_content_is_wrong(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _write_again_and_again(path: Path, letter: str, times: int) -> None:
-    for _ in range(times):
-        write_atomic(path, letter * 100_000)
-
-
 def test_reader_sees_whole_contents_when_two_processes_write(tmp_path: Path):
     path = tmp_path / "file"
     write_atomic(path, "a" * 100_000)
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_again_and_again, args=(path, letter, 40)) for letter in "ab"]
-    for writer in writers:
-        writer.start()
+    code = "import sys; from pathlib import Path; from roclip.shards import write_atomic\n"
+    code += "for _ in range(40): write_atomic(Path(sys.argv[1]), sys.argv[2] * 100_000)"
+    command = [sys.executable, "-c", code, str(path)]
+    writers = [subprocess.Popen([*command, letter], env=environment()) for letter in "ab"]
     seen = set()
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         content = path.read_text()
         seen.add((len(content), len(set(content))))
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.wait() for writer in writers] == [0, 0]
     assert seen == {(100_000, 1)}
     assert list(tmp_path.iterdir()) == [path]
