@@ -36,7 +36,6 @@ METRICS: dict[str, Metric] = {
         Metric("loss", "nats", "symmetric InfoNCE of the global batch", "mean"),
         Metric("logit_scale", "1", "inverse temperature"),
         Metric("lr", "1", "learning rate"),
-        Metric("grad_norm", "1", "global gradient norm before clipping"),
         Metric("samples_per_s", "samples/s", "pairs a second since the last logged step, over all ranks"),
         Metric("data_wait_frac", "1", "share of the time in which the step waited for its batch", "mean"),
         Metric("bad_samples", "samples", "samples of the epoch that could not be read", "sum"),
