@@ -1,7 +1,6 @@
 """The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
 import dataclasses
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -257,8 +256,6 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
 def main() -> None:
     """Run the command and end with its exit code; errors of ours are one line, others a traceback."""
     environment_defaults()
-    here = str(Path(sys.executable).parent)  # ninja lies there even if the environment was not activated
-    os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
     code = guarded(sys.argv[1:] or ["--help"])
     if code == INTERRUPTED:
         _complain("stopped by Ctrl-C; the same command goes on from here")

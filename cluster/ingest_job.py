@@ -115,9 +115,10 @@ def describe(now: IngestProgress) -> str:
     """Counts, rate, success and the most frequent failures, in a line."""
     rate = now.succeeded / now.done_urls if now.done_urls else 0.0
     reasons = ", ".join(f"{name} {rows}" for name, rows in Counter(now.failed).most_common(3))
+    left = f"  {now.eta_s:.0f} s left" if now.eta_s and now.done_urls < now.total_urls else ""
     return (
         f"{now.done_urls}/{now.total_urls} URLs  {now.shards}/{now.total_shards} shards  "
-        f"{now.images_per_s:.0f} images/s  {rate:.1%} usable{f' ({reasons})' if reasons else ''}"
+        f"{now.images_per_s:.0f} images/s  {rate:.1%} usable{f' ({reasons})' if reasons else ''}{left}"
     )
 
 

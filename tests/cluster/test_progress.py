@@ -21,7 +21,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
             failed = {"http_404": 4 * shards, "timeout": shards}
             display.ingest(IngestProgress(100 * shards, 300, 95 * shards, failed, shards, 3, 41.5, 65.0))
     first, last = capsys.readouterr().out.splitlines()
-    assert "100/300 URLs  1/3 shards  42 images/s  95.0% usable (http_404 4, timeout 1)" in first
+    assert "100/300 URLs  1/3 shards  42 images/s  95.0% usable (http_404 4, timeout 1)  65 s left" in first
     assert last.endswith("300/300 URLs  3/3 shards  42 images/s  95.0% usable (http_404 12, timeout 3)")
 
 
