@@ -4,11 +4,15 @@ Without an initialised process group everything here is the one-process case.
 Letters: B local batch, G global batch = B x world size (rank-major).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SMALL = 1 << 16
+"""Elements below which a tensor is sent together with others: latency costs more than the copy."""
 
 
 def rank() -> int:
@@ -56,6 +60,23 @@ def all_sum(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def mean_in_place(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their means over ranks. Large ones are not copied; small ones travel together."""
+    if world_size() == 1:
+        return
+    tensors = list(tensors)
+    small = [t for t in tensors if t.numel() < SMALL or not t.is_contiguous()]
+    packed = torch.cat([t.flatten() for t in small]) if small else torch.empty(0)
+    apart = {id(t) for t in small}
+    sent = [packed, *(t for t in tensors if id(t) not in apart)]
+    for work in [dist.all_reduce(t, async_op=True) for t in sent if t.numel()]:
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+    for t in sent:
+        t.div_(world_size())
+    for t, mean in zip(small, packed.split([t.numel() for t in small]), strict=True):
+        t.copy_(mean.view(t.shape))
 
 
 def mean_buffers(module: torch.nn.Module) -> None:

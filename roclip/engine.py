@@ -2,15 +2,17 @@
 
 import os
 import socket
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
+from deepspeed.utils import safe_get_local_fp32_param
 from torch import nn
 
 from roclip import distributed
 from roclip.config import TrainConfig
+from roclip.errors import ConfigError
 from roclip.model import MAX_LOG_SCALE, Towers
 
 
@@ -21,25 +23,45 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if distributed.world_size() == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it at each engine
+    if config.compile:
+        towers.clip.visual.compile()  # in place, so that the weights keep their names
+        getattr(towers.clip, "text", towers.clip).transformer.compile()
     optimizer = torch.optim.AdamW(
         parameter_groups(towers, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
     engine, *_ = deepspeed.initialize(
         model=towers, optimizer=optimizer, config=deepspeed_config(config, distributed.world_size())
     )
+    if engine.zero_optimization_stage() == 0:
+        engine.allreduce_gradients = partial(_mean_gradients, engine)
     return engine
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed settings of a run. Gradient clipping is always named: DeepSpeed clips at 1.0 unless told not to."""
+    """The DeepSpeed settings of a run. Gradient clipping is always named: DeepSpeed clips at 1.0 unless told not to.
+
+    ZeRO-1 on one rank in fp32 is stage 0: there is nobody to share with, and it would copy each gradient and weight.
+
+    Raises `ConfigError` if the global batch does not divide into ranks and pieces.
+    """
+    batch, pieces = config.global_batch_size, config.grad_accum_steps
+    if batch % (world_size * pieces):
+        raise ConfigError(
+            f"train.global_batch_size: expected a multiple of ranks x train.grad_accum_steps = {world_size} x {pieces}, "
+            f"got {batch}. Set {max(batch // (world_size * pieces), 1) * world_size * pieces}."
+        )
+    alone = world_size == 1 and config.zero_stage == 1 and config.precision == "fp32"
     return {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.global_batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // (world_size * pieces),
+        "gradient_accumulation_steps": pieces,
         "gradient_clipping": config.grad_clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": 0 if alone else config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # pieces are added up in fp32 at any precision
         "steps_per_print": 10**9,
     }
 
@@ -52,17 +74,48 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+def _mean_gradients(engine: Any, bucket_size: int = 0) -> None:
+    """Stage 0's reduction, in place of DeepSpeed's, which copies all gradients into buckets and back even on one rank.
+
+    A weight without a gradient, such as the text tower's in a matched step, gets zeros: the optimizer treats it the same
+    at each stage.
+    """
+    if engine.is_gradient_accumulation_boundary():
+        learns = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        for parameter in learns:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.mean_in_place(parameter.grad for parameter in learns)
+
+
 def set_lr(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
+def step(engine: Any, towers: Towers) -> None:
+    """The optimizer step, and what must follow it: s stays in its bounds, and ZeRO-3 forgets the gradients, which it
+    would use once more for weights that get none in the next step, such as the text tower's in a matched one."""
+    engine.step()
+    clamp_logit_scale(towers)
+    gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if gradients is not None:
+        gradients.zero_()
+
+
 def clamp_logit_scale(towers: Towers) -> None:
-    """Hold s at ln 100 at most, in the weights and in the optimizer's own fp32 copy of them."""
-    parameter = towers.logit_scale
-    if parameter.item() > MAX_LOG_SCALE:
-        parameter.data.clamp_(max=MAX_LOG_SCALE)
-        safe_set_full_fp32_param(parameter, parameter.data.float())
+    """Hold s between 0 and ln 100, in the weights and in the optimizer's own fp32 copy of them, at any ZeRO stage.
+
+    Each rank clamps what it holds: no collective, and no wait for the device.
+    """
+    parameter: Any = towers.logit_scale
+    held = [parameter.data]
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3: this rank's part of the weight, and of its fp32 copy
+        held += [parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)]
+    elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO 1 and 2, bf16: this rank's part of the fp32 copy
+        held += [parameter._hp_mapping.get_hp_fragment()]
+    for values in held:
+        values.detach().clamp_(0.0, MAX_LOG_SCALE)
 
 
 def _free_port() -> str:

@@ -3,11 +3,13 @@
 Letters: B local batch, D feature width, L caption tokens, C classes.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -17,22 +19,44 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from roclip.errors import CheckpointError, ConfigError
+from roclip.sections_train import ModelConfig
+from roclip.tower_options import apply_options, check_options
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 MAX_LOG_SCALE = 4.6052
 """ln 100: the largest log of the temperature's inverse, as in CLIP."""
+SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+"""ln 10 and -10, as in SigLIP (arXiv:2303.15343, section 3)."""
 
 
 class Towers(nn.Module):
     """Two towers and a temperature.
 
-    `forward(images, tokens)` gives unit-length `image_features` (B, D) and `text_features` (B, D), and
-    `logit_scale` = exp(s), a scalar. With `text_gradient=False` the text tower runs without a graph: a matched
-    step needs its features for the pool, but not its gradient.
+    `forward(images, tokens)` gives unit-length `image_features` (B, D) and `text_features` (B, D), and what the loss
+    takes after them: `logit_scale` = exp(s), one element, and `logit_bias` if the towers have one. With
+    `text_gradient=False` the text tower runs without a graph: a matched step needs its features for the pool, but not
+    its gradient.
+
+    Args:
+        name: An open_clip model.
+        model_file: Its JSON, if open_clip does not know it.
+        options: What is locked, dropped, recomputed or synchronised.
+        loss: `siglip` gives the towers SigLIP's bias and starting temperature, `clip` takes a bias away; None leaves the
+            model as its JSON has it.
+
+    Raises:
+        ConfigError: no such model, or an option that it cannot follow.
     """
 
-    def __init__(self, name: str, model_file: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        model_file: Path | None = None,
+        *,
+        options: ModelConfig | None = None,
+        loss: Literal["clip", "siglip"] | None = None,
+    ):
         super().__init__()
         if model_file is not None:
             open_clip.add_model_config(model_file)
@@ -42,9 +66,15 @@ class Towers(nn.Module):
                 f"model.name: neither open_clip nor models/{name}.json beside the preset knows {name!r}. "
                 f"open_clip has {', '.join(open_clip.list_models()[:5])}, …"
             )
+        options = options or ModelConfig()
+        check_options(cfg, options)
+        if loss == "siglip":
+            cfg = {**SIGLIP_START, **cfg}
+        elif loss == "clip":
+            cfg = {key: value for key, value in cfg.items() if key != "init_logit_bias"}
         self.name = name
         self.cfg: dict[str, Any] = cfg
-        self.clip: Any = _quiet_create(name)
+        self.clip: Any = apply_options(_quiet_create(name, cfg, options.force_patch_dropout), options)
         size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else int(size)
         self.tokenizer = open_clip.get_tokenizer(name)
@@ -54,12 +84,15 @@ class Towers(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, tokens: Tensor, text_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor, text_gradient: bool = True) -> tuple[Tensor, ...]:
         """`images` (B, 3, H, W) in [0, 1], `tokens` (B, L); see the class."""
         image_features = self.encode_image(images)
         with torch.set_grad_enabled(text_gradient and torch.is_grad_enabled()):
             text_features = self.encode_text(tokens)
-        return image_features, text_features, self.logit_scale.exp()
+        temperature = (self.logit_scale.float().exp(),)
+        if self.logit_bias is not None:
+            temperature += (self.logit_bias.float(),)
+        return image_features, text_features, *temperature
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] to unit-length features (B, D); other sizes are resized."""
@@ -79,16 +112,49 @@ class Towers(nn.Module):
         """s, the log of the temperature's inverse: a parameter of one element, as DeepSpeed needs it."""
         return self.clip.logit_scale
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's learnt bias, a parameter of one element, or None."""
+        return self.clip.logit_bias
+
+    @property
+    def context_length(self) -> int:
+        """L."""
+        return int(self.clip.context_length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the text tower knows."""
+        return int(self.clip.vocab_size)
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Captions to tokens (B, L), padded and cut to the text tower's context."""
         return self.tokenizer(list(captions))
 
-    def save(self, folder: Path) -> None:
-        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them."""
+    def weights(self) -> dict[str, Tensor]:
+        """Weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU.
+
+        Under ZeRO-3 each rank holds a part of them and this gathers the rest: call it on all ranks.
+        """
+        with _gathered(self.clip) as copy:
+            state = {key: copy(value).float().contiguous().cpu() for key, value in self.clip.state_dict().items()}
+        return {
+            key: value.reshape(()) if key in ("logit_scale", "logit_bias") else value for key, value in state.items()
+        }
+
+    def whole(self) -> "Towers":
+        """These towers if they have all their weights; under ZeRO-3, where a forward pass of one rank alone would wait
+        for the others, a copy that does not. Call it on all ranks; for evaluation."""
+        if not _partitioned(self.clip):
+            return self
+        open_clip.factory._MODEL_CONFIGS[self.name] = self.cfg
+        return Towers(self.name)._fill(self.weights()).to(self.mean.device)
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them.
+        `weights` is what `weights()` gave, for one rank that writes what all have gathered."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().float().contiguous().cpu() for key, value in self.clip.state_dict().items()}
-        state["logit_scale"] = state["logit_scale"].reshape(())  # open_clip's own shape
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(self.weights() if weights is None else weights, folder / WEIGHTS, metadata={"format": "pt"})
         preprocess = {
             "mean": list(open_clip.OPENAI_DATASET_MEAN),
             "std": list(open_clip.OPENAI_DATASET_STD),
@@ -110,13 +176,15 @@ class Towers(nn.Module):
             ) from error
         name = config.get("roclip_model", "checkpoint")
         open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
-        towers = cls(name)
-        state["logit_scale"] = state["logit_scale"].reshape(1)
         try:
-            towers.clip.load_state_dict(state)
+            return cls(name)._fill(state)
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: the weights are not of the model in {CONFIG}: {error}") from error
-        return towers.eval()
+
+    def _fill(self, weights: dict[str, Tensor]) -> "Towers":
+        ours = {key: weights[key].reshape(1) for key in ("logit_scale", "logit_bias") if key in weights}
+        self.clip.load_state_dict({**weights, **ours})
+        return self.eval()
 
 
 class Encoder:
@@ -158,11 +226,30 @@ class Encoder:
         return F.normalize(features, dim=-1)
 
 
-def _quiet_create(name: str) -> nn.Module:
+def _quiet_create(name: str, cfg: dict[str, Any], patch_dropout: float | None) -> nn.Module:
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # open_clip warns there that the weights are random, as they shall be
+    temperature: dict[str, Any] = {key: cfg.get(key) for key in SIGLIP_START if key in cfg or key == "init_logit_bias"}
     try:
-        return open_clip.create_model(name, load_weights=False, nonscalar_logit_scale=True)
+        return open_clip.create_model(
+            name, load_weights=False, force_patch_dropout=patch_dropout, nonscalar_logit_scale=True, **temperature
+        )
     finally:
         root.setLevel(level)
+
+
+def _partitioned(module: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it all weights are there; what it gives copies one where it will not outlast the context."""
+    if not _partitioned(module):
+        yield torch.Tensor.detach
+        return
+    from deepspeed.runtime.zero import GatheredParameters  # seconds to import, and only training needs it
+
+    with GatheredParameters(list(module.parameters())):
+        yield lambda value: value.detach().clone()
