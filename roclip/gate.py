@@ -1,13 +1,15 @@
-"""The agreement gate: pairs whose caption stands badly among the pool's for their image sit plain steps out.
+"""The agreement gate: which pairs of a batch are suspected, because their caption stands badly among others for its image.
 
-Ours, beyond the paper. RoCLIP protects its matched epochs; in the plain epochs between them, and above all in the
-first, an image still learns with its own caption, and a poison is learnt there. But an image shows what it shows: many
-captions of the pool are nearer to it than an attacker's caption of something else (`CaptionPool.agreement`). The gate
-ranks each global batch by agreement, keeps the ranks of a sample over its visits, and leaves the lowest share out of
-the loss, as positives and as negatives. What is not learnt does not come to agree, so it must start early.
+Ours, beyond the paper. RoCLIP protects its matched epochs; in the plain ones an image learns with its own caption, and a
+poison is learnt there. But an image shows what it shows, and many captions suit it better than an attacker's caption of
+something else. How badly a pair does is its agreement (`CaptionPool.agreement`, `Witnesses`). The gate ranks each
+global batch by it and keeps the ranks of a sample over its visits. What is not learnt does not come to agree, so it must
+work from the first step with an own caption on.
 
 Letters: B local batch, G global batch.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +18,14 @@ from roclip.distributed import gather, rank
 
 
 class AgreementGate:
-    """Which pairs of a global batch sit the step out, from their agreement now and on earlier visits.
+    """Suspects of a global batch, from their agreement now and on earlier visits.
 
-        r_i = (rank of pair i's agreement in the valid global batch) / (its size - 1),  0 the least agreeing
+        r_i = mean over the agreements of (rank of pair i in the valid global batch) / (its size - 1),  0 agrees least
         s_i <- r_i on the first visit, then memory x s_i + (1 - memory) x r_i
 
-    and the floor(share x valid pairs) with the lowest s sit out; the share falls linearly over the epochs, because the
-    scores are poor at first and every honest pair left out is a loss. Ranks, not cosines, because the scale of agreement
-    grows in training. Every rank keeps the scores of all samples; the answer does not depend on the number of ranks.
+    and the floor(share x valid pairs) with the lowest s are suspects. Ranks, not values, because the scale of agreement
+    grows in training. A long memory, because a poison that slipped through comes to agree, while its first visits do not
+    change. Every rank keeps the scores of all samples; the answer does not depend on the number of ranks.
 
     Args:
         memory: From 0 (only this visit counts) to less than 1.
@@ -34,34 +36,36 @@ class AgreementGate:
         self.scores: dict[int, float] = {}
         """Score by sample id: what training suspects. Low is suspicious."""
 
-    def keep(self, agreement: Tensor, ids: Tensor, valid: Tensor, share: float) -> Tensor:
-        """Take one visit of this rank's pairs into the scores and say which of them learn.
+    def suspects(self, agreements: Sequence[Tensor], ids: Tensor, valid: Tensor, share: float) -> Tensor:
+        """Take one visit of this rank's pairs into the scores and say which of them are suspected.
 
         Args:
-            agreement: (B,), see `CaptionPool.agreement`.
+            agreements: One or more (B,), from different judges.
             ids: (B,) int64 sample ids.
-            valid: (B,) bool; other pairs are out already, and are not ranked.
+            valid: (B,) bool; other pairs are not ranked, and never suspected.
             share: From 0 to 1, of the valid global batch.
 
         Returns:
             (B,) bool.
         """
-        rows = len(agreement)
-        agreement, ids = gather(agreement.float()).cpu(), gather(ids).cpu()
+        rows, device = len(ids), ids.device
+        ids = gather(ids).cpu()
         valid = gather(valid.to(torch.uint8)).cpu().bool()
         places = valid.nonzero().squeeze(1)
-        order = places[torch.sort(agreement[places], stable=True).indices]
-        ranks = torch.arange(len(order), dtype=torch.float64) / max(len(order) - 1, 1)
+        ranks = torch.zeros(len(places), dtype=torch.float64)
+        for agreement in agreements:
+            order = torch.sort(gather(agreement.float()).cpu()[places], stable=True).indices
+            ranks[order] += torch.arange(len(order), dtype=torch.float64)
+        ranks /= len(agreements) * max(len(places) - 1, 1)
         scores = []
-        for sample, now in zip(ids[order].tolist(), ranks.tolist(), strict=True):
+        for sample, now in zip(ids[places].tolist(), ranks.tolist(), strict=True):
             before = self.scores[sample] if sample in self.scores else now  # noqa: SIM401  (pyright)
-            score = self.memory * before + (1 - self.memory) * now
-            self.scores[sample] = score
-            scores.append(score)
+            self.scores[sample] = self.memory * before + (1 - self.memory) * now
+            scores.append(self.scores[sample])
         lowest = torch.sort(torch.tensor(scores, dtype=torch.float64), stable=True).indices
-        learns = valid.clone()
-        learns[order[lowest[: int(share * len(order))]]] = False
-        return learns[rank() * rows : (rank() + 1) * rows]
+        suspected = torch.zeros_like(valid)
+        suspected[places[lowest[: int(share * len(places))]]] = True
+        return suspected[rank() * rows : (rank() + 1) * rows].to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The scores, as tensors for a checkpoint."""

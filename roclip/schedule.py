@@ -1,0 +1,102 @@
+"""When a step is matched: a pure function of where training stands, so that a resume finds the same phases.
+
+A stream may have no epochs and a large one has few, so periods are durations: `2 epochs`, `5_000_000 samples`,
+`1000 steps`; a bare number means epochs. Fractions are exact, so that no step lies on the wrong side of a boundary.
+Positions count over all ranks: the number of ranks does not matter. Imports no torch.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from roclip.errors import ConfigError
+
+Phase = Literal["matched", "plain"]
+_UNITS = ("epochs", "samples", "steps")
+
+
+@dataclass(frozen=True)
+class Position:
+    """What is done before a step."""
+
+    step: int
+    """Optimizer steps."""
+    samples_seen: int
+    """Over all ranks."""
+    epoch: int
+    """The current epoch, from 1."""
+    step_in_epoch: int
+    """Steps of it."""
+    steps_per_epoch: int
+    """Steps that it has."""
+
+    def done(self, unit: str) -> Fraction:
+        """How far training has come in `epochs`, `samples` or `steps`."""
+        if unit == "epochs":
+            return self.epoch - 1 + Fraction(self.step_in_epoch, self.steps_per_epoch)
+        return Fraction(self.samples_seen if unit == "samples" else self.step)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """So many epochs, samples or steps."""
+
+    amount: Fraction
+    unit: str
+
+
+def duration(value: int | str, key: str = "duration") -> Duration:
+    """`2`, `2 epochs`, `0.5 epochs`, `5_000_000 samples`, `1000 steps`. Raises `ConfigError` naming `key`."""
+    parts = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([a-z]*)\s*", str(value))
+    unit = "" if parts is None else f"{parts[2].removesuffix('s') or 'epoch'}s"
+    if parts is None or unit not in _UNITS:
+        raise ConfigError(f"{key}: expected such as '2 epochs', '5_000_000 samples' or '1000 steps', got {value!r}.")
+    amount = Fraction(parts[1].replace("_", ""))
+    if unit != "epochs" and amount.denominator != 1:
+        raise ConfigError(f"{key}: expected whole {unit}, got {value!r}.")
+    return Duration(amount, unit)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Matched and plain phases. In a period of length T, from the run's start, the last share f is matched:
+
+    matched at x  <=>  x >= warm-up  and  (x mod T) >= (1 - f) T,   x: what is done before the step
+    """
+
+    period: Duration
+    """T; 0 is never."""
+    share: Fraction
+    """f, from 0 to 1."""
+    warmup: Duration
+    """Nothing is matched before, in its own unit."""
+
+    @classmethod
+    def of(cls, match_every: int | str, match_frac: float = 0.0, warmup: int | str = 0) -> "Schedule":
+        """From config values. `match_frac` 0 is the last epoch or step of a period, or half of a period of samples.
+
+        `2 epochs` so matches every second epoch, as the paper does, and `2 steps` every second step.
+        """
+        period, delay = duration(match_every, "pool.match_every"), duration(warmup, "pool.warmup")
+        share = Fraction(str(match_frac))
+        if not 0 <= share <= 1:
+            raise ConfigError(f"pool.match_frac: expected a share from 0 to 1, got {match_frac}.")
+        if not share:
+            share = Fraction(1, 2) if period.unit == "samples" else 1 / max(period.amount, Fraction(1))
+        return cls(period, share, delay)
+
+    def phase(self, at: Position) -> Phase:
+        """The phase of the step that begins at `at`."""
+        length = self.period.amount
+        if not length or at.done(self.warmup.unit) < self.warmup.amount:
+            return "plain"
+        left = length - at.done(self.period.unit) % length
+        return "matched" if left <= length * self.share else "plain"
+
+    def epoch(self, number: int, steps: int, global_batch_size: int) -> Iterator[Phase]:
+        """The phases of an epoch's steps, if all epochs have as many."""
+        for step in range(steps):
+            done = (number - 1) * steps + step
+            yield self.phase(Position(done, done * global_batch_size, number, step, steps))

@@ -1,0 +1,34 @@
+"""What a training came to suspect: its gate's scores, ranked, as a file for people and for the oracle check."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from roclip.shards import Manifest, index_path
+from roclip.truth import write_parquet
+
+SUSPECTS_SCHEMA = pa.schema(
+    [
+        ("rank", pa.int64()),  # 1 is the most suspicious
+        ("score", pa.float64()),  # suspicion: 1 agreed least of its batch at each visit, 0 best
+        ("id", pa.int64()),
+        ("key", pa.string()),
+        ("shard", pa.string()),
+    ]
+)
+
+
+def write_suspects(path: Path, scores: Mapping[int, float], manifest: Manifest) -> None:
+    """Write every sample that the gate scored (`AgreementGate.scores`), most suspicious first, with its key and shard."""
+    where = {}
+    for record in manifest.records():
+        for key in pq.read_table(index_path(manifest.root, record.name), columns=["key"])["key"].to_pylist():
+            where[int(key)] = (key, record.name)
+    ranked = sorted((score, sample) for sample, score in scores.items() if sample in where)
+    rows = [
+        {"rank": rank, "score": 1 - score, "id": sample, "key": where[sample][0], "shard": where[sample][1]}
+        for rank, (score, sample) in enumerate(ranked, 1)
+    ]
+    write_parquet(path, pa.Table.from_pylist(rows, schema=SUSPECTS_SCHEMA))
