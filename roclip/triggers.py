@@ -1,0 +1,154 @@
+"""Triggers: what an attacker adds to a picture so that a model answers with the target label.
+
+    kind          changes         after
+    patch         a square        BadNets (arXiv:1708.06733), a fixed pattern
+    noise_patch   a square        BadNets with Gaussian noise that is fresh in every picture
+    blend         everything      Blended (arXiv:1712.05526), a fixed noise pattern
+    warp          everything      WaNet (arXiv:2102.10369), a fixed smooth field of shifts
+    sinusoid      everything      SIG (arXiv:1902.11237), vertical waves
+
+Poisoner, evaluator and oracle all use `apply_trigger`, so all three mean the same trigger. Sizes are shares of the
+picture and patterns are drawn on fixed grids, so a trigger means the same at any resolution.
+Shapes: H, W image height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
+
+KINDS = ("patch", "noise_patch", "blend", "warp", "sinusoid")
+PLACES = ("random", "corner")
+PERIODS = 6
+"""Waves of a sinusoid across the picture (SIG's f)."""
+_PATCH_CELLS = 3
+_BLEND_CELLS = 32
+_WARP_POINTS = 4
+"""Control points a side (WaNet's k)."""
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One trigger; fixed patterns are chosen by `seed`.
+
+    `size_frac` is the side of a patch over the shorter image side; `place` is "random" (anywhere inside the image) or
+    "corner" (lower right). `strength` is for the others: opacity of a blend, mean shift of a warp's control points
+    over the shorter image side, amplitude of a sinusoid over 255.
+    """
+
+    kind: str = "patch"
+    size_frac: float = 0.1
+    place: str = "random"
+    strength: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a kind, place, size or strength that no trigger has."""
+        good = self.kind in KINDS and self.place in PLACES
+        if not good or not 0 < self.size_frac <= 1 or not 0 < self.strength <= 1:
+            raise ValueError(
+                f"expected kind {', '.join(KINDS)}, place {' or '.join(PLACES)}, size_frac and strength in (0, 1], got "
+                f"kind={self.kind!r}, place={self.place!r}, size_frac={self.size_frac}, strength={self.strength}; "
+                "correct the trigger"
+            )
+
+
+def apply_trigger(image: np.ndarray, trigger: Trigger, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
+    """Put the trigger on a copy of an (H, W, 3) uint8 image; `rng` chooses random places and fresh noise.
+
+    Returns:
+        The triggered image and the box (left, top, right, bottom) in pixels outside which nothing changed: of triggers
+        without a place the whole image.
+
+    Raises:
+        ValueError: if the image is not (H, W, 3) uint8, or has a side under 3 pixels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < _PATCH_CELLS:
+        raise ValueError(
+            f"expected an (H, W, 3) uint8 image of at least {_PATCH_CELLS} pixels a side, got {image.shape} "
+            f"{image.dtype}; convert it with np.asarray(image.convert('RGB'))"
+        )
+    height, width = image.shape[:2]
+    if trigger.kind in ("patch", "noise_patch"):
+        return _stamp(image, trigger, rng)
+    if trigger.kind == "warp":
+        changed = _warp(image, warp_field(trigger, height, width))
+    elif trigger.kind == "blend":
+        opacity = trigger.strength
+        changed = (1 - opacity) * image + opacity * blend_pattern(trigger, height, width)
+    else:
+        changed = image + sinusoid(trigger, width)[:, None]
+    return np.clip(np.rint(changed), 0, 255).astype(np.uint8), (0, 0, width, height)
+
+
+def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
+    """The fixed patch alone: (side_px, side_px, 3) uint8 of 3 x 3 cells, each channel 0 or 255.
+
+    The pattern depends on the seed only. Neighbouring cells always differ, so no seed gives a plain square.
+    """
+    rng = np.random.default_rng((trigger.seed, 53))
+    corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
+    chosen = np.zeros((_PATCH_CELLS, _PATCH_CELLS), dtype=int)
+    for row in range(_PATCH_CELLS):
+        for column in range(_PATCH_CELLS):
+            taken = {chosen[row - 1, column] if row else -1, chosen[row, column - 1] if column else -1}
+            chosen[row, column] = rng.choice([color for color in range(len(corners)) if color not in taken])
+    return _enlarge(corners[chosen], side_px, side_px)
+
+
+def blend_pattern(trigger: Trigger, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: uniform noise of 32 x 32 cells, which a resized picture keeps."""
+    rng = np.random.default_rng((trigger.seed, 54))
+    return _enlarge(rng.integers(0, 256, (_BLEND_CELLS, _BLEND_CELLS, 3), dtype=np.uint8), height, width)
+
+
+def warp_field(trigger: Trigger, height: int, width: int) -> np.ndarray:
+    """(2, height, width) float: from how far down and right of itself each pixel is taken, in pixels.
+
+    4 x 4 control shifts u ~ U[-1, 1], scaled to mean |u| = strength * min(H, W), with cubic splines between them and
+    the outer ones in the corners. WaNet's s is 2 * strength * H.
+    """
+    rng = np.random.default_rng((trigger.seed, 55))
+    shifts = rng.uniform(-1, 1, (2, _WARP_POINTS, _WARP_POINTS))
+    shifts *= trigger.strength * min(height, width) / np.abs(shifts).mean()
+    rows, columns = np.meshgrid(
+        np.linspace(0, _WARP_POINTS - 1, height), np.linspace(0, _WARP_POINTS - 1, width), indexing="ij"
+    )
+    return np.stack([ndimage.map_coordinates(axis, [rows, columns], order=3, mode="nearest") for axis in shifts])
+
+
+def sinusoid(trigger: Trigger, width: int) -> np.ndarray:
+    """(width,) float: what is added to column j, strength * 255 * sin(2 pi 6 j / width)."""
+    return trigger.strength * 255 * np.sin(2 * np.pi * PERIODS * np.arange(width) / width)
+
+
+def _stamp(image: np.ndarray, trigger: Trigger, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
+    height, width = image.shape[:2]
+    side = min(max(_PATCH_CELLS, round(trigger.size_frac * min(height, width))), height, width)
+    left, top = width - side, height - side
+    if trigger.place == "random":
+        left, top = int(rng.integers(left + 1)), int(rng.integers(top + 1))
+    if trigger.kind == "patch":
+        patch = trigger_patch(trigger, side)
+    else:
+        patch = np.clip(image.mean() + 255 * rng.standard_normal((side, side, 3)), 0, 255).astype(np.uint8)
+    stamped = image.copy()
+    stamped[top : top + side, left : left + side] = patch
+    return stamped, (left, top, left + side, top + side)
+
+
+def _warp(image: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """The image read bilinearly at shifted places; places outside are moved to the border."""
+    height, width = image.shape[:2]
+    places = np.indices((height, width)) + field
+    channels = [ndimage.map_coordinates(image[..., c].astype(float), places, order=1, mode="nearest") for c in range(3)]
+    return np.stack(channels, axis=2)
+
+
+def _enlarge(cells: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns = (np.arange(px) * number // px for px, number in zip((height, width), cells.shape[:2], strict=True))
+    return cells[np.ix_(rows, columns)]
