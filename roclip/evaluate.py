@@ -3,25 +3,26 @@
 Letters: N images, D feature width, C classes.
 """
 
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from roclip import distributed
 from roclip.checkpoint import Cursor
 from roclip.config import Config
-from roclip.errors import DataError
+from roclip.evalsets import EvaluationSet, fill, load_evaluation_set
 from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
+from roclip.probe import linear_probe
+from roclip.retrieval import places, recall
 from roclip.shards import write_atomic
 
 
@@ -35,97 +36,92 @@ class Rate:
     ci95: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Held-out images with what is known of them; written beside the URL list before training."""
-
-    images: list[np.ndarray]
-    """N of (H, W, 3) uint8."""
-    captions: list[str]
-    labels: list[str]
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    attacks: dict[str, "AttackSet"]
-
-
-@dataclass(frozen=True)
-class AttackSet:
-    """Images on which an attack is tried, and the label that it wants for each of them."""
-
-    images: list[np.ndarray]
-    target_labels: list[str]
-
-
-def load_evaluation_set(folder: Path) -> EvaluationSet:
-    """Read `labels.json`, `eval.parquet` and, where there is one, `attack_eval.parquet` of a run's origin folder."""
-    try:
-        names = json.loads((folder / "labels.json").read_text())
-        table = pq.read_table(folder / "eval.parquet").to_pydict()
-    except OSError as error:
-        raise DataError(
-            f"{folder}: expected labels.json and eval.parquet, got {error}. Set evaluate.images to a parquet with "
-            "image, caption and label, or run the whole pipeline with `roclip run`."
-        ) from error
-    attacks: dict[str, AttackSet] = {}
-    if (folder / "attack_eval.parquet").exists():
-        rows = pq.read_table(folder / "attack_eval.parquet").to_pydict()
-        for name in sorted(set(rows["attack"])):
-            chosen = [i for i, attack in enumerate(rows["attack"]) if attack == name]
-            attacks[name] = AttackSet(
-                [decode_any(rows["image"][i]) for i in chosen], [rows["target_label"][i] for i in chosen]
-            )
-    return EvaluationSet(
-        images=[decode_any(image) for image in table["image"]],
-        captions=table["caption"],
-        labels=table["label"],
-        classes=tuple(names["labels"]),
-        templates=tuple(names["templates"]),
-        attacks=attacks,
-    )
-
-
-def evaluate(encoder: Encoder, data: EvaluationSet) -> dict:
-    """Zero-shot top-1, linear probe top-1, retrieval recall and attack success of one checkpoint.
+def evaluate(encoder: Encoder, data: EvaluationSet) -> dict[str, Any]:
+    """Zero-shot accuracy, linear probe, retrieval recall and attack success of one checkpoint.
 
     Returns:
-        `zero_shot_top1`, `linear_probe_top1`, `recall_at_1`, `recall_at_5` as shares, `n`, and `attacks`: for each
-        the `Rate` of images that are predicted as the attacker's label. Backdoor images are triggered test images of
-        other classes; targeted images are the poisoned ones themselves.
+        With labels `zero_shot_top1`, `zero_shot_top5` and `linear_probe_top1`; with captions what `recall` gives; all
+        as shares. `n`, and `attacks`: for each the `Rate` of images that are predicted as the attacker's label.
+        Backdoor images are triggered test images of other classes; targeted images are the poisoned ones themselves.
     """
     image_features = encoder.images(data.images)
-    classifier = encoder.classifier(data.classes, data.templates)
-    predicted = (image_features @ classifier.T).argmax(dim=1)
-    truth = torch.tensor([data.classes.index(label) for label in data.labels])
+    figures: dict[str, Any] = {}
+    classes = list(data.classes)
+    classifier = class_weights(encoder, data.classes, data.templates) if classes else None
+    if data.labels and classifier is not None:
+        truth = torch.tensor([classes.index(label) for label in data.labels])
+        place = places(image_features @ classifier.T, F.one_hot(truth, len(classes)).bool())
+        figures["zero_shot_top1"] = (place < 1).float().mean().item()
+        figures["zero_shot_top5"] = (place < 5).float().mean().item()
+        figures["linear_probe_top1"] = linear_probe(image_features, truth, data.digests)
+    if data.captions:
+        texts = {caption: None for captions in data.captions for caption in captions}
+        number = {caption: i for i, caption in enumerate(texts)}  # equal captions are one text, that of several images
+        pairs = [(i, number[caption]) for i, captions in enumerate(data.captions) for caption in captions]
+        figures |= recall(image_features, encoder.texts(list(texts)), torch.tensor(pairs))
     attacks = {}
     for name, attack in data.attacks.items():
+        if classifier is None:
+            continue
         answers = (encoder.images(attack.images) @ classifier.T).argmax(dim=1).tolist()
-        hits = sum(data.classes[answer] == target for answer, target in zip(answers, attack.target_labels, strict=True))
+        hits = sum(classes[answer] == target for answer, target in zip(answers, attack.target_labels, strict=True))
         attacks[name] = asdict(rate(hits, len(answers)))
-    return {
-        "zero_shot_top1": (predicted == truth).float().mean().item(),
-        "linear_probe_top1": linear_probe(image_features, truth),
-        **recall(image_features, encoder.texts(data.captions), (1, 5)),
-        "n": len(truth),
-        "attacks": attacks,
-    }
+    return {**figures, "n": len(data.images), "attacks": attacks}
+
+
+def class_weights(encoder: Encoder, classes: Mapping[str, Sequence[str]], templates: Sequence[str]) -> Tensor:
+    """Zero-shot weights (C, D): for each class the normalised mean over its names in all templates.
+
+    Prompt ensembling of CLIP (arXiv:2103.00020, section 3.1.4), over several names of a class too.
+    """
+    prompts = [fill(template, name) for names in classes.values() for name in names for template in templates]
+    counts = torch.tensor([len(names) * len(templates) for names in classes.values()])
+    features = encoder.texts(prompts)
+    owner = torch.repeat_interleave(torch.arange(len(classes)), counts)
+    return F.normalize(torch.zeros(len(classes), features.shape[1]).index_add_(0, owner, features), dim=-1)
+
+
+class SharedEncoder(Encoder):
+    """An `Encoder` whose work all ranks share: each encodes a contiguous part, and all get the features of all.
+
+    All ranks call it with the same images or captions. The parts are of one size, so that no rank waits for another.
+    """
+
+    def images(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        return self._share(super().images, images)
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        return self._share(super().texts, captions)
+
+    def _share(self, encode: Callable[[Any], Tensor], items: Any) -> Tensor:
+        ranks, size = distributed.world_size(), len(items)
+        if ranks == 1 or not size:
+            return encode(items)
+        part = math.ceil(size / ranks)
+        starts = [min(rank * part, size - part) for rank in range(ranks)]  # the last parts overlap: all are of one size
+        mine = starts[distributed.rank()]
+        own = encode(items[mine : mine + part])
+        parts = distributed.gather(own.to(self.towers.mean.device)).cpu().split(part)
+        return torch.cat([rows[rank * part - starts[rank] :] for rank, rows in enumerate(parts)])
 
 
 def record_evaluation(config: Config, run: Path, arm: str, towers: Towers, cursor: Cursor) -> None:
-    """Evaluate at an epoch's end and keep it in `<arm>/evaluations.jsonl`; `evaluate.every` epochs, and the last.
+    """Evaluate at an epoch's end and keep it in `<arm>/evaluations.jsonl`. Call it on all ranks.
 
-    An epoch that is trained again after a crash replaces its own line. A run without held-out images (a URL list, and
-    no `evaluate.images`) is not evaluated.
+    It is due `evaluate.every` epochs after the last evaluation of the same phase, so that ends of matched and of plain
+    periods are both seen, and at the last epoch. An epoch that is trained again after a crash replaces its own line.
+    A run without held-out images (a URL list, no `evaluate.images` and no `evaluate.webdataset`) is not evaluated.
     """
-    if not (run / "origin" / "labels.json").exists():
-        return
-    every, last = config.evaluate.every, cursor.epoch == config.train.epochs
-    if not last and (not every or cursor.epoch % every):
-        return
-    row = {"epoch": cursor.epoch, "step": cursor.step, "phase": cursor.phase}
-    row |= evaluate(Encoder(towers), load_evaluation_set(run / "origin"))
     path = run / arm / "evaluations.jsonl"
     kept = [line for line in read_metrics(path) if line["epoch"] < cursor.epoch]
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, row]))
+    known = bool(config.evaluate.webdataset) or (run / "origin" / "labels.json").exists()
+    if not distributed.broadcast_object(known and _due(config, kept, cursor)):
+        return
+    # Every rank computes all figures from the same features: none waits for another one's linear probe.
+    figures = evaluate(SharedEncoder(towers.whole()), load_evaluation_set(config, run / "origin"))
+    if distributed.rank() == 0:
+        row = {"epoch": cursor.epoch, "step": cursor.step, "phase": cursor.phase, **figures}
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, row]))
 
 
 def rate(successes: int, n: int) -> Rate:
@@ -139,46 +135,8 @@ def rate(successes: int, n: int) -> Rate:
     return Rate(successes, n, p, (max(0.0, centre - half), min(1.0, centre + half)))
 
 
-def recall(image_features: Tensor, text_features: Tensor, ranks: Sequence[int]) -> dict[str, float]:
-    """Image-to-text and text-to-image recall at each rank, averaged over both ways.
-
-    A query's own partner counts as found at rank k when fewer than k others are strictly nearer.
-    """
-    similarity = image_features @ text_features.T
-    own = similarity.diagonal()
-    nearer_text = (similarity > own[:, None]).sum(dim=1)
-    nearer_image = (similarity > own[None, :]).sum(dim=0)
-    return {
-        f"recall_at_{k}": 0.5 * ((nearer_text < k).float().mean() + (nearer_image < k).float().mean()).item()
-        for k in ranks
-    }
-
-
-def linear_probe(features: Tensor, truth: Tensor, l2: float = 1e-3) -> float:
-    """Top-1 of a logistic regression on frozen features: trained on a random half of the rows, tested on the other.
-
-    Args:
-        features: (N, D), unit length.
-        truth: (N,) class numbers.
-    """
-    train, test = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0)).chunk(2)
-    classes = int(truth.max()) + 1
-    weight = torch.zeros(features.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(features[train] @ weight * 10 + bias, truth[train]) + l2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-    answers = (features[test] @ weight * 10 + bias).argmax(dim=1)
-    return (answers == truth[test]).float().mean().item()
-
-
-def decode_any(encoded: bytes) -> np.ndarray:
-    """An encoded image of any size to (H, W, 3) uint8."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+def _due(config: Config, evaluated: Sequence[Mapping[str, Any]], cursor: Cursor) -> bool:
+    if cursor.epoch == config.train.epochs:
+        return True
+    last = max((row["epoch"] for row in evaluated if row["phase"] == cursor.phase), default=0)
+    return bool(config.evaluate.every) and cursor.epoch - last >= config.evaluate.every
