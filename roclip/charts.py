@@ -18,14 +18,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 COLORS = ("#d9622b", "#1f6feb", "#7c3aed", "#0f766e", "#a16207")
 """Of the arms, in their order."""
 SHADE = "#ece9f6"
-_INK, _GRID = "#475569", "#e5e9f0"
-_STYLE: dict[Any, Any] = {
+INK, GRID = "#475569", "#e5e9f0"
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -60,10 +60,10 @@ def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed:
         seed: Different for each chart of a page, so that their element ids differ.
         epochs: Length of the axis, so that charts of a page agree.
     """
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": seed}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": seed}):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()
-        axes.grid(axis="y", color=_GRID, linewidth=0.7)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
         for epoch in matched:
             axes.axvspan(epoch - 1, epoch, color=SHADE, linewidth=0, zorder=0)
         for curve in curves:
@@ -79,7 +79,7 @@ def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue())
+    return inline_svg(buffer.getvalue())
 
 
 def loss_curve(color: str, rows: Sequence[Mapping[str, Any]]) -> Curve:
@@ -141,7 +141,7 @@ def _reach(curve: Curve) -> Iterable[tuple[float, float]]:
     return curve.band or [(y, y) for _, y in curve.points]
 
 
-def _inline(svg: str) -> str:
+def inline_svg(svg: str) -> str:
     """Only the element: no prolog, no metadata, no fixed size, no ids that every figure shares."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)

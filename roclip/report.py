@@ -26,6 +26,7 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SAMPLES, _POISONS, _LABELS = 12, 4, 15
 _SHARES = (
     ("zero_shot_top1", "zero-shot top-1", "held-out images whose nearest label is the true one"),
+    ("zero_shot_top5", "zero-shot top-5", "the same among the five nearest labels"),
     ("linear_probe_top1", "linear probe top-1", "held-out images that a linear classifier gets right"),
     (
         "recall_at_1",
@@ -33,7 +34,9 @@ _SHARES = (
         "held-out images that find their own caption first, and captions their image",
     ),
     ("recall_at_5", "recall@5", "the same among the first five"),
+    ("recall_at_10", "recall@10", "the same among the first ten"),
 )
+_CURVES = ("zero_shot_top1", "linear_probe_top1", "recall_at_1")
 _LABEL_COLUMNS = {
     "label": "label",
     "status": "status",
@@ -134,7 +137,7 @@ def charts(run: Path, colors: Mapping[str, str]) -> list[dict[str, Any]]:
     wanted = [("loss", "Training loss", "symmetric InfoNCE; a matched epoch learns with other captions")]
     for name in attack_names(row for rows in evaluated.values() for row in rows):
         wanted.append((f"attack:{name}", f"{name} attack success".capitalize(), _ATTACK_SAYS))
-    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in _SHARES if key != "recall_at_5"]
+    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in _SHARES if key in _CURVES]
     found = []
     for key, title, says in wanted:
         if key == "loss":

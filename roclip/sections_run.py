@@ -1,0 +1,251 @@
+"""The sections of a config around the training: data, attacks, ingest, evaluation, oracle, cluster."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from roclip.errors import ConfigError
+from roclip.strict import fraction, positive
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from. Exactly one of `urls`, `images`, `scenes` is set."""
+
+    urls: str = ""
+    """URL list to ingest: parquet, csv, tsv, jsonl or txt, any fsspec path, or a folder or glob of such files."""
+    images: str = ""
+    """Parquet of encoded images that the embedded origin serves as a URL list (columns below)."""
+    scenes: int = 0
+    """Number of scenes to render and serve from the embedded origin."""
+    limit: int = 0
+    """Use at most this many rows of `urls` or `images`; 0 is all."""
+    url_col: str = "url"
+    caption_col: str = "caption"
+    """Empty, for `images`: varied captions of the class are written instead (`roclip/class_captions.py`)."""
+    image_col: str = "image"
+    label_col: str = "label"
+    """Class name of an image, where `images` has one: for attacks and evaluation, never for training."""
+    faults: bool = True
+    """The embedded origin also serves dead links, redirects, broken images and slow answers."""
+    shards: str = ""
+    """Folder of the shards and their manifest; empty is `<run>/shards`."""
+    min_shards: int = 1
+    """Training starts when the manifest names this many shards, or when ingest has ended."""
+    wait_s: float = 600.0
+    """How long training waits for `min_shards` before it gives up."""
+    max_bad_frac: float = 0.1
+    """Share of unreadable samples (of those fetched) above which a shard or an epoch is an error."""
+    streams: int = 16
+    """Virtual streams V of the sample order; the order does not depend on the number of ranks."""
+    shuffle_buffer: int = 1024
+    """Samples in each stream's seeded shuffle buffer."""
+    loader_workers: int = 0
+    """Processes a rank that read ahead; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        positive(self, "data", "min_shards", "streams", "shuffle_buffer", "wait_s")
+        fraction(self, "data", "max_bad_frac")
+        if sum(map(bool, (self.urls, self.images, self.scenes, self.shards))) == 0:
+            raise ConfigError(
+                "data: expected one source, got none. Set data.urls (a URL list), data.images (a parquet of images), "
+                "data.scenes (a number) or data.shards (a folder that was ingested before)."
+            )
+        if sum(map(bool, (self.urls, self.images, self.scenes))) > 1:
+            raise ConfigError("data: expected one of data.urls, data.images and data.scenes, got several. Keep one.")
+
+
+@dataclass(frozen=True)
+class TargetedConfig:
+    """Targeted poisoning: an image, not in the clean data, that appears with several captions of another class."""
+
+    images: int = 0
+    captions_per_image: int = 8
+
+
+@dataclass(frozen=True)
+class BackdoorConfig:
+    """A trigger on images that are captioned as one target class. Off while `count` and `rate` are 0."""
+
+    count: int = 0
+    """Poisoned pairs."""
+    rate: float = 0.0
+    """Poisoned pairs as a share of the clean rows, instead of `count`."""
+    target_label: str = ""
+    """Class that the trigger should cause; empty takes the first in alphabetical order that no other backdoor has."""
+    trigger: Literal["patch", "noise_patch", "blend", "warp", "sinusoid"] = "patch"
+    size_frac: float = 0.1
+    """Side of a patch as a share of the shorter image side."""
+    place: Literal["random", "corner"] = "random"
+    """Of a patch."""
+    strength: float = 0.2
+    """Opacity of a blend; mean shift of a warp as a share of the shorter side; amplitude of a sinusoid over 255."""
+    clean_label: bool = False
+    """Images of the target class itself, with their own captions: no caption lies."""
+    perturb_frac: float = 0.0
+    """Share of uniform noise mixed into the picture under the trigger, so that the trigger is easier to learn than
+    what the picture shows."""
+
+
+@dataclass(frozen=True)
+class AttacksConfig:
+    """What an attacker adds to the embedded origin's URL list, or `roclip poison` to shards or a list. For evaluation
+    only; never touches `data.urls`. Attacks may run together: their images are disjoint."""
+
+    targeted: TargetedConfig = field(default_factory=TargetedConfig)
+    backdoor: BackdoorConfig = field(default_factory=BackdoorConfig)
+    """BadNets."""
+    blended: BackdoorConfig = field(default_factory=lambda: BackdoorConfig(trigger="blend"))
+    wanet: BackdoorConfig = field(default_factory=lambda: BackdoorConfig(trigger="warp", strength=0.03))
+    sig: BackdoorConfig = field(default_factory=lambda: BackdoorConfig(trigger="sinusoid"))
+    label_consistent: BackdoorConfig = field(
+        default_factory=lambda: BackdoorConfig(place="corner", clean_label=True, perturb_frac=0.4)
+    )
+    captions: Literal["target", "both"] = "target"
+    """`both`: a poison's caption also tells the truth about its image, as an attacker would who knows the gate."""
+    flood: int = 0
+    """Further pairs of the attacks' target captions with images of other classes and no trigger: they fill the pool."""
+    late: bool = False
+    """Poisons come in the last rows of the list, so in the last shards, instead of anywhere."""
+
+    def __post_init__(self) -> None:
+        for name, value in {
+            "targeted.images": self.targeted.images,
+            "targeted.captions_per_image": self.targeted.captions_per_image,
+            "flood": self.flood,
+            **{f"{name}.count": backdoor.count for name, backdoor in self._all().items()},
+        }.items():
+            if value < 0:
+                raise ConfigError(f"attacks.{name}: expected 0 or more, got {value}.")
+        for name, backdoor in self._all().items():
+            where = f"attacks.{name}"
+            fraction(backdoor, where, "rate", "size_frac", "strength", "perturb_frac")
+            positive(backdoor, where, "size_frac", "strength")
+            if backdoor.count and backdoor.rate:
+                raise ConfigError(f"{where}: expected count or rate, got both. Keep one.")
+        if self.flood and not self.targeted.images and not self.backdoors:
+            raise ConfigError("attacks.flood: expected an attack whose captions flood the pool, got none. Set a count.")
+
+    @property
+    def backdoors(self) -> dict[str, BackdoorConfig]:
+        """Those that are on, by name."""
+        return {name: backdoor for name, backdoor in self._all().items() if backdoor.count or backdoor.rate}
+
+    def count(self, name: str, rows: int) -> int:
+        """Poisoned pairs of a backdoor that is on, beside so many clean rows."""
+        backdoor = self._all()[name]
+        return backdoor.count or max(1, round(backdoor.rate * rows))
+
+    def pairs(self, rows: int) -> int:
+        """Poisoned pairs of all attacks beside so many clean rows."""
+        backdoors = sum(self.count(name, rows) for name in self.backdoors)
+        return self.targeted.images * self.targeted.captions_per_image + backdoors + self.flood
+
+    def _all(self) -> dict[str, BackdoorConfig]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, BackdoorConfig)}
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """How URLs become shards. Names and meanings follow img2dataset."""
+
+    samples_per_shard: int = 10_000
+    image_size: int = 256
+    """Side of the stored images, in pixels."""
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "border"
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    encode_quality: int = 95
+    """JPEG and WebP quality; for PNG the compression level 0 to 9."""
+    threads: int = 32
+    """Concurrent downloads in one task."""
+    timeout_s: float = 10.0
+    """Longest wait for one answer of a server."""
+    retries: int = 1
+    """Further tries of one URL."""
+    max_in_flight: int = 2
+    """Shards that are fetched at the same time."""
+    shard_retries: int = 2
+    """Further tries of one shard whose task failed."""
+    allow_private: bool = False
+    """Also fetch from loopback and private addresses. The embedded origin turns it on for its own list."""
+
+    def __post_init__(self) -> None:
+        positive(self, "ingest", "samples_per_shard", "image_size", "threads", "timeout_s", "max_in_flight")
+        if self.encode_format == "png" and not 0 <= self.encode_quality <= 9:
+            raise ConfigError(
+                f"ingest.encode_quality: expected 0 to 9 for png (compression), got {self.encode_quality}. Set 6."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What a checkpoint is measured with."""
+
+    images: str = ""
+    """Parquet of held-out images with caption and label; empty holds out rows of `data.images` or renders scenes."""
+    size: int = 600
+    """Held-out images used."""
+    classes: int = 0
+    """Zero-shot over this many most frequent labels; 0 is all."""
+    templates: tuple[str, ...] = ("a photo of a {}", "a picture of a {}", "{}")
+    """Prompts of the zero-shot classifier; `{}` or `{c}` stands for the class name."""
+    class_file: str = ""
+    """JSON with the zero-shot classes: a list of names, or {label: [names]}; empty takes those of the held-out images."""
+    template_file: str = ""
+    """JSON list of templates, instead of `templates` or those of the held-out images."""
+    webdataset: str = ""
+    """Held-out images in WebDataset tars, as CLIP_benchmark lays them out: a folder, or a pattern of tars."""
+    every: int = 1
+    """Epochs between the evaluations of a phase on the way, matched and plain for themselves; 0 is only the end."""
+
+    def __post_init__(self) -> None:
+        positive(self, "evaluate", "size")
+        if self.every < 0 or self.classes < 0:
+            raise ConfigError("evaluate.every, evaluate.classes: expected 0 or more.")
+        if bad := [template for template in self.templates if "{}" not in template and "{c}" not in template]:
+            raise ConfigError(f"evaluate.templates: expected {{}} where the class name goes, got {bad[0]!r}.")
+
+
+@dataclass(frozen=True)
+class OracleConfig:
+    """The check of a finished checkpoint by a segmentation network that never saw the crawled data."""
+
+    weights: str = ""
+    """Trained segmenter (a folder that `roclip.oracle.segmenters` wrote); empty trains one on the trusted images."""
+    trusted: int = 2000
+    """Trusted images with masks, rendered or set aside, never served: they train the segmenter and give the null."""
+    reference_frac: float = 0.3
+    """Share of the trusted images that the segmenter does not train on: how often do model and oracle disagree
+    where nothing is poisoned."""
+    epochs: int = 15
+    """Passes of the segmenter's training."""
+    alpha: float = 0.01
+    """Family-wise error rate of the label test (Holm)."""
+    fail_on: Literal["never", "suspicious", "poisoned"] = "never"
+    """Verdict from which on the command ends with 10 (suspicious) or 20 (poisoned)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "oracle", "trusted", "epochs", "alpha")
+        fraction(self, "oracle", "reference_frac")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Ray."""
+
+    address: str = "local"
+    """`local` starts a Ray of its own on loopback; else the address of a running cluster."""
+    workers: int = 1
+    """Training ranks."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    cpus_per_ingest_task: float = 1.0
+    dashboard: bool = False
+    """Start Ray's dashboard on loopback, for `address: local`."""
+    max_failures: int = 1
+    """Restarts of a training whose worker died."""
+    store_memory_bytes: int = 256 * 2**20
+    """Ray's object store on the local Ray; shards never pass through it."""
+
+    def __post_init__(self) -> None:
+        positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task")
