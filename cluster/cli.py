@@ -1,6 +1,7 @@
 """The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
 import dataclasses
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -107,14 +108,23 @@ def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
 @app.command(
     epilog=_examples(
         "evaluate runs/2026-01-31-demo",
-        "evaluate configs/demo.yaml evaluate.classes=100",
-        "evaluate configs/demo.yaml --dry-run",
+        "evaluate runs/2026-01-31-demo evaluate.webdataset=sets/cifar10",
+        "evaluate configs/demo.yaml --checkpoint downloads/model",
     )
 )
-def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Measure this checkpoint, or one that was exported.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> int:
     """Measure the newest checkpoints: zero-shot, linear probe, retrieval, attack success."""
     settings = resolve(config, overrides)
-    return _dry_run(settings, "evaluate") if dry_run else _finish(settings, _pipeline().evaluate_only(settings))
+    if dry_run:
+        return _dry_run(settings, "evaluate")
+    return _finish(settings, _pipeline().evaluate_only(settings, checkpoint))
 
 
 @app.command(
@@ -137,6 +147,41 @@ def oracle(
     if dry_run:
         return _dry_run(settings, "oracle")
     return _finish(settings, _pipeline().oracle_only(settings, checkpoint))
+
+
+@app.command(
+    epilog=_examples(
+        "compare configs/experiments/fashion.yaml",
+        "compare configs/experiments/fashion.yaml 'seeds=[0]' train.epochs=4 --dry-run",
+        "compare configs/experiments/cifar10.yaml 'points=[n8,n40,n160]' arms.paper.set.pool.match_every=3",
+    )
+)
+def compare(
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT", help="A preset with seeds, arms and a sweep (YAML).")
+    ],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Train several arms on the same poisoned data with several seeds, and write one report.
+
+    The same command goes on where it stopped; with another seed, arm or point it trains only what is new.
+    """
+    from roclip.experiment import load_experiment
+
+    settings = load_experiment(experiment, overrides or ())
+    if dry_run:
+        from cluster.compare_plan import show_experiment
+
+        show_experiment(Console(), settings)
+        return 0
+    from cluster.compare_job import compare as run_comparison
+
+    folder = run_comparison(settings, shlex.join(["roclip", "compare", str(experiment), *(overrides or ())]))
+    Console().print((folder / "table.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    for name in ("compare.html", "compare.json"):
+        typer.echo(f"{name.split('.')[1]:<8} {folder / name}")
+    return 0
 
 
 @app.command(
@@ -180,6 +225,60 @@ def export(
 
     written = checkpoints.export(checkpoint, out)
     typer.echo(f"wrote {written}; open_clip.create_model_and_transforms('local-dir:{written}') loads it")
+    return 0
+
+
+@app.command(
+    epilog=_examples(
+        "poison configs/demo.yaml --shards runs/2026-01-31-demo/shards --out poisoned",
+        "poison configs/demo.yaml attacks.wanet.rate=0.005 --shards clean --out poisoned",
+        "poison configs/demo.yaml --urls urls.parquet --out list --base-url http://localhost/",
+    )
+)
+def poison(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="New folder to write; required.")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Clean shards; data.shards unless given.")
+    ] = None,
+    urls: Annotated[str | None, typer.Option(metavar="LIST", help="Clean URL list; data.urls unless given.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names: a JSON list, or a text with one a line.")
+    ] = None,
+    base_url: Annotated[
+        str, typer.Option(metavar="URL", help="With --urls: what stands before images/… in the new rows.")
+    ] = "",
+    dry_run: DryRun = False,
+) -> int:
+    """Copy clean shards or a clean URL list with the attacks of the config in it, and the ground truth beside it.
+
+    For evaluation only. The source is only read; an --out that is not empty is refused. Train on the copy with
+    data.shards=FOLDER or data.urls=FOLDER/urls.parquet.
+    """
+    settings = resolve(config, overrides)
+    shards = shards or (Path(settings.data.shards) if settings.data.shards and not urls else None)
+    urls = urls or ("" if shards else settings.data.urls)
+    if out is None or bool(shards) == bool(urls):
+        raise ConfigError(
+            "poison: expected --out FOLDER and one of --shards FOLDER and --urls LIST, got "
+            f"--out {out}, --shards {shards}, --urls {urls or None}."
+        )
+    if dry_run:
+        return _dry_run(settings, "poison")
+    from cluster import poison_job
+    from cluster.progress import Display
+
+    with Display() as display:
+
+        def say(done: float, total: float, text: str) -> None:
+            display.show("poison", done, total, text)
+
+        if shards:
+            counts = poison_job.poison_shards(settings, shards, out, labels, say)
+        else:
+            counts = poison_job.poison_urls(settings, str(urls), out, labels, base_url, say)
+    typer.echo(f"wrote {out}: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
     return 0
 
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from cluster import corpus
 from cluster.ingest_job import ingest
 from cluster.oracle_job import oracle, progress_file
@@ -23,7 +25,7 @@ from roclip.config import Config
 from roclip.errors import CheckpointError, DataError
 from roclip.evaluate import evaluate, load_evaluation_set
 from roclip.metrics import read_metrics
-from roclip.model import Encoder
+from roclip.model import Encoder, Towers
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
 
@@ -53,8 +55,7 @@ def run(config: Config) -> dict:
 def ingest_only(config: Config) -> dict:
     """Fill the shards of a run."""
     with session(config) as here:
-        with _fetching(here):
-            pass
+        fill(here)
         return {"ingest": Manifest(here.shards).summary}
 
 
@@ -68,17 +69,26 @@ def train_only(config: Config) -> dict:
         return {"arms": {arm: _figures(here, arm) for arm in config.arms}}
 
 
-def evaluate_only(config: Config) -> dict:
-    """Measure the newest checkpoint of every arm, afresh, into `<arm>/evaluation.json`."""
+def evaluate_only(config: Config, folder: str | None = None) -> dict:
+    """Measure the newest checkpoint of every arm, or the checkpoint in `folder`, afresh.
+
+    The figures go into `<run>/<arm>/evaluation.json`, or `<run>/evaluation-<folder's name>.json`.
+    """
     with session(config, resumes=False) as here:
-        data = load_evaluation_set(here.path / "origin")
+        data = load_evaluation_set(config, here.path / "origin")
+        if folder is not None:
+            name = Path(folder).resolve().name
+            figures = evaluate(_encoder(Path(folder)), data)
+            path = here.path / f"evaluation-{name}.json"
+            write_atomic(path, json.dumps({"checkpoint": folder, **figures}, indent=1))
+            return {"arms": {name: figures}}
         arms = {}
         for arm in config.arms:
             latest = checkpoint.named(here.path / arm / "checkpoints", "LATEST")
             if latest is None:
                 raise CheckpointError(f"{here.path / arm}: expected a checkpoint, got none. Run `roclip train` first.")
             checkpoint.verify(latest)
-            arms[arm] = evaluate(Encoder.load(latest), data)
+            arms[arm] = evaluate(_encoder(latest), data)
             result = {"checkpoint": latest.name, **arms[arm]}
             write_atomic(here.path / arm / "evaluation.json", json.dumps(result, indent=1))
         return {"arms": arms}
@@ -94,7 +104,17 @@ def oracle_only(config: Config, folder: str | None = None) -> dict:
         return {"arms": {name: {"oracle": oracle(config, here.path, name, checkpoint=Path(folder))}}}
 
 
+def _encoder(folder: Path) -> Encoder:
+    return Encoder(Towers.load(folder).to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 # ---- the stages ---------------------------------------------------------------------------------------------
+
+
+def fill(here: Session) -> None:
+    """Ingest to its end; nothing when all is sealed."""
+    with _fetching(here):
+        pass
 
 
 class _Fetching(threading.Thread):

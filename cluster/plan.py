@@ -17,6 +17,7 @@ from rich.table import Table
 
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.errors import ConfigError, UrlListError
+from roclip.schedule import Position
 from roclip.shards import Manifest
 
 DOWNLOAD_BYTES = 130_000
@@ -45,9 +46,9 @@ class Plan:
     steps: int | None
     """Optimizer steps of one arm."""
     matched: tuple[int, ...]
-    """Epochs, from 1, in which the arm `roclip` matches images with captions of the pool."""
+    """Epochs, from 1, with steps in which the arm `roclip` gives images other captions than their own."""
     gated: tuple[int, ...]
-    """Plain epochs whose least agreeing pairs are left out, once the pool is full."""
+    """Epochs with steps in which the gate suspects the least agreeing pairs."""
     parameters: int | None
     """Of both towers; None for towers that are not open_clip's own."""
     embed_dim: int
@@ -87,7 +88,7 @@ def make_plan(config: Config) -> Plan:
         shards=None if rows is None or not ingests(config) else math.ceil(rows / ingest.samples_per_shard),
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
-        matched=tuple(e for e in range(1, train.epochs + 1) if is_matched(config, e)),
+        matched=tuple(e for e in range(1, train.epochs + 1) if "matched" in phases(config, e, steps_per_epoch)),
         gated=gated_epochs(config, steps_per_epoch),
         parameters=weight_count,
         embed_dim=model["embed_dim"],
@@ -107,23 +108,35 @@ def ingests(config: Config) -> bool:
     return bool(config.data.urls or config.data.images or config.data.scenes)
 
 
-def is_matched(config: Config, epoch: int) -> bool:
-    """Whether the arm `roclip` matches in an epoch, from 1: `roclip.train.phase_of` without torch."""
+def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
+    """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence` without torch."""
     pool = config.pool
-    return bool(pool.match_every) and epoch > pool.warmup_epochs and epoch % pool.match_every == 0
+    kinds = set()
+    steps = steps_per_epoch or 1
+    for step, phase in enumerate(pool.schedule.epoch(epoch, steps, config.train.global_batch_size)):
+        at = Position(
+            (epoch - 1) * steps + step,
+            ((epoch - 1) * steps + step) * config.train.global_batch_size,
+            epoch,
+            step,
+            steps,
+        )
+        witnessed = pool.witnesses and at.done(pool.schedule.warmup.unit) < pool.schedule.warmup.amount
+        kinds.add("matched" if witnessed else phase)
+    return kinds
 
 
 def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
-    """Plain epochs in which the gate is open for at least one step: the pool must have been filled first."""
+    """Epochs in which the gate suspects pairs in at least one step: without witnesses, the pool must be full first."""
     gated, captions = [], 0
     if not any(config.pool.gate_frac) or "roclip" not in config.arms:
         return ()
     for epoch in range(1, config.train.epochs + 1):
-        matched = is_matched(config, epoch)
+        kinds = phases(config, epoch, steps_per_epoch)
         steps = config.pool.size if steps_per_epoch is None else steps_per_epoch
-        if matched or config.pool.update == "always":
+        if "matched" in kinds or config.pool.update == "always":
             captions += steps * config.train.global_batch_size
-        if not matched and captions > config.pool.size:
+        if "plain" in kinds and (config.pool.witnesses or captions > config.pool.size):
             gated.append(epoch)
     return tuple(gated)
 
@@ -142,8 +155,7 @@ def count_rows(config: Config) -> tuple[int, bool]:
             raise UrlListError(f"data.shards: expected a folder with a manifest, got {data.shards}. Ingest it first.")
         return sum(record.samples for record in records), True
     if not data.urls:
-        targeted = config.attacks.targeted
-        rows += targeted.images * targeted.captions_per_image + config.attacks.backdoor.count
+        rows += config.attacks.pairs(rows)
     return rows, exact
 
 
@@ -219,6 +231,7 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED"],
         "export": [f"export a checkpoint of {arms} in open_clip's format"],
         "doctor": ["check this machine against the plan"],
+        "poison": ["choose pictures and captions for the attacks", "write a poisoned copy and its ground truth"],
     }
     if command != "run":
         return by_command[command]

@@ -114,11 +114,8 @@ def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        saved = path / "config.yaml"
-        if not saved.exists():
-            write_atomic(saved, dump_config(config))
-        elif resumes:
-            _refuse_another(parse_config(saved.read_text()), config, path)
+        if resumes or not (path / "config.yaml").exists():
+            keep_config(config, path)
         with Display() as display, Session(config, path, display) as here:
             write_atomic(path / "provenance.json", json.dumps(here.provenance, indent=1))
             display.say(f"run      {path}")
@@ -128,8 +125,14 @@ def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
                 ray.shutdown()
 
 
-def _refuse_another(saved: Config, config: Config, path: Path) -> None:
-    before, now = identity(saved).splitlines(), identity(config).splitlines()
+def keep_config(config: Config, path: Path) -> None:
+    """Write `config.yaml` of a directory, once. Raises `ConfigError` if it began with another config."""
+    file = path / "config.yaml"
+    if not file.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, dump_config(config))
+        return
+    before, now = identity(parse_config(file.read_text())).splitlines(), identity(config).splitlines()
     changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(before, now, strict=False) if a != b]
     if changed or len(before) != len(now):
         raise ConfigError(

@@ -10,8 +10,13 @@ from rich.text import Text
 VERDICT_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "inconclusive": "yellow", "poisoned": "bold red"}
 _SHARES = (
     ("zero-shot top-1", "zero_shot_top1"),
+    ("zero-shot top-5", "zero_shot_top5"),
     ("linear probe top-1", "linear_probe_top1"),
     ("recall@1", "recall_at_1"),
+    ("recall@5", "recall_at_5"),
+    ("recall@10", "recall_at_10"),
+    ("  image to text @1", "image_to_text_recall_at_1"),
+    ("  text to image @1", "text_to_image_recall_at_1"),
 )
 
 

@@ -19,20 +19,23 @@ from roclip.errors import RoclipError, StageError
 FAILURE = "failure.txt"
 
 
-def train_arm(config: Config, arm: str, run: Path) -> Path:
+def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     """Train one arm to its end and return its last checkpoint; returns at once when that exists.
+
+    It lies in `<run>/<name>`, or `<run>/<arm>` without a name.
 
     Needs a Ray that is initialised. Raises `StageError` with the worker's own words when it cannot be finished.
     """
-    folder = run / arm / "checkpoints"
+    name = name or arm
+    folder = run / name / "checkpoints"
     if (done := finished(config, folder)) is not None:
         return done
-    (run / arm).mkdir(parents=True, exist_ok=True)
-    (run / arm / FAILURE).unlink(missing_ok=True)
+    (run / name).mkdir(parents=True, exist_ok=True)
+    (run / name / FAILURE).unlink(missing_ok=True)
     cluster = config.cluster
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": dump_config(config), "arm": arm, "run": str(run.resolve())},
+        train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -43,7 +46,7 @@ def train_arm(config: Config, arm: str, run: Path) -> Path:
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=RunConfig(
-            name=f"{arm}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
+            name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
@@ -54,16 +57,16 @@ def train_arm(config: Config, arm: str, run: Path) -> Path:
     except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
         raise KeyboardInterrupt from stop
     except Exception as error:
-        said = run / arm / FAILURE
+        said = run / name / FAILURE
         cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
         raise StageError(
-            f"training {arm}: {cause} Logs: {run / arm / 'log'}. The same command resumes from the last checkpoint."
+            f"training {name}: {cause} Logs: {run / name / 'log'}. The same command resumes from the last checkpoint."
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_ctrl_c)
     done = finished(config, folder)
     if done is None:
-        raise StageError(f"training {arm}: ended before epoch {config.train.epochs}. Run the same command again.")
+        raise StageError(f"training {name}: ended before epoch {config.train.epochs}. Run the same command again.")
     return done
 
 
@@ -85,14 +88,20 @@ def _worker(settings: dict[str, Any]) -> None:
     from roclip.evaluate import record_evaluation
     from roclip.train import train
 
-    config, arm, run = parse_config(settings["config"]), settings["arm"], Path(settings["run"])
+    config, run, name = parse_config(settings["config"]), Path(settings["run"]), settings["name"]
     rank = ray.train.get_context().get_world_rank()
-    log = run / arm / "log" / f"rank-{rank:05d}.log"
+    log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
     try:
-        train(config, arm, run, on_epoch_end=lambda towers, cursor: record_evaluation(config, run, arm, towers, cursor))
+        train(
+            config,
+            settings["arm"],
+            run,
+            name=name,
+            on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
+        )
     except RoclipError as error:
         if rank == 0:
-            (run / arm / FAILURE).write_text(str(error))
+            (run / name / FAILURE).write_text(str(error))
         raise

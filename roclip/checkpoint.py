@@ -67,8 +67,9 @@ def save(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part], c
         temporary.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(temporary / _ENGINE), tag="engine")
+    weights = towers.weights()
     if leader:
-        towers.save(temporary)
+        towers.save(temporary, weights)
         for part, holder in parts.items():
             save_file(holder.state_dict(), temporary / f"{part}.safetensors")
         write_atomic(temporary / "cursor.json", json.dumps(asdict(cursor)))

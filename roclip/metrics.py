@@ -39,11 +39,19 @@ METRICS: dict[str, Metric] = {
         Metric("samples_per_s", "samples/s", "pairs a second since the last logged step, over all ranks"),
         Metric("data_wait_frac", "1", "share of the time in which the step waited for its batch", "mean"),
         Metric("bad_samples", "samples", "samples of the epoch that could not be read", "sum"),
-        Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool", "mean"),
-        Metric("pool_duplicates", "1", "share of a matched global batch that found a caption another image found too"),
+        Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool"),
+        Metric("pool_similarity_p10", "1", "the same, 10 % quantile"),
+        Metric("pool_similarity_p50", "1", "the same, median"),
+        Metric("pool_similarity_p90", "1", "the same, 90 % quantile"),
+        Metric("pool_own", "1", "share of the images that found the caption of their own sample"),
+        Metric("pool_duplicates", "1", "1 - different captions found / images of the matched global batch"),
+        Metric("pool_staleness", "steps", "mean age of the captions found"),
+        Metric("pool_entropy", "nats", "entropy of the captions found; ln(batch) when all differ"),
         Metric("pool_count", "captions", "captions in the pool"),
+        Metric("poisons_seen", "samples", "poisoned images of the matched global batch, by the ground truth"),
+        Metric("poisons_met", "samples", "of these, those that found a caption of a poison with the same aim"),
         Metric("agreement", "1", "mean share of the pool that is farther from an image than its own caption", "mean"),
-        Metric("gated", "samples", "pairs of the global batch that were left out"),
+        Metric("suspected", "samples", "pairs of the global batch that the gate suspected"),
     )
 }
 

@@ -138,6 +138,7 @@ class Stream:
         image_size: S, side of the images in a batch, in pixels.
         global_batch_size: G. The last samples of an epoch that do not fill a global batch are left to the next one.
         workers: Processes that read ahead; 0 reads in this process.
+        edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
     """
 
     def __init__(
@@ -153,8 +154,9 @@ class Stream:
         streams: int,
         shuffle_buffer: int,
         workers: int = 0,
+        edit: Callable[[str, int, int], str] | None = None,
     ):
-        self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
+        self.shards, self.tokenize, self.image_size, self.edit = shards, tokenize, image_size, edit
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
 
@@ -184,7 +186,7 @@ class Stream:
             self.global_batch_size,
         )
         plan = [order[start : start + rows] for start in starts]
-        dataset = _Batches(self.shards, snapshot.records, plan, self.tokenize, self.image_size)
+        dataset = _Batches(self.shards, snapshot.records, plan, self.tokenize, self.image_size, self.edit, epoch)
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers))
 
 
@@ -198,9 +200,12 @@ class _Batches(Dataset):
         plan: list[np.ndarray],
         tokenize: Callable[[Sequence[str]], Tensor],
         image_size: int,
+        edit: Callable[[str, int, int], str] | None,
+        epoch: int,
     ):
         self.readers = [ShardReader(shards, record) for record in records]
         self.plan, self.tokenize, self.image_size = plan, tokenize, image_size
+        self.edit, self.epoch = edit, epoch
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -210,13 +215,16 @@ class _Batches(Dataset):
         images = np.zeros((len(rows), self.image_size, self.image_size, 3), dtype=np.uint8)
         ids = torch.zeros(len(rows), dtype=torch.int64)
         valid = torch.ones(len(rows), dtype=torch.bool)
-        captions, bad = [""] * len(rows), []
+        captions: list[str] = [""] * len(rows)
+        bad = []
         for row, (shard, sample) in enumerate(rows):
             reader = self.readers[shard]
             ids[row] = int(reader.key(sample))
             try:
                 encoded, captions[row] = reader.read(sample)
                 images[row] = decode(encoded, self.image_size)
+                if self.edit:
+                    captions[row] = self.edit(captions[row], int(ids[row]), self.epoch)
             except BadSampleError as error:
                 valid[row] = False
                 bad.append((f"{reader.record.name} {reader.key(sample)}", str(error)))

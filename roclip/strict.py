@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import omegaconf
 from omegaconf import OmegaConf
@@ -46,6 +46,18 @@ def dump(value: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(value))
 
 
+def positive(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(section, key) <= 0:
+            raise ConfigError(f"{name}.{key}: expected more than 0, got {getattr(section, key)}.")
+
+
+def fraction(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= getattr(section, key) <= 1:
+            raise ConfigError(f"{name}.{key}: expected a share from 0 to 1, got {getattr(section, key)}.")
+
+
 def _tuples(value: Any) -> Any:
     """OmegaConf turns tuples into lists; turn them back, so that equal configs are equal."""
     if not is_dataclass(value):
@@ -68,5 +80,8 @@ def _explain(schema: type, source: str, error: Exception) -> ConfigError:
 def _known_keys(schema: type, key: str) -> list[str]:
     known: Any = schema
     for part in key.split(".")[:-1]:
-        known = get_type_hints(known).get(part, schema)
+        if is_dataclass(known):
+            known = get_type_hints(known).get(part, schema)
+        elif get_origin(known) is dict:
+            known = get_args(known)[1]
     return [item.name for item in fields(known)] if is_dataclass(known) else []

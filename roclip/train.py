@@ -1,7 +1,7 @@
-"""The training loop: plain CLIP, or RoCLIP with its caption pool. Read this file first.
+"""The training loop: plain CLIP, or CLIP defended by RoCLIP. Read this file first, then `defence.py`.
 
-An epoch is matched or plain. In a plain epoch each image learns with its own caption, and the gate may leave out pairs
-that disagree with the pool. In a matched epoch each image learns with the nearest caption of the pool.
+The loop streams batches, runs the towers, takes the loss and saves. Whose caption an image learns with is its own here;
+under a defence it is what the pool, the witnesses and the gate say.
 
 Runs under Ray Train (`cluster/train_job.py`), under `torchrun -m roclip.train CONFIG`, or alone.
 Letters: B local batch, G global batch, D feature width, L caption tokens.
@@ -18,34 +18,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from roclip import checkpoint, distributed
+from roclip import accumulate, checkpoint, distributed
 from roclip.augment import augment
 from roclip.checkpoint import Cursor
-from roclip.config import Config, PoolConfig, dump_config, environment_defaults, load_config, model_file, run_directory
-from roclip.engine import build_engine, clamp_logit_scale, set_lr
+from roclip.config import Config, dump_config, environment_defaults, load_config, model_file, run_directory
+from roclip.defence import Defence, Lesson
+from roclip.engine import build_engine, set_lr
+from roclip.engine import step as optimizer_step
 from roclip.errors import DataError, RoclipError, TrainingError
-from roclip.gate import AgreementGate
-from roclip.loss import clip_loss
+from roclip.loss import LOSSES
 from roclip.metrics import MetricsWriter
 from roclip.model import Towers
-from roclip.pool import CaptionPool
+from roclip.schedule import Position
 from roclip.shards import Manifest, write_atomic
 from roclip.stream import Batch, Snapshot, Stream, take_snapshot, wait_for_shards
+from roclip.suspects import write_suspects
+from roclip.truth import poisoned_samples
 
 EpochEnd = Callable[[Towers, Cursor], None]
 
 
-def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None = None) -> Path:
+def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: EpochEnd | None = None) -> Path:
     """Train one arm in a run directory, from where it stands to its last epoch.
 
     Args:
         arm: `clip` (undefended) or `roclip`.
         run: The run directory; the shards lie in it or where `data.shards` says.
-        on_epoch_end: Called on rank 0 with the towers (in evaluation mode) after each epoch, before its checkpoint is
-            named; a resume repeats it only for epochs whose checkpoint was not complete.
+        name: Folder of this training in the run directory; empty is `arm`.
+        on_epoch_end: Called on all ranks with the towers (in evaluation mode) after each epoch, before its checkpoint
+            is named; a resume repeats it only for epochs whose checkpoint was not complete.
 
     Returns:
-        The last checkpoint's folder.
+        The last checkpoint's folder. A defended training leaves `suspects.parquet` beside the checkpoints.
 
     Raises:
         DataError: no shards came in time, or too many samples cannot be read.
@@ -54,15 +58,11 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
     """
     # ---- build ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    towers = Towers(config.model.name, model_file(config))
+    towers = Towers(config.model.name, model_file(config), options=config.model, loss=config.train.loss)
     engine = build_engine(towers, config.train)
     rank, world_size, device = distributed.rank(), distributed.world_size(), engine.device
-    width = towers.cfg["embed_dim"]
-    pool = gate = None
-    if arm == "roclip":
-        pool = CaptionPool(config.pool.size, width, backend=config.pool.backend, device=device)
-        gate = AgreementGate(config.pool.gate_memory)
-    parts = {"pool": pool, "gate": gate} if pool and gate else {}
+    defence = Defence(config, towers, device, _ground_truth(run)) if arm == "roclip" else None
+    parts = defence.parts if defence else {}
     manifest = Manifest(config.data.shards or run / "shards")
     stream = Stream(
         manifest.root,
@@ -77,9 +77,9 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
         workers=config.data.loader_workers,
     )
     # ---- resume ---------------------------------------------------------------------------------------------
-    folder = run / arm / "checkpoints"
+    folder = run / (name or arm) / "checkpoints"
     cursor = checkpoint.resume(folder, engine, parts) or Cursor(0, 1, 0, 0, "plain")
-    metrics = MetricsWriter(run / arm / "metrics.jsonl", cursor.step) if rank == 0 else None
+    metrics = MetricsWriter(folder.parent / "metrics.jsonl", cursor.step) if rank == 0 else None
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
     first_epoch, phase = cursor.epoch, cursor.phase
 
@@ -87,7 +87,6 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
         # ---- an epoch ---------------------------------------------------------------------------------------
         snapshot = _agree_on_snapshot(config, manifest, run, epoch)
         steps = stream.steps(snapshot)
-        phase = phase_of(epoch, config.pool) if pool else "plain"
         bad_samples, waited_s, logged_at, logged_step = 0, 0.0, time.monotonic(), step
         batches = stream.epoch(snapshot, epoch, first_step)
         towers.train()
@@ -99,38 +98,42 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
             bad_samples = _count_bad(batch, bad_samples, step_in_epoch, snapshot, config)
             lr = learning_rate(config, epoch - 1 + step_in_epoch / steps)
             set_lr(engine, lr)
-            ids, keep = batch.ids.to(device), batch.valid.to(device)
+            at = Position(step, samples_seen, epoch, step_in_epoch - 1, steps)
+            if defence and defence.wants_prefill(at):
+                defence.prefill(stream.epoch(snapshot, 0))
+            defended = defence.step(batch, at) if defence else None
+            phase = defended.phase if defended else "plain"
             pixels = batch.images.to(device).float().div(255)
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
-            matched = phase == "matched"
-            image_features, text_features, logit_scale = engine(
-                pixels, batch.tokens.to(device), text_gradient=not matched
+            (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
+                engine,
+                pixels,
+                (defended.tokens if defended else batch.tokens).to(device),
+                pieces=config.train.grad_accum_steps,
+                text_gradient=not defended or defended.kind != "matched",
             )
-            seen: dict[str, Tensor | float] = {}
-            targets, same_caption = text_features, None
-            if pool and matched:
-                targets, similarity, slots = pool.nearest(image_features)
-                same_caption = slots if config.pool.duplicates == "mask" else None
-                seen["pool_similarity"] = similarity.mean()
-                seen["pool_duplicates"] = _duplicates(distributed.gather(slots))
-            elif pool and gate and any(config.pool.gate_frac) and pool.full:
-                agreement = pool.agreement(image_features, text_features)
-                keep = gate.keep(agreement, ids, keep, gate_share(config, epoch - 1 + step_in_epoch / steps))
-                seen["agreement"] = agreement.mean()
-                seen["gated"] = float(distributed.all_sum((~keep).sum()))
-            loss = clip_loss(image_features, targets, logit_scale, keep, same_caption)
+            lesson = Lesson(text_features, batch.valid.to(device))
+            if defended:
+                lesson = defended.lesson(image_features, text_features, lesson.keep)
+            loss = LOSSES[config.train.loss](
+                image_features,
+                lesson.text_features,
+                logit_scale,
+                *bias,
+                keep=lesson.keep,
+                same_caption=lesson.learns_from if config.pool.duplicates == "mask" else None,
+            )
             _check_finite(loss, step + 1, batch)
-            engine.backward(loss)
-            engine.step()
-            clamp_logit_scale(towers)
-            if pool and (matched or config.pool.update == "always"):
-                pool.enqueue(text_features.detach(), ids)
+            backward(loss)
+            optimizer_step(engine, towers)
+            if defended:
+                defended.remember(image_features, text_features.detach(), lesson)
             step += 1
             samples_seen += config.train.global_batch_size
             # ---- say and save -------------------------------------------------------------------------------
             last = step_in_epoch == steps
             if last or step % config.train.log_every_steps == 0:
-                values = {name: _mean(value) for name, value in {"loss": loss, **seen}.items()}
+                values = {name: _mean(value) for name, value in {"loss": loss, **lesson.seen}.items()}
                 elapsed_s = time.monotonic() - logged_at
                 if metrics:
                     metrics.write(
@@ -146,7 +149,7 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
                             "samples_per_s": (step - logged_step) * config.train.global_batch_size / elapsed_s,
                             "data_wait_frac": waited_s / elapsed_s,
                             "bad_samples": bad_samples,
-                            **({"pool_count": pool.count} if pool else {}),
+                            **({"pool_count": defence.pool.count} if defence else {}),
                             **values,
                         }
                     )
@@ -154,27 +157,18 @@ def train(config: Config, arm: str, run: Path, *, on_epoch_end: EpochEnd | None 
             if last or step % config.train.checkpoint_every_steps == 0:
                 distributed.mean_buffers(towers)
                 done = Cursor(step, epoch + 1 if last else epoch, 0 if last else step_in_epoch, samples_seen, phase)
-                if last and on_epoch_end and rank == 0:
+                if last and on_epoch_end:
                     towers.eval()
                     on_epoch_end(towers, Cursor(step, epoch, step_in_epoch, samples_seen, phase))
                     towers.train()
                 checkpoint.save(folder, engine, towers, parts, done, keep=config.train.keep_checkpoints)
         first_step = 0
+    if defence and rank == 0:
+        write_suspects(folder.parent / "suspects.parquet", defence.gate.scores, manifest)
     final = checkpoint.named(folder, "LATEST")
     if final is None:
         raise TrainingError(f"{folder}: expected a checkpoint after {config.train.epochs} epochs, got none.")
     return final
-
-
-def phase_of(epoch: int, pool: PoolConfig) -> str:
-    """'matched' for every K-th epoch, counted from 1, after the warm-up; else 'plain'."""
-    return "matched" if pool.match_every and epoch > pool.warmup_epochs and epoch % pool.match_every == 0 else "plain"
-
-
-def gate_share(config: Config, progress: float) -> float:
-    """Share of a plain global batch that the gate leaves out after so many epochs."""
-    start, end = config.pool.gate_frac
-    return start + (end - start) * progress / config.train.epochs
 
 
 def learning_rate(config: Config, progress: float) -> float:
@@ -229,8 +223,10 @@ def _check_finite(loss: Tensor, step: int, batch: Batch) -> None:
         )
 
 
-def _duplicates(slots: Tensor) -> float:
-    return 1 - len(slots.unique()) / len(slots)
+def _ground_truth(run: Path) -> dict[int, str]:
+    """What the attacker wants of each poisoned sample, where a run knows its poisons: for metrics only."""
+    rows = poisoned_samples(run).to_pylist()
+    return {row["id"]: f"{row['attack']}: {row['target_label']}" for row in rows}
 
 
 def _mean(value: Tensor | float) -> float:

@@ -77,7 +77,9 @@ def test_every_readme_command_exists():
     text = (REPOSITORY / "README.md").read_text()
     lines = [
         line.strip()
-        for line in re.findall(r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor).*$", text, re.M)
+        for line in re.findall(
+            r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor|compare|poison).*$", text, re.M
+        )
     ]
     assert lines
     for line in lines:

@@ -24,14 +24,14 @@ from roclip.errors import CheckpointError, ConfigError, UrlListError
 from roclip.shards import sha256_file
 
 HEAVY = {"torch", "ray", "numpy", "pyarrow", "matplotlib", "deepspeed", "fsspec"}
-COMMANDS = ("run", "ingest", "train", "evaluate", "oracle", "export", "doctor")
+COMMANDS = ("run", "ingest", "train", "evaluate", "oracle", "poison", "export", "doctor")
 PRESET = """\
 name: test
 data: {scenes: 1000}
 arms: [clip, roclip]
 ingest: {samples_per_shard: 300, image_size: 256}
 train: {epochs: 6, global_batch_size: 64}
-pool: {size: 128, match_every: 2, warmup_epochs: 2, gate_frac: [0.1, 0.1]}
+pool: {size: 128, witnesses: 0, match_every: 2, warmup: 2, gate_frac: [0.1, 0.1]}
 attacks:
   targeted: {images: 4, captions_per_image: 8}
   backdoor: {count: 20}
@@ -151,7 +151,7 @@ def test_dry_run_says_what_is_missing_when_the_list_is_not_there_yet(preset: Pat
     assert "train clip and roclip: as many steps as the list gives, on 1 rank" in answer.out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "export"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("export", "poison")])
 def test_dry_run_prints_config_and_plan_and_does_nothing_when_asked(command: str, preset: Path):
     answer = roclip(command, "test.yaml", "pool.size=256", "--dry-run", cwd=preset.parent)
     assert (answer.code, answer.err) == (0, "")
@@ -313,13 +313,10 @@ def test_plan_counts_rows_steps_and_phases_when_scenes_are_rendered(preset: Path
     assert plan.download_bytes == 0
 
 
-def test_plan_agrees_with_the_trainer_when_asked_for_phases(preset: Path):
-    from roclip.train import phase_of
-
-    for changes in ([], ["pool.match_every=0"], ["pool.match_every=3", "pool.warmup_epochs=0"]):
-        config = load_config(preset, changes)
-        epochs = range(1, config.train.epochs + 1)
-        assert make_plan(config).matched == tuple(e for e in epochs if phase_of(e, config.pool) == "matched")
+def test_plan_knows_the_phases_when_witnesses_lead_the_warm_up(preset: Path):
+    plan = make_plan(load_config(preset, ["pool.witnesses=8", "pool.match_every=5"]))
+    assert plan.matched == (1, 2, 5)
+    assert plan.gated == (3, 4, 6)
 
 
 @pytest.mark.parametrize(

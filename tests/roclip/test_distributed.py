@@ -24,5 +24,6 @@ def test_loss_gradients_gate_and_pool_match_one_process(ranks, tmp_path):
             assert torch.allclose(mine, reference, atol=1e-6)
         assert ours["checksum"] == alone["checksum"]
         assert torch.equal(ours["slots"], alone["slots"])
-        assert torch.equal(ours["keep"], alone["keep"])
+        assert torch.equal(ours["suspected"], alone["suspected"])
+        assert torch.equal(ours["testimony"], alone["testimony"])
         assert torch.equal(ours["scores"], alone["scores"])

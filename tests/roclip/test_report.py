@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from ingest.verify import verify
-from roclip.attacks import Trigger, backdoor_poisons, targeted_poisons
+from roclip.attacks import make_poisons
 from roclip.charts import SHADE
 from roclip.config import dump_config, load_config
 from roclip.errors import DataError
 from roclip.gallery import poison_pictures
 from roclip.report import comparison, duration, write_report
-from roclip.scenes import encode, render
+from roclip.scenes import LABELS, encode, render
+from roclip.sections_run import AttacksConfig, BackdoorConfig, TargetedConfig
 from roclip.shards import Manifest, ShardRecord, index_path, sample_key, sha256_file
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" \u202eright to left'
@@ -53,14 +54,15 @@ def make_rows(clean: int) -> list[dict]:
     table = [{"image": encode(scene.image, "png"), "caption": scene.caption, "label": scene.label} for scene in scenes]
     table = pa.Table.from_pylist(table)
     known, spare = table.slice(0, clean * 4), table.slice(clean * 4)
-    targeted = targeted_poisons(known, spare, images=3, captions_per_image=2, seed=0)
-    target = targeted["target_label"][0].as_py()
-    backdoor = backdoor_poisons(known, spare, count=5, target_label=target, trigger=Trigger(size_frac=0.2), seed=0)
+    attacks = AttacksConfig(
+        targeted=TargetedConfig(images=3, captions_per_image=2), backdoor=BackdoorConfig(count=5, size_frac=0.2)
+    )
+    poisons = make_poisons(attacks, known, spare, labels=LABELS, seed=0)
     rows = known.slice(0, clean).to_pylist()
     rows[0]["caption"] = HOSTILE
     rows = [{**row, "attack": None, "source_label": None, "target_label": None, "trigger_box": None} for row in rows]
     columns = ["image", "caption", "label", "attack", "source_label", "target_label", "trigger_box"]
-    return rows + targeted.select(columns).to_pylist() + backdoor.select(columns).to_pylist()
+    return rows + poisons.select(columns).to_pylist()
 
 
 def make_shard(root: Path, rows: list[dict]) -> None:

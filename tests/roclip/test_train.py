@@ -4,16 +4,17 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from kit import TINY_MODEL, environment, preset, torchrun
 from safetensors.torch import load_file
 
 from roclip import checkpoint
-from roclip.config import PoolConfig, load_config
+from roclip.config import load_config
 from roclip.metrics import METRICS, read_metrics
 from roclip.model import Towers
-from roclip.train import learning_rate, phase_of
+from roclip.train import learning_rate
 
 PRESET = """
 name: tiny
@@ -22,7 +23,7 @@ arms: [roclip]
 data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 100, gate_frac: [0.1, 0.1], match_every: 2}}
+pool: {{size: 100, witnesses: 8, gate_frac: [0.1, 0.1], match_every: 4}}
 train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 4, log_every_steps: 1}}
 """
 
@@ -47,23 +48,37 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_fi
     finish(run(config_file, f"run_dir={tmp_path}/whole"))
     killed = run(config_file, f"run_dir={tmp_path}/killed")
     metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
-    while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch, which is matched
+    while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch
         assert killed.poll() is None
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     finish(run(config_file, f"run_dir={tmp_path}/killed"))
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
-    for file in ("open_clip_model.safetensors", "pool.safetensors"):
-        whole, resumed = (load_file(end / file) for end in ends)
+    for file in ("open_clip_model", "pool", "gate", "witnesses"):
+        whole, resumed = (load_file(end / f"{file}.safetensors") for end in ends)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
     whole, resumed = (read_metrics(tmp_path / name / "roclip" / "metrics.jsonl") for name in ("whole", "killed"))
     assert [row["loss"] for row in whole] == [row["loss"] for row in resumed]
     assert [row["step"] for row in resumed] == list(range(1, 25))
-    assert [row["phase"] for row in resumed[::6]] == ["plain", "matched", "plain", "matched"]
-    assert [row.get("gated", 0) for row in resumed[:6]] == [0, 0, 0, 0, 3, 3]  # from when the pool is full
-    assert all(row["gated"] == 3 for row in resumed[12:18])
+    assert [row["phase"] for row in resumed[::6]] == ["matched", "plain", "plain", "matched"]
+    assert [row.get("suspected", 0) for row in resumed] == [0] * 6 + [3] * 12 + [0] * 6
     assert set().union(*resumed) <= set(METRICS)
+    ranked = pq.read_table(tmp_path / "killed" / "roclip" / "suspects.parquet").to_pydict()
+    assert ranked == pq.read_table(tmp_path / "whole" / "roclip" / "suspects.parquet").to_pydict()
+    assert ranked["score"] == sorted(ranked["score"], reverse=True)
+    assert ranked["rank"] == list(range(1, len(ranked["id"]) + 1))
+
+
+@pytest.mark.slow
+def test_paper_setting_trains(config_file, tmp_path):
+    paper = ["pool.witnesses=0", "pool.gate_frac=[0,0]", "pool.match_every=2", "pool.duplicates=keep"]
+    finish(run(config_file, *paper, "pool.update=matched_only", "train.epochs=2"))
+    rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
+    assert [row["phase"] for row in rows[::6]] == ["plain", "matched"]
+    assert rows[6]["pool_count"] == 100
+    assert 0 < rows[6]["pool_similarity"] <= 1
+    assert "suspected" not in rows[0]
 
 
 @pytest.mark.slow
@@ -98,15 +113,6 @@ def test_matched_step_gives_the_text_tower_no_gradient(tmp_path):
     assert text
     assert all(parameter.grad is None for parameter in text)
     assert towers.logit_scale.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("match_every", "warmup", "expected"),
-    [(2, 1, "pmpmpm"), (3, 1, "ppmppm"), (1, 2, "ppmmmm"), (0, 0, "pppppp"), (2, 3, "pppmpm")],
-)
-def test_phases_follow_the_schedule(match_every, warmup, expected):
-    pool = PoolConfig(match_every=match_every, warmup_epochs=warmup)
-    assert "".join(phase_of(epoch, pool)[0] for epoch in range(1, 7)) == expected
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(config_file):

@@ -11,6 +11,7 @@ from roclip import distributed
 from roclip.gate import AgreementGate
 from roclip.loss import clip_loss
 from roclip.pool import CaptionPool
+from roclip.witnesses import Witnesses
 
 
 def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
@@ -18,8 +19,15 @@ def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(total, 8, generator=generator), torch.randn(total, 8, generator=generator)
     keep = torch.rand(total, generator=generator) > 0.3
+    thumbnails, tokens = torch.rand(total, 768, generator=generator), torch.randint(50, (total, 6), generator=generator)
     part = slice(start, start + rows)
-    return {"images": images[part], "texts": texts[part], "keep": keep[part]}
+    return {
+        "thumbnails": thumbnails[part],
+        "tokens": tokens[part],
+        "images": images[part],
+        "texts": texts[part],
+        "keep": keep[part],
+    }
 
 
 def solve(rows: int, start: int, total: int) -> dict:
@@ -37,14 +45,20 @@ def solve(rows: int, start: int, total: int) -> dict:
     agreement = pool.agreement(images, texts)
     gate = AgreementGate(0.5)
     ids = torch.arange(start, start + rows)
-    gate.keep(-agreement, ids, given["keep"], 0.25)
-    keep = gate.keep(agreement, ids, given["keep"], 0.25)
+    gate.suspects([-agreement], ids, given["keep"], 0.25)
+    suspected = gate.suspects([agreement, images[:, 0]], ids, given["keep"], 0.25)
+    witnesses = Witnesses(20, 8, 6, 50, neighbours=3, seed=0)
+    thumbnails, tokens = given["thumbnails"], given["tokens"]
+    witnesses.fit(thumbnails, tokens)
+    witnesses.enqueue(thumbnails, images, tokens, ids, given["keep"])
+    heard = [witnesses.by_look(thumbnails, tokens, ids), witnesses.by_feature(images, tokens, ids)]
     return {
         "loss": distributed.all_sum(loss) / distributed.world_size(),
         "gradients": gradients,
         "checksum": pool.checksum(),
         "slots": distributed.gather(pool.search(images.detach())[1]),
-        "keep": distributed.gather(keep.to(torch.uint8)),
+        "suspected": distributed.gather(suspected.to(torch.uint8)),
+        "testimony": torch.cat([distributed.gather(part.double()) for found in heard for part in found]),
         "scores": gate.state_dict()["scores"],
     }
 

@@ -1,0 +1,142 @@
+"""Run by `torchrun` from test_ranks.py and test_accumulate.py: a few training steps, saved for the test to compare.
+
+ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed]
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roclip import accumulate, checkpoint, distributed
+from roclip.checkpoint import Cursor
+from roclip.config import TrainConfig, environment_defaults
+from roclip.engine import build_engine, step
+from roclip.loss import LOSSES
+from roclip.model import Towers
+from roclip.pool import CaptionPool
+from roclip.sections_train import ModelConfig
+
+TEXT = '{"context_length": 12, "vocab_size": 128, "width": 32, "heads": 2, "layers": 2}'
+MODELS = {
+    "vit": f"""{{"embed_dim": 16, "text_cfg": {TEXT},
+        "vision_cfg": {{"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}}}}""",
+    "resnet": f"""{{"embed_dim": 16, "text_cfg": {TEXT},
+        "vision_cfg": {{"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}}}""",
+}
+GLOBAL_BATCH = 16
+LR, DECAY, EPS = 1e-3, 0.1, 1e-4  # a large eps: Adam turns rounding of gradients that are zero into whole steps
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    zero_stage: int = 0
+    precision: str = "fp32"
+    pieces: int = 1
+    loss: str = "clip"
+    resumed: bool = False
+    """Whether the last two steps are made by a second engine, from the checkpoint of the first."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        model, stage, precision, pieces, loss, *resumed = text.split(",")
+        return cls(model, int(stage), precision, int(pieces), loss, bool(resumed))
+
+    def __str__(self) -> str:
+        text = f"{self.model},{self.zero_stage},{self.precision},{self.pieces},{self.loss}"
+        return text + ",resumed" * self.resumed
+
+
+def build(case: Case, folder: Path, **options) -> Towers:
+    """The same towers on each rank and each call."""
+    file = folder / f"tiny-{case.model}.json"
+    if distributed.rank() == 0:
+        file.write_text(MODELS[case.model])
+    distributed.barrier()
+    torch.manual_seed(0)
+    towers = Towers(file.stem, file, options=ModelConfig(**options), loss=case.loss)
+    with torch.no_grad():
+        for name, weight in towers.clip.named_parameters():
+            if name.endswith("bn3.weight"):  # zero at the start: no gradient would reach the layers before
+                weight.fill_(0.5)
+    return towers.train()
+
+
+def problem(number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One global batch: images, tokens, keep."""
+    generator = torch.Generator().manual_seed(number)
+    images = torch.rand(GLOBAL_BATCH, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    tokens = torch.randint(1, 100, (GLOBAL_BATCH, 12), generator=generator)
+    tokens[:, -1] = 127  # the end of text is the largest
+    return images, tokens, torch.rand(GLOBAL_BATCH, generator=generator) > 0.2
+
+
+def local(value: Tensor) -> Tensor:
+    rows = GLOBAL_BATCH // distributed.world_size()
+    return value[distributed.rank() * rows : (distributed.rank() + 1) * rows]
+
+
+def losses_of(engine, towers: Towers, case: Case, pool: CaptionPool, steps: range) -> list[Tensor]:
+    """Train: step 2 of each 3 is matched, the others are plain and leave pairs out."""
+    losses = []
+    for number in steps:
+        images, tokens, keep = (local(value) for value in problem(number))
+        matched = number % 3 == 2
+        (image_features, text_features, *temperature), backward = accumulate.forward(
+            engine, images, tokens, pieces=case.pieces, text_gradient=not matched
+        )
+        targets = pool.nearest(image_features)[0] if matched else text_features
+        loss = LOSSES[case.loss](image_features, targets, *temperature, keep=None if matched else keep)
+        backward(loss)
+        step(engine, towers)
+        pool.enqueue(text_features.detach(), local(torch.arange(GLOBAL_BATCH)) + number * GLOBAL_BATCH)
+        losses.append(distributed.all_sum(loss) / distributed.world_size())
+    return losses
+
+
+def settings(case: Case) -> TrainConfig:
+    return TrainConfig(
+        global_batch_size=GLOBAL_BATCH,
+        lr=LR,
+        weight_decay=DECAY,
+        eps=EPS,
+        zero_stage=case.zero_stage,
+        precision=case.precision,
+        grad_accum_steps=case.pieces,
+        loss=case.loss,
+    )
+
+
+def solve(case: Case, folder: Path) -> dict:
+    """Losses and weights of four steps, and what the pool holds."""
+    towers, engine, pool = start(case, folder)
+    losses = losses_of(engine, towers, case, pool, range(1, 3))
+    if case.resumed:
+        checkpoint.save(folder / str(case), engine, towers, {"pool": pool}, Cursor(2, 1, 2, 32, "matched"), keep=1)
+        towers, engine, pool = start(case, folder)
+        checkpoint.resume(folder / str(case), engine, {"pool": pool})
+    losses += losses_of(engine, towers, case, pool, range(3, 5))
+    return {"losses": torch.stack(losses), "weights": towers.weights(), "pool": pool.features}
+
+
+def start(case: Case, folder: Path) -> tuple:
+    towers = build(case, folder)
+    engine = build_engine(towers, settings(case))
+    pool = CaptionPool(48, 16)
+    with torch.no_grad():  # so that the images of the matched step find different captions
+        images, tokens, _ = (local(value) for value in problem(2))
+        pool.enqueue(engine(images, tokens)[0], local(torch.arange(GLOBAL_BATCH)))
+    return towers, engine, pool
+
+
+if __name__ == "__main__":
+    environment_defaults()
+    torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    answers = {text: solve(Case.parse(text), out) for text in sys.argv[2:]}
+    torch.save(answers, out / f"{distributed.world_size()}-{distributed.rank()}.pt")
+    torch.distributed.destroy_process_group()
