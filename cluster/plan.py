@@ -17,7 +17,6 @@ from rich.table import Table
 
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.errors import ConfigError, UrlListError
-from roclip.schedule import Position
 from roclip.shards import Manifest
 
 DOWNLOAD_BYTES = 130_000
@@ -110,19 +109,10 @@ def ingests(config: Config) -> bool:
 
 def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
     """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence` without torch."""
-    pool = config.pool
-    kinds = set()
-    steps = steps_per_epoch or 1
-    for step, phase in enumerate(pool.schedule.epoch(epoch, steps, config.train.global_batch_size)):
-        at = Position(
-            (epoch - 1) * steps + step,
-            ((epoch - 1) * steps + step) * config.train.global_batch_size,
-            epoch,
-            step,
-            steps,
-        )
-        witnessed = pool.witnesses and at.done(pool.schedule.warmup.unit) < pool.schedule.warmup.amount
-        kinds.add("matched" if witnessed else phase)
+    schedule, kinds = config.pool.schedule, set()
+    for at in schedule.turns(epoch, steps_per_epoch or 1, config.train.global_batch_size):
+        witnessed = config.pool.witnesses and at.done(schedule.warmup.unit) < schedule.warmup.amount
+        kinds.add("matched" if witnessed else schedule.phase(at))
     return kinds
 
 

@@ -5,6 +5,7 @@ A stream may have no epochs and a large one has few, so periods are durations: `
 Positions count over all ranks: the number of ranks does not matter. Imports no torch.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from roclip.errors import ConfigError
 
 Phase = Literal["matched", "plain"]
 _UNITS = ("epochs", "samples", "steps")
+_PERIODS_LOOKED_AT = 1000
+"""Of an epoch: a plan of 10^10 steps must not take a day, and all later periods are like these."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,29 @@ class Schedule:
         left = length - at.done(self.period.unit) % length
         return "matched" if left <= length * self.share else "plain"
 
-    def epoch(self, number: int, steps: int, global_batch_size: int) -> Iterator[Phase]:
-        """The phases of an epoch's steps, if all epochs have as many."""
-        for step in range(steps):
-            done = (number - 1) * steps + step
-            yield self.phase(Position(done, done * global_batch_size, number, step, steps))
+    def turns(self, epoch: int, steps: int, global_batch_size: int) -> Iterator[Position]:
+        """The steps of an epoch, from 1, at which its phase or its warm-up may change, and its first one.
+
+        Between two of them nothing changes, so that an epoch of any length is known from few steps. All epochs are taken
+        to have as many steps as this one.
+        """
+        before = (epoch - 1) * steps
+        stride = {"epochs": Fraction(1, steps), "samples": Fraction(global_batch_size), "steps": Fraction(1)}
+        unit = self.period.unit
+        points = [(unit, x) for x in self._boundaries(before * stride[unit], (before + steps) * stride[unit])]
+        points.append((self.warmup.unit, self.warmup.amount))
+        numbers = {0} | {math.ceil(x / stride[unit]) - before for unit, x in points}
+        for number in sorted(numbers):
+            if 0 <= number < steps:
+                done = before + number
+                yield Position(done, done * global_batch_size, epoch, number, steps)
+
+    def _boundaries(self, start: Fraction, end: Fraction) -> Iterator[Fraction]:
+        """Where matched parts begin and end between two points of the period's unit; of many, only the first."""
+        length = self.period.amount
+        if not length:
+            return
+        first = start // length
+        for number in range(first, min(math.ceil(end / length), first + _PERIODS_LOOKED_AT)):
+            yield (number + 1 - self.share) * length
+            yield (number + 1) * length

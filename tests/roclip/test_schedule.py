@@ -12,7 +12,12 @@ from roclip.schedule import Duration, Position, Schedule, duration
 
 def phases(schedule: Schedule, epochs: int, steps: int = 4, batch: int = 10) -> str:
     """First letters of the phases, epoch by epoch."""
-    return " ".join("".join(p[0] for p in schedule.epoch(e, steps, batch)) for e in range(1, epochs + 1))
+    return " ".join("".join(schedule.phase(at)[0] for at in positions(e, steps, batch)) for e in range(1, epochs + 1))
+
+
+def positions(epoch: int, steps: int, batch: int) -> list[Position]:
+    before = (epoch - 1) * steps
+    return [Position(before + step, (before + step) * batch, epoch, step, steps) for step in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,30 @@ def test_every_kth_epoch_is_matched_after_the_warm_up(match_every, warmup, expec
 )
 def test_periods_of_steps_samples_and_shares(settings, expected):
     assert phases(Schedule.of(**settings), 3) == expected
+
+
+@pytest.mark.parametrize("match_every", ["2", "0", "3 steps", "60 samples", "1000 samples", "0.3 epochs"])
+@pytest.mark.parametrize("warmup", ["1", "5 steps", "35 samples", "0.5 epochs"])
+@pytest.mark.parametrize("match_frac", [0.0, 0.2, 0.7, 1.0])
+def test_phases_change_only_at_the_turns(match_every, warmup, match_frac):
+    schedule = Schedule.of(match_every, match_frac, warmup)
+    for epoch in (1, 2, 5):
+        turns = {at.step for at in schedule.turns(epoch, steps=9, global_batch_size=10)}
+        everywhere = positions(epoch, steps=9, batch=10)
+        assert everywhere[0].step in turns
+        for before, at in itertools.pairwise(everywhere):
+            if at.step not in turns:
+                assert schedule.phase(at) == schedule.phase(before)
+                delay = schedule.warmup
+                assert (at.done(delay.unit) < delay.amount) == (before.done(delay.unit) < delay.amount)
+
+
+def test_an_epoch_of_any_length_has_few_turns():
+    for period in ("2", "2 steps", "5_000_000 samples"):
+        schedule = Schedule.of(period, warmup="1000 steps")
+        turns = list(schedule.turns(1, steps=10**11, global_batch_size=512))
+        assert len(turns) < 3000
+        assert {schedule.phase(at) for at in turns} == ({"plain"} if period == "2" else {"plain", "matched"})
 
 
 def test_a_step_that_begins_on_the_boundary_is_matched():
