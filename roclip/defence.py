@@ -24,12 +24,13 @@ from roclip.config import Config
 from roclip.diagnostics import diagnostics
 from roclip.distributed import all_sum
 from roclip.gate import AgreementGate
-from roclip.looks import thumbnails
+from roclip.looks import impressions
 from roclip.model import Towers
 from roclip.pool import CaptionPool
 from roclip.schedule import Position
+from roclip.scout import Scout
 from roclip.stream import Batch
-from roclip.witnesses import Testimony, Witnesses
+from roclip.witnesses import Found, Witnesses
 
 Kind = Literal["witnessed", "matched", "plain"]
 _NOTHING = torch.empty(0)
@@ -69,7 +70,9 @@ class Defence:
             context_length=towers.context_length if settings.text_gradient == "live" else 0,
             device=device,
         )
-        self.gate = AgreementGate(settings.gate_memory)
+        side = config.ingest.image_size
+        scout = Scout(side, device, config.seed) if settings.scout and any(settings.gate_frac) else None
+        self.gate = AgreementGate(settings.gate_memory, scout)
         self.parts: dict[str, Part] = {"pool": self.pool, "gate": self.gate}
         self.witnesses: Witnesses | None = None
         if settings.witnesses:
@@ -95,16 +98,16 @@ class Defence:
         """
         held, seen, found = [], [], 0
         for batch in batches:
-            seen.append(thumbnails(batch.images))
+            seen.append(impressions(batch.images))
             held.append(replace(batch, images=torch.empty(0)))
             found += int(all_sum(batch.valid.sum()))
             if found >= self.pool.size:
                 break
         if self.witnesses:
             self.witnesses.fit(torch.cat(seen), torch.cat([batch.tokens for batch in held]))
-        for batch, small in zip(held, seen, strict=True):
+        for batch, impression in zip(held, seen, strict=True):
             nothing = torch.zeros(len(batch.ids), self.towers.cfg["embed_dim"])
-            self.enqueue(small, nothing, self.encode(batch.tokens), batch, batch.valid, 0)
+            self.enqueue(impression, nothing, self.encode(batch.tokens), batch, batch.valid, 0)
 
     def step(self, batch: Batch, at: Position) -> "Step":
         """Begin the step at `at`: decide its kind, and hear the witnesses where it has any."""
@@ -114,8 +117,9 @@ class Defence:
             kind = "witnessed"
         if self.witnesses is None:
             return Step(self, batch, at, kind)
-        small = thumbnails(batch.images)
-        return Step(self, batch, at, kind, small, self.witnesses.by_look(small, batch.tokens, batch.ids))
+        seen = impressions(batch.images)
+        alike = self.witnesses.by_look(seen, batch.ids)
+        return Step(self, batch, at, kind, seen, alike, self.witnesses.best(alike))
 
     def gate_share(self, at: Position) -> float:
         """Share of a plain global batch that the gate suspects."""
@@ -123,12 +127,13 @@ class Defence:
         return start + (end - start) * float(at.done("epochs")) / self.config.train.epochs
 
     def enqueue(
-        self, small: Tensor, image_features: Tensor, text_features: Tensor, batch: Batch, enter: Tensor, step: int
+        self, seen: Tensor, image_features: Tensor, text_features: Tensor, batch: Batch, enter: Tensor, step: int
     ) -> None:
         """Put pairs into the pool and, in the same order, among the witnesses."""
         self.pool.enqueue(text_features.detach(), batch.ids.to(self.pool.ids.device), batch.tokens, step, enter)
         if self.witnesses:
-            self.witnesses.enqueue(small, image_features.detach().cpu(), batch.tokens, batch.ids, enter.cpu())
+            images, texts = image_features.detach().cpu(), text_features.detach().cpu()
+            self.witnesses.enqueue(seen, images, texts, batch.tokens, batch.ids, enter.cpu())
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> Tensor:
@@ -143,17 +148,19 @@ class Step:
     batch: Batch
     at: Position
     kind: Kind
-    small: Tensor = _NOTHING
-    """(B, 768) thumbnails, for the witnesses."""
-    heard: Testimony | None = None
-    """The witnesses by look."""
+    seen: Tensor = _NOTHING
+    """(B, F) impressions, for the witnesses."""
+    alike: Found | None = None
+    """The witnesses by look: what is learnt cannot mislead them."""
+    witness: Tensor = _NOTHING
+    """(B,) int64: the slot of the one whose caption an image learns with where it does not with its own."""
 
     @property
     def tokens(self) -> Tensor:
         """(B, L) what the text tower is to encode."""
-        if self.kind != "witnessed" or self.heard is None or self.defence.witnesses is None:
+        if self.kind != "witnessed" or self.defence.witnesses is None:
             return self.batch.tokens
-        return self.defence.witnesses.tokens[self.heard.slots].to(self.batch.tokens.dtype)
+        return self.defence.witnesses.tokens[self.witness].to(self.batch.tokens.dtype)
 
     @property
     def phase(self) -> Literal["matched", "plain"]:
@@ -164,9 +171,8 @@ class Step:
         """Whose captions the images learn with, given the step's features (B, D) and which pairs are valid (B,)."""
         if self.kind == "matched":
             return self._matched(image_features, valid)
-        if self.kind == "witnessed" and self.heard and self.defence.witnesses:
-            found = self.defence.witnesses.ids[self.heard.slots]
-            return Lesson(text_features, valid, found.to(valid.device), self._poisons_met(found, valid))
+        if self.kind == "witnessed":
+            return self._witnessed(text_features, valid)
         share = self.defence.gate_share(self.at)
         return self._gated(image_features, text_features, valid, share) if share else Lesson(text_features, valid)
 
@@ -179,7 +185,7 @@ class Step:
             own = self.defence.encode(self.batch.tokens)
         elif self.kind == "plain" and lesson.learns_from is not None:
             enter = enter & (lesson.learns_from == self.batch.ids.to(enter.device))
-        self.defence.enqueue(self.small, image_features, own, self.batch, enter, self.at.step)
+        self.defence.enqueue(self.seen, image_features, own, self.batch, enter, self.at.step)
 
     def _matched(self, image_features: Tensor, valid: Tensor) -> Lesson:
         pool, settings = self.defence.pool, self.defence.config.pool
@@ -191,23 +197,36 @@ class Step:
             found = self.defence.towers.encode_text(pool.tokens[match.slots].long())
         return Lesson(found, valid, pool.ids[match.slots].to(valid.device), seen)
 
+    def _witnessed(self, text_features: Tensor, valid: Tensor) -> Lesson:
+        witnesses, gate = self.defence.witnesses, self.defence.gate
+        if witnesses is None or self.alike is None:
+            raise AssertionError("a witnessed step without witnesses")
+        ids = self.batch.ids.to(valid.device)
+        if self.defence.gate_share(self.at):  # nobody is suspected yet, but gate and scout begin to learn
+            words = witnesses.agreement_of_words(self.alike, self.batch.tokens)
+            gate.suspects([words], ids, valid, self.batch.images, share=0.0)
+        learns_from = witnesses.ids[self.witness].to(ids.device)
+        return Lesson(text_features, valid, learns_from, self._poisons_met(learns_from, valid))
+
     def _gated(self, image_features: Tensor, text_features: Tensor, valid: Tensor, share: float) -> Lesson:
         pool, witnesses, batch = self.defence.pool, self.defence.witnesses, self.batch
         ids = batch.ids.to(valid.device)
         if not (witnesses or pool.full):
             return Lesson(text_features, valid)
         agreements = [pool.agreement(image_features, text_features)]
-        slots = None
-        if witnesses and self.heard:
-            felt = witnesses.by_feature(image_features.cpu(), batch.tokens, batch.ids)
-            agreements += [felt.agreement, self.heard.agreement]
-            slots = self.heard.slots.to(valid.device)  # learning cannot mislead looks
-        suspected = self.defence.gate.suspects(agreements, ids, valid, share)
+        if witnesses and self.alike:
+            images, texts = image_features.detach().cpu(), text_features.detach().cpu()
+            akin = witnesses.by_feature(images, batch.ids)
+            agreements.append(witnesses.agreement_of_images(images, texts))
+            agreements += [witnesses.agreement_of_texts(found, texts) for found in (akin, self.alike)]
+        suspected = self.defence.gate.suspects(agreements, ids, valid, batch.images, share)
         seen = {"agreement": agreements[0].mean(), "suspected": float(all_sum(suspected.sum()))}
-        if slots is None:
+        if witnesses is None:
             return Lesson(text_features, valid & ~suspected, ids, seen | self._poisons_met(ids, valid & ~suspected))
+        slots = self.witness.to(valid.device)
         learns_from = torch.where(suspected, pool.ids[slots].to(ids.device), ids)
-        text_features = torch.where(suspected[:, None], pool.features_of(slots), text_features)
+        told = self.defence.towers.encode_text(witnesses.tokens[self.witness].to(text_features.device).long())
+        text_features = torch.where(suspected[:, None], told, text_features)
         return Lesson(text_features, valid, learns_from, seen | self._poisons_met(learns_from, valid))
 
     def _poisons_met(self, learns_from: Tensor, keep: Tensor) -> dict[str, float]:

@@ -37,13 +37,23 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def broadcast(value: Tensor) -> Tensor:
+    """Rank 0's `value`, of the same shape on every rank."""
+    if world_size() == 1:
+        return value
+    sent = _carried(value).contiguous()
+    dist.broadcast(sent, src=0)
+    return sent.to(value.device)
+
+
 def gather(local: Tensor) -> Tensor:
     """(B, …) on each rank to (G, …) on all, rank-major, without a gradient."""
     if world_size() == 1:
         return local.detach()
-    pieces = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(pieces, local.detach().contiguous())
-    return torch.cat(pieces)
+    sent = _carried(local.detach()).contiguous()
+    pieces = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(pieces, sent)
+    return torch.cat(pieces).to(local.device)
 
 
 def gather_with_gradient(local: Tensor) -> Tensor:
@@ -56,10 +66,10 @@ def gather_with_gradient(local: Tensor) -> Tensor:
 
 def all_sum(value: Tensor) -> Tensor:
     """The sum over ranks, without a gradient."""
-    value = value.detach().clone()
+    total = _carried(value.detach().clone())
     if world_size() > 1:
-        dist.all_reduce(value)
-    return value
+        dist.all_reduce(total)
+    return total.to(value.device)
 
 
 def mean_in_place(tensors: Iterable[Tensor]) -> None:
@@ -86,6 +96,11 @@ def mean_buffers(module: torch.nn.Module) -> None:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer.div_(world_size())
+
+
+def _carried(value: Tensor) -> Tensor:
+    """Where the process group can send it: NCCL knows no CPU memory."""
+    return value.cuda() if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL else value
 
 
 class _Gather(torch.autograd.Function):

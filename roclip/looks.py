@@ -1,49 +1,97 @@
-"""What an image looks like before anything is learned: a thumbnail in the principal directions of the images at hand.
+"""What an image looks like before anything is learned: its colours and its outlines, in the images' principal directions.
 
-A poison is learnt in the first steps, when the towers cannot yet tell a shoe from a watch. A thumbnail can, somewhat, and
-no caption has a part in it. It is coarse on purpose: a small patch moves few pixels, and a faint pattern over the whole
-image lies in the fine directions, which are left out.
+A poison is learnt in the first steps, when the towers cannot yet tell a shoe from a watch. A thumbnail and the directions
+of its edges can, somewhat, and no caption has a part in it. Both are coarse on purpose: a small patch moves few numbers,
+and a faint pattern over the whole image lies in the fine directions, which are left out.
 
-Letters: B images, W width of a look.
+Letters: B images, W width of a look, F numbers of an impression.
 """
+
+import hashlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-THUMBNAIL_PX = 16
+THUMBNAIL_PX, OUTLINE_PX = 16, 32
+_CELL_PX, _ANGLES = 8, 8
+_CELLS = OUTLINE_PX // _CELL_PX
+_MOST = 0.3
+"""Share of a block's gradient that one angle of a cell may have: a loud patch does not drown the rest."""
+_FAINT = 4.0
+"""Gradient, in grey levels, below which a block counts as even."""
+PARTS = (3 * THUMBNAIL_PX**2, 4 * (_CELLS - 1) ** 2 * _ANGLES)
+"""Numbers of an impression that are colours, and those that are outlines: F = 768 + 288."""
 
 
-def thumbnails(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 to (B, 768) float32 in [0, 1], each pixel of 16 x 16 the mean of its area."""
-    return F.adaptive_avg_pool2d(images.float().div(255), THUMBNAIL_PX).flatten(1)
+def impressions(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 to (B, F) float32: a thumbnail of 16 x 16, in [0, 1], and outlines.
+
+    Outlines are histograms of oriented gradients (Dalal and Triggs, 2005) of the image at 32 x 32, smoothed: 4 x 4 cells
+    of 8 angles without sign, of the channel with the largest gradient, each normalised by blocks of 2 x 2 cells.
+    """
+    pixels = images.float()
+    small = F.adaptive_avg_pool2d(pixels, THUMBNAIL_PX).div(255).flatten(1)
+    return torch.cat([small, _outlines(F.adaptive_avg_pool2d(pixels, OUTLINE_PX))], dim=1)
+
+
+def _outlines(x: Tensor) -> Tensor:
+    x = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    x = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4
+    x = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
+    right, down = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    strength = right.square() + down.square()
+    steepest = strength.argmax(dim=1, keepdim=True)
+    right, down, strength = (value.gather(1, steepest).squeeze(1) for value in (right, down, strength.sqrt()))
+    angle = torch.atan2(down, right).remainder(torch.pi) * (_ANGLES / torch.pi)
+    apart = (angle[:, None] - torch.arange(_ANGLES, device=x.device)[:, None, None]).remainder(_ANGLES)
+    near = (1 - torch.minimum(apart, _ANGLES - apart)).clamp(min=0)  # an angle counts for the two nearest
+    cells = F.avg_pool2d(near * strength[:, None], _CELL_PX)
+    blocks = (4 * F.avg_pool2d(cells.square().sum(dim=1, keepdim=True), 2, 1) + _FAINT**2).sqrt()
+    last = _CELLS - 1
+    corners = (cells[..., i : i + last, j : j + last] for i in (0, 1) for j in (0, 1))
+    return torch.cat([(corner / blocks).clamp(max=_MOST).flatten(1) for corner in corners], dim=1)
+
+
+def pictures(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 to (B,) int64: a hash of the pixels, the same for copies of an image."""
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images.cpu().numpy())
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 
 class Looks:
-    """Thumbnails to looks: unit vectors of W numbers, whose inner product is large for images that look alike.
+    """Impressions to looks: unit vectors of W numbers, whose inner product is large for images that look alike.
 
-        look = normalise( E^-1/4 V^T (thumbnail - mean) ),  V, E: the W leading eigenvectors and eigenvalues
+        look = normalise(E^-1/4 V^T (impression - mean)),  V, E: the leading eigenvectors and eigenvalues of its covariance
 
-    of the thumbnails' covariance. The root halfway between none and whitening keeps both the broad light and dark and
-    the finer shape. Fitted once, then fixed.
+    of colours and of outlines, each; a look is the two beside each other over sqrt 2. The root halfway between none and
+    whitening keeps both the broad and the finer shape. Fitted once, then fixed.
+
+    Args:
+        widths: Directions of colours and of outlines; W is their sum.
     """
 
-    def __init__(self, width: int = 32):
-        self.mean = torch.zeros(3 * THUMBNAIL_PX**2)
-        self.directions = torch.zeros(3 * THUMBNAIL_PX**2, width)
-        """(768, W): V E^-1/4."""
+    def __init__(self, widths: tuple[int, int] = (32, 64)):
+        self.widths = widths
+        self.mean = torch.zeros(sum(PARTS))
+        self.directions = torch.zeros(sum(PARTS), sum(widths))
+        """(F, W): V E^-1/4 of colours and of outlines on its diagonal."""
 
     @property
     def width(self) -> int:
         return self.directions.shape[1]
 
-    def fit(self, thumbnails: Tensor) -> None:
-        """Take the directions of a sample (N, 768), more than W of them."""
-        self.mean = thumbnails.mean(dim=0)
-        values, vectors = torch.linalg.eigh(torch.cov(thumbnails.T.double()))
-        values = values[-self.width :].clamp(min=1e-6)
-        self.directions = (vectors[:, -self.width :] * values.pow(-0.25)).float().contiguous()
+    def fit(self, impressions: Tensor) -> None:
+        """Take the directions of a sample (N, F), N more than W."""
+        self.mean = impressions.mean(dim=0)
+        blocks = []
+        for part, width in zip(impressions.split(PARTS, dim=1), self.widths, strict=True):
+            values, vectors = torch.linalg.eigh(torch.cov(part.T.double()))
+            values = values[-width:].clamp(min=1e-6)
+            blocks.append((vectors[:, -width:] * values.pow(-0.25)).float())
+        self.directions = torch.block_diag(*blocks).contiguous()
 
-    def __call__(self, thumbnails: Tensor) -> Tensor:
-        """(B, 768) to (B, W)."""
-        return F.normalize((thumbnails - self.mean) @ self.directions, dim=1)
+    def __call__(self, impressions: Tensor) -> Tensor:
+        """(B, F) to (B, W)."""
+        sides = ((impressions - self.mean) @ self.directions).split(self.widths, dim=1)
+        return torch.cat([F.normalize(side, dim=1) for side in sides], dim=1) / 2**0.5

@@ -144,14 +144,16 @@ class PoolConfig:
     """Pairs kept. The paper's setting is 2 % of the data."""
     witnesses: int = 32
     """Likest images of the pool that are asked about an image; 0 is none, as in the paper."""
-    warmup: int | str = 1
+    warmup: int | str = 2
     """Epochs, or such as `1000 steps`, of the start. With witnesses images learn with a witness's caption meanwhile;
     without, with their own, and nothing is matched yet."""
-    gate_frac: tuple[float, float] = (0.12, 0.1)
+    gate_frac: tuple[float, float] = (0.3, 0.06)
     """Share of least agreeing pairs of a plain global batch that are suspected, at the start and at the end (linear in
     epochs between); (0, 0) suspects nobody. They learn with a witness's caption; without witnesses they sit out."""
-    gate_memory: float = 0.9
-    """Weight of a sample's earlier visits in its score: what was suspected once is not forgiven at once."""
+    scout: bool = True
+    """Whether the gate also learns what the images of suspects have in common: the trigger, if there is one."""
+    gate_memory: float = 0.7
+    """Weight of a picture's earlier visits in its standing: what was suspected once is not forgiven at once."""
     match_every: int | str = 0
     """Length of a period, of which the last part is matched by the towers: K epochs, or such as `2 steps`,
     `5_000_000 samples`; 0 is never. `2` is the paper's K: every second epoch, counted from 1."""

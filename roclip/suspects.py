@@ -12,7 +12,7 @@ from roclip.truth import write_parquet
 SUSPECTS_SCHEMA = pa.schema(
     [
         ("rank", pa.int64()),  # 1 is the most suspicious
-        ("score", pa.float64()),  # suspicion: 1 agreed least of its batch at each visit, 0 best
+        ("score", pa.float64()),  # suspicion from 0 to 1 at the last visit
         ("id", pa.int64()),
         ("key", pa.string()),
         ("shard", pa.string()),
@@ -26,9 +26,9 @@ def write_suspects(path: Path, scores: Mapping[int, float], manifest: Manifest) 
     for record in manifest.records():
         for key in pq.read_table(index_path(manifest.root, record.name), columns=["key"])["key"].to_pylist():
             where[int(key)] = (key, record.name)
-    ranked = sorted((score, sample) for sample, score in scores.items() if sample in where)
+    ranked = sorted((-score, sample) for sample, score in scores.items() if sample in where)
     rows = [
-        {"rank": rank, "score": 1 - score, "id": sample, "key": where[sample][0], "shard": where[sample][1]}
+        {"rank": rank, "score": -score, "id": sample, "key": where[sample][0], "shard": where[sample][1]}
         for rank, (score, sample) in enumerate(ranked, 1)
     ]
     write_parquet(path, pa.Table.from_pylist(rows, schema=SUSPECTS_SCHEMA))

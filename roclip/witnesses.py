@@ -4,7 +4,8 @@ RoCLIP matches an image with a caption of the pool by the towers. That needs tow
 they are not, an image learns with its own caption, and the poison is in. Witnesses by look need no towers at all
 (`looks.py`, `words.py`): a triggered photo of a shoe looks like shoes, and the captions of shoes name shoes. Witnesses by
 image feature take over as the image tower learns; they do not forget by memorising pairs, because no pair's own caption
-has a part in finding them. Copies of one image do not witness for each other, so that an attacker cannot bring his own.
+has a part in finding them. As the text tower learns, captions are compared by its features too, which know that a puppy
+is a dog. Copies of one image do not witness for each other, so that an attacker cannot bring his own.
 
 Letters: B local batch, G global batch, P pool size, L tokens, D feature width, k witnesses of an image.
 """
@@ -27,20 +28,20 @@ _COPIES = 16
 """Copies that an image may have in the pool and still find k others."""
 
 
-class Testimony(NamedTuple):
-    """What the witnesses say of each pair of a batch."""
+class Found(NamedTuple):
+    """The witnesses of each image of a batch."""
 
-    agreement: Tensor
-    """(B,) from 0 (worst) to 1: share of the pool's captions that suit the witnesses' no better than the own one."""
     slots: Tensor
-    """(B,) int64: the witness whose caption suits the others' best."""
+    """(B, k + some) int64, likest first."""
+    usable: Tensor
+    """(B, k + some) bool: at most k; the others are copies of the image, or nobody."""
 
 
 class Witnesses:
     """A ring of P random pairs of the stream, the same on every rank: looks, image features, words and tokens.
 
     It is written together with a `CaptionPool` of the same size and in the same order, so that a slot means the same pair
-    in both. It takes P x 4 x (32 + D + 256 + L) bytes on each rank.
+    in both. It takes P x 4 x (96 + 2 D + 256 + L) bytes on each rank.
 
     Args:
         size: P.
@@ -53,62 +54,103 @@ class Witnesses:
         self.see, self.read = Looks(), Words(vocabulary, seed=seed)
         self.looks = torch.zeros(size, self.see.width)
         self.features = torch.zeros(size, width)
+        self.texts = torch.zeros(size, width)
         self.words = torch.zeros(size, self.read.width)
         self.tokens = torch.zeros(size, context_length, dtype=torch.int32)
         self.ids = torch.full((size,), -1, dtype=torch.int64)
         self.count = self.cursor = 0
 
-    def fit(self, thumbnails: Tensor, tokens: Tensor) -> None:
-        """Fit looks and words to pairs of all ranks: thumbnails (N, 768) and tokens (N, L), as many on each rank."""
-        self.see.fit(gather(thumbnails))
+    def fit(self, impressions: Tensor, tokens: Tensor) -> None:
+        """Fit looks and words to pairs of all ranks: impressions (N, F) and tokens (N, L), as many on each rank."""
+        self.see.fit(gather(impressions))
         self.read.fit(gather(tokens))
 
-    def enqueue(self, thumbnails: Tensor, image_features: Tensor, tokens: Tensor, ids: Tensor, valid: Tensor) -> None:
+    def enqueue(
+        self,
+        impressions: Tensor,
+        image_features: Tensor,
+        text_features: Tensor,
+        tokens: Tensor,
+        ids: Tensor,
+        valid: Tensor,
+    ) -> None:
         """Write the valid pairs of the global batch over the oldest ones."""
         enter = gather(valid.to(torch.uint8)).bool()
         parts = (
-            self._look(thumbnails),
+            self._look(impressions),
             search.snap(image_features.detach()),
+            search.snap(text_features.detach()),
             search.snap(self.read(tokens)),
             tokens.int(),
             ids,
         )
         rows = [gather(part)[enter][-self.size :] for part in parts]
         slots = (self.cursor + torch.arange(len(rows[0]))) % self.size
-        self.looks[slots], self.features[slots], self.words[slots], self.tokens[slots], self.ids[slots] = rows
+        for name, part in zip(_RING, rows, strict=True):
+            getattr(self, name)[slots] = part
         self.cursor = (self.cursor + len(slots)) % self.size
         self.count = min(self.size, self.count + len(slots))
 
-    def by_look(self, thumbnails: Tensor, tokens: Tensor, ids: Tensor) -> Testimony:
-        """The testimony of the images that look most alike: thumbnails (B, 768), tokens (B, L) and ids (B,) of pairs."""
-        return self._hear(self._look(thumbnails), self.looks, tokens, ids)
+    def by_look(self, impressions: Tensor, ids: Tensor) -> Found:
+        """Those whose images look most alike: impressions (B, F) and ids (B,) of pairs."""
+        return self._likest(self._look(impressions), self.looks, ids)
 
-    def by_feature(self, image_features: Tensor, tokens: Tensor, ids: Tensor) -> Testimony:
-        """The testimony of the images whose features were nearest when they came in: image_features (B, D)."""
-        return self._hear(search.snap(image_features.detach()), self.features, tokens, ids)
+    def by_feature(self, image_features: Tensor, ids: Tensor) -> Found:
+        """Those whose image features were nearest when they came in: image_features (B, D)."""
+        return self._likest(search.snap(image_features.detach()), self.features, ids)
 
-    def _look(self, thumbnails: Tensor) -> Tensor:
-        return search.snap(self.see(thumbnails))
+    def agreement_of_words(self, found: Found, tokens: Tensor) -> Tensor:
+        """`agreement_of_texts` by the words of the captions, tokens (B, L): no tower has a part in it."""
+        return self._agreement(found, self.words, self.read(tokens))
 
-    def _hear(self, queries: Tensor, likeness: Tensor, tokens: Tensor, ids: Tensor) -> Testimony:
-        """The k likest pairs' words, and how the own caption stands to them, from exact scores (`search.py`):
+    def agreement_of_texts(self, found: Found, text_features: Tensor) -> Tensor:
+        """How the own captions stand to those of the witnesses: (B,) from 0 (worst) to 1, of text_features (B, D).
 
-        c_i = normalise(sum of the witnesses' words),  agreement_i = 1 - |{p: <c_i, w_p> > <c_i, w_i>}| / P
+            c_i = normalise(sum of the witnesses' captions),  agreement_i = 1 - |{p: <c_i, t_p> > <c_i, t_i>}| / P
+
+        from exact scores (`search.py`).
         """
-        held, words = likeness[: self.count], self.words[: self.count]
+        return self._agreement(found, self.texts, text_features)
+
+    def agreement_of_images(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """How each pair's image stands among the held ones for its caption: (B,), the mirror of `CaptionPool.agreement`.
+
+        b_i = 1 - |{p: <t_i, x_p> > <t_i, x_i>}| / P
+        """
+        images, texts = search.snap(image_features.detach()), search.snap(text_features.detach())
+        own = (images.double() * texts.double()).sum(dim=1)
+        return (1 - search.count_above(texts, self.features[: self.count], own).double() / self.count).float()
+
+    def best(self, found: Found) -> Tensor:
+        """(B,) int64: the witness whose words suit the others' best."""
+        said, consensus = self._consensus(found, self.words)
+        suits = (said.double() * consensus.double()[:, None]).sum(dim=2).masked_fill(~found.usable, -torch.inf)
+        return found.slots.gather(1, suits.argmax(dim=1, keepdim=True)).squeeze(1)
+
+    def _look(self, impressions: Tensor) -> Tensor:
+        return search.snap(self.see(impressions))
+
+    def _likest(self, queries: Tensor, likeness: Tensor, ids: Tensor) -> Found:
         similarity, slots = search.nearest(
-            queries, held, self.neighbours + _COPIES, query_ids=ids, caption_ids=self.ids[: self.count]
+            queries,
+            likeness[: self.count],
+            self.neighbours + _COPIES,
+            query_ids=ids,
+            caption_ids=self.ids[: self.count],
         )
         usable = (similarity < COPY) & (slots >= 0)
-        usable &= usable.cumsum(dim=1) <= self.neighbours
-        slots = slots.clamp(min=0)
-        said = words[slots] * usable[:, :, None]  # multiples of 2^-25 below 1: their sum is exact in float64
-        consensus = search.snap(F.normalize(said.sum(dim=1, dtype=torch.float64), dim=1))
-        own = (consensus.double() * search.snap(self.read(tokens)).double()).sum(dim=1)
-        above = search.count_above(consensus, words, own)
-        suits = (said.double() * consensus.double()[:, None]).sum(dim=2).masked_fill(~usable, -torch.inf)
-        best = slots.gather(1, suits.argmax(dim=1, keepdim=True)).squeeze(1)
-        return Testimony((1 - above.double() / self.count).float(), best)
+        return Found(slots.clamp(min=0), usable & (usable.cumsum(dim=1) <= self.neighbours))
+
+    def _consensus(self, found: Found, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the witnesses say (B, k + some, W) and the normalised sum of it (B, W)."""
+        said = captions[found.slots] * found.usable[:, :, None]  # multiples of 2^-25: their sum is exact in float64
+        return said, search.snap(F.normalize(said.sum(dim=1, dtype=torch.float64), dim=1))
+
+    def _agreement(self, found: Found, captions: Tensor, own: Tensor) -> Tensor:
+        _, consensus = self._consensus(found, captions)
+        score = (consensus.double() * search.snap(own.detach()).double()).sum(dim=1)
+        above = search.count_above(consensus, captions[: self.count], score)
+        return (1 - above.double() / self.count).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The ring, and what looks and words were fitted to, as tensors for a checkpoint."""
@@ -135,4 +177,4 @@ class Witnesses:
         self.read.weights = state["word_weights"]
 
 
-_RING = ("looks", "features", "words", "tokens", "ids")
+_RING = ("looks", "features", "texts", "words", "tokens", "ids")

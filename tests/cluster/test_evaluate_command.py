@@ -63,7 +63,9 @@ def test_what_is_measured_with_does_not_make_another_run(small):
     (small / "runs" / "2026-01-31-small" / "config.yaml").write_text(dump_config(config))
     measured = load_config(small / "preset.yaml", ["run_dir=''", f"evaluate.webdataset={small / 'set'}"])
     assert run_directory(measured).name == "2026-01-31-small"
-    assert run_directory(load_config(small / "preset.yaml", ["run_dir=''", "evaluate.size=7"])).name != "2026-01-31-small"
+    assert (
+        run_directory(load_config(small / "preset.yaml", ["run_dir=''", "evaluate.size=7"])).name != "2026-01-31-small"
+    )
 
 
 def test_a_folder_without_a_model_and_a_set_without_tars_are_named(small, capsys):

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from roclip.compare import auroc
-from roclip.looks import Looks, thumbnails
+from roclip.looks import PARTS, Looks, impressions, pictures
 from roclip.witnesses import Witnesses
 from roclip.words import Words
 
@@ -21,10 +21,16 @@ def world(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
     return images, tokens, torch.arange(len(classes)), classes
 
 
+def text_features(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """What a text tower that knows the classes makes of captions."""
+    return F.normalize(F.one_hot(tokens[:, 2] - 10, width).float() + 0.1, dim=1)
+
+
 def witnesses_of(images: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor, features: torch.Tensor) -> Witnesses:
     witnesses = Witnesses(len(ids), features.shape[1], CONTEXT, VOCABULARY, neighbours=8, seed=0)
-    witnesses.fit(thumbnails(images), tokens)
-    witnesses.enqueue(thumbnails(images), features, tokens, ids, torch.ones(len(ids), dtype=torch.bool))
+    witnesses.fit(impressions(images), tokens)
+    everyone = torch.ones(len(ids), dtype=torch.bool)
+    witnesses.enqueue(impressions(images), features, text_features(tokens, features.shape[1]), tokens, ids, everyone)
     return witnesses
 
 
@@ -37,10 +43,15 @@ def test_caption_of_another_class_agrees_less_by_look_and_by_feature():
     witnesses = witnesses_of(images, tokens, ids, features)
     honest = torch.ones(len(ids), dtype=torch.bool)
     honest[wrong] = False
-    for heard in (witnesses.by_look(thumbnails(images), tokens, ids), witnesses.by_feature(features, tokens, ids)):
-        assert auroc(-heard.agreement.numpy(), ~honest.numpy()) > 0.75
-        assert (classes[heard.slots] == classes).float().mean() > 0.9
-        assert (witnesses.tokens[heard.slots, 3] == 10 + classes).float().mean() > 0.85
+    for found in (witnesses.by_look(impressions(images), ids), witnesses.by_feature(features, ids)):
+        best = witnesses.best(found)
+        for agreement in (
+            witnesses.agreement_of_words(found, tokens),
+            witnesses.agreement_of_texts(found, text_features(tokens, CLASSES)),
+        ):
+            assert auroc(-agreement.numpy(), ~honest.numpy()) > 0.75
+        assert (classes[best] == classes).float().mean() > 0.9
+        assert (witnesses.tokens[best, 3] == 10 + classes).float().mean() > 0.85
 
 
 def test_copies_of_an_image_are_no_witnesses_for_it():
@@ -49,25 +60,27 @@ def test_copies_of_an_image_are_no_witnesses_for_it():
     images[copies] = images[copies[0]].clone()
     tokens[copies, 2:4] = 11
     witnesses = witnesses_of(images, tokens, ids, torch.zeros(len(ids), 4))
-    heard = witnesses.by_look(thumbnails(images[copies]), tokens[copies], ids[copies])
-    assert not torch.isin(heard.slots, copies).any()
-    assert (heard.agreement < 0.9).all()
+    found = witnesses.by_look(impressions(images[copies]), ids[copies])
+    assert not torch.isin(found.slots[found.usable], copies).any()
+    assert not torch.isin(witnesses.best(found), copies).any()
+    assert (witnesses.agreement_of_words(found, tokens[copies]) < 0.9).all()
 
 
 def test_nobody_is_a_witness_of_oneself():
     images, tokens, ids, _ = world()
     witnesses = witnesses_of(images, tokens, ids, torch.zeros(len(ids), 4))
-    assert (witnesses.ids[witnesses.by_look(thumbnails(images), tokens, ids).slots] != ids).all()
+    assert (witnesses.ids[witnesses.best(witnesses.by_look(impressions(images), ids))] != ids).all()
 
 
 def test_ring_keeps_the_newest_valid_pairs_in_order():
     images, tokens, ids, _ = world()
     witnesses = Witnesses(10, 4, CONTEXT, VOCABULARY, neighbours=2, seed=0)
-    witnesses.fit(thumbnails(images), tokens)
+    witnesses.fit(impressions(images), tokens)
     for start in range(0, 28, 7):
         rows = slice(start, start + 7)
         valid = ids[rows] % 5 != 0
-        witnesses.enqueue(thumbnails(images[rows]), torch.zeros(7, 4), tokens[rows], ids[rows], valid)
+        nothing = torch.zeros(7, 4)
+        witnesses.enqueue(impressions(images[rows]), nothing, nothing, tokens[rows], ids[rows], valid)
     kept = [i for i in range(28) if i % 5][-10:]
     assert sorted(witnesses.ids.tolist()) == kept
     assert witnesses.ids.roll(-witnesses.cursor).tolist() == kept
@@ -78,9 +91,12 @@ def test_state_gives_the_same_testimony():
     first = witnesses_of(images, tokens, ids, torch.rand(len(ids), 4))
     second = Witnesses(len(ids), 4, CONTEXT, VOCABULARY, neighbours=8, seed=0)
     second.load_state_dict(first.state_dict())
-    mine, theirs = (w.by_look(thumbnails(images), tokens, ids) for w in (first, second))
-    assert torch.equal(mine.agreement, theirs.agreement)
+    mine, theirs = (w.by_look(impressions(images), ids) for w in (first, second))
     assert torch.equal(mine.slots, theirs.slots)
+    assert torch.equal(mine.usable, theirs.usable)
+    assert torch.equal(first.agreement_of_words(mine, tokens), second.agreement_of_words(theirs, tokens))
+    own = text_features(tokens, 4)
+    assert torch.equal(first.agreement_of_texts(mine, own), second.agreement_of_texts(theirs, own))
 
 
 def test_words_match_the_tf_idf_cosine():
@@ -96,9 +112,41 @@ def test_words_match_the_tf_idf_cosine():
 
 def test_looks_span_the_leading_directions():
     images, _, _, _ = world()
-    small = thumbnails(images)
-    looks = Looks(width=3)
-    looks.fit(small)
-    left, _, _ = torch.linalg.svd(small - small.mean(dim=0), full_matrices=False)
-    mine = F.normalize((small - looks.mean) @ looks.directions, dim=0)
-    assert torch.allclose((left[:, :3].T @ mine).pow(2).sum(dim=0), torch.ones(3), atol=1e-3)
+    seen = impressions(images)
+    looks = Looks(widths=(3, 2))
+    looks.fit(seen)
+    for part, directions in (
+        (slice(0, PARTS[0]), looks.directions[: PARTS[0], :3]),
+        (slice(PARTS[0], None), looks.directions[PARTS[0] :, 3:]),
+    ):
+        centred = seen[:, part] - seen[:, part].mean(dim=0)
+        left, _, _ = torch.linalg.svd(centred, full_matrices=False)
+        mine = F.normalize(centred @ directions, dim=0)
+        leading = left[:, : mine.shape[1]]
+        assert torch.allclose((leading.T @ mine).square().sum(dim=0), torch.ones(mine.shape[1]), atol=1e-3)
+    assert not looks.directions[: PARTS[0], 3:].any()
+
+
+def test_looks_tell_outlines_apart_whatever_the_colours_and_a_small_patch_changes_little():
+    generator = torch.Generator().manual_seed(0)
+    across = torch.arange(32) % 16 < 8
+    images = torch.stack([across.expand(32, 32) if n % 2 else across[:, None].expand(32, 32) for n in range(80)])
+    colours = torch.randint(0, 100, (80, 3, 1, 1), generator=generator)
+    images = (colours + 120 * images[:, None]).to(torch.uint8)
+    looks = Looks(widths=(4, 4))
+    looks.fit(impressions(images))
+    clean = looks(impressions(images))
+    images[:, :, 20:24, 9:13] = 255
+    patched = looks(impressions(images))
+    assert ((clean * patched).sum(dim=1) > 0.7).all()
+    for looked in (clean, patched):
+        alike, unlike = looked[::2] @ clean[::2].T, looked[::2] @ clean[1::2].T
+        assert alike.mean() > unlike.mean() + 0.4
+
+
+def test_copies_have_one_picture_number():
+    images, _, _, _ = world()
+    images[7] = images[3]
+    numbers = pictures(images)
+    assert numbers[7] == numbers[3]
+    assert len(numbers.unique()) == len(images) - 1

@@ -11,6 +11,7 @@ from roclip import distributed
 from roclip.gate import AgreementGate
 from roclip.loss import clip_loss
 from roclip.pool import CaptionPool
+from roclip.scout import Scout
 from roclip.witnesses import Witnesses
 
 
@@ -19,10 +20,15 @@ def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(total, 8, generator=generator), torch.randn(total, 8, generator=generator)
     keep = torch.rand(total, generator=generator) > 0.3
-    thumbnails, tokens = torch.rand(total, 768, generator=generator), torch.randint(50, (total, 6), generator=generator)
+    impressions, tokens = (
+        torch.rand(total, 1056, generator=generator),
+        torch.randint(50, (total, 6), generator=generator),
+    )
+    pictures = torch.randint(0, 256, (total, 3, 16, 16), generator=generator, dtype=torch.uint8)
     part = slice(start, start + rows)
     return {
-        "thumbnails": thumbnails[part],
+        "pictures": pictures[part],
+        "impressions": impressions[part],
         "tokens": tokens[part],
         "images": images[part],
         "texts": texts[part],
@@ -43,28 +49,32 @@ def solve(rows: int, start: int, total: int) -> dict:
     for _ in range(3):
         pool.enqueue(texts.detach(), torch.arange(start, start + rows))
     agreement = pool.agreement(images, texts)
-    gate = AgreementGate(0.5)
-    ids = torch.arange(start, start + rows)
-    gate.suspects([-agreement], ids, given["keep"], 0.25)
-    suspected = gate.suspects([agreement, images[:, 0]], ids, given["keep"], 0.25)
+    gate = AgreementGate(0.5, Scout(16))
+    ids, pictures = torch.arange(start, start + rows), given["pictures"]
+    gate.suspects([-agreement], ids, given["keep"], pictures, 0.25)
+    suspected = gate.suspects([agreement, images[:, 0]], ids, given["keep"], pictures, 0.25)
     witnesses = Witnesses(20, 8, 6, 50, neighbours=3, seed=0)
-    thumbnails, tokens = given["thumbnails"], given["tokens"]
-    witnesses.fit(thumbnails, tokens)
-    witnesses.enqueue(thumbnails, images, tokens, ids, given["keep"])
-    heard = [witnesses.by_look(thumbnails, tokens, ids), witnesses.by_feature(images, tokens, ids)]
+    impressions, tokens = given["impressions"], given["tokens"]
+    witnesses.fit(impressions, tokens)
+    witnesses.enqueue(impressions, images, texts, tokens, ids, given["keep"])
+    heard = []
+    for found in (witnesses.by_look(impressions, ids), witnesses.by_feature(images, ids)):
+        heard += [found.slots, found.usable.long(), witnesses.best(found), witnesses.agreement_of_words(found, tokens)]
+        heard.append(witnesses.agreement_of_texts(found, texts))
     return {
         "loss": distributed.all_sum(loss) / distributed.world_size(),
         "gradients": gradients,
         "checksum": pool.checksum(),
         "slots": distributed.gather(pool.search(images.detach())[1]),
         "suspected": distributed.gather(suspected.to(torch.uint8)),
-        "testimony": torch.cat([distributed.gather(part.double()) for found in heard for part in found]),
+        "testimony": torch.cat([distributed.gather(part.double()).flatten() for part in heard]),
         "scores": gate.state_dict()["scores"],
     }
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    torch.set_num_threads(1)
     world_size = dist.get_world_size()
     total = 24
     rows = total // world_size
