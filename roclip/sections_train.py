@@ -138,7 +138,7 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class PoolConfig:
     """The caption pool and what it is used for; see `roclip/defence.py`. The paper's method is `witnesses: 0`,
-    `match_every: 2`, `gate_frac: [0, 0]`, `duplicates: keep`."""
+    `match_every: 2`, `warmup: 1`, `gate_frac: [0, 0]`, `duplicates: keep`."""
 
     size: int = 21_845
     """Pairs kept. The paper's setting is 2 % of the data."""
