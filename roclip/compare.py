@@ -37,7 +37,8 @@ def comparison(folder: Path, experiment: Experiment) -> dict[str, Any]:
         `average_precision` of the poisons among all ranked pairs.
 
         A summary has for each share `mean`, `std` (of the sample, None for one seed) and `by_seed`, and for each attack
-        `successes` and `n` of all seeds, their `rate` with its Wilson 95 % interval `ci95`, and `by_seed`.
+        `successes` and `n` of all seeds, their `rate` with its Wilson 95 % interval `ci95`, `by_seed`, and of backdoors
+        the same of `clean` images.
     """
     points, rows = {}, []
     for point in dict.fromkeys(corpus.point for corpus in experiment.corpora):
@@ -117,6 +118,10 @@ def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
         successes, n = map(sum, zip(*counts, strict=True))
         by_seed = [{"successes": s, "n": m, "rate": s / m if m else 0.0} for s, m in counts]
         attacks[name] = {**asdict(rate(successes, n)), "by_seed": by_seed}
+        clean = [seed["attacks"][name].get("clean") for seed in figures]
+        if all(clean):
+            pooled = rate(sum(each["successes"] for each in clean), sum(each["n"] for each in clean))
+            attacks[name]["clean"] = asdict(pooled)
     return {**shares, "attacks": attacks}
 
 

@@ -75,7 +75,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         *(f"- {point}: {said_poisons(counts)}" for point, counts in points.items()),
         "",
         f"Mean over {_seeds(rows)}, each figure of the worse of the last matched and the last plain epoch. In brackets: "
-        f"difference from {result['arms'][0]} in points; successes of all seeds with their 95 % interval (Wilson).",
+        f"difference from {result['arms'][0]} in points; successes of all seeds with their 95 % interval (Wilson), and how many "
+        "images of other classes are called the target without a trigger (clean).",
         "",
         *_grid(["arm", *useful, *attacks, *ranked], cells, points, rows),
         "",
@@ -115,7 +116,9 @@ def _useful(view: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> 
 def _pooled(view: Mapping[str, Any], attacks: Sequence[str]) -> list[str]:
     def told(result: Mapping[str, Any]) -> str:
         low, high = result["ci95"]
-        return f"{percent(result['rate'])} ({result['successes']}/{result['n']}, {100 * low:.1f} to {100 * high:.1f})"
+        clean = f"; clean {percent(result['clean']['rate'])}" if "clean" in result else ""
+        counts = f"{result['successes']}/{result['n']}, {100 * low:.1f} to {100 * high:.1f}{clean}"
+        return f"{percent(result['rate'])} ({counts})"
 
     return _attack_cells(view, attacks, told)
 

@@ -43,14 +43,21 @@ def evaluate(encoder: Encoder, data: EvaluationSet) -> dict[str, Any]:
         With labels `zero_shot_top1`, `zero_shot_top5` and `linear_probe_top1`; with captions what `recall` gives; all
         as shares. `n`, and `attacks`: for each the `Rate` of images that are predicted as the attacker's label.
         Backdoor images are triggered test images of other classes; targeted images are the poisoned ones themselves.
+        A backdoor's `clean` is the `Rate` of held-out images of other classes, without a trigger, that are so too: what
+        is left of its success when the trigger does nothing.
     """
     image_features = encoder.images(data.images)
     figures: dict[str, Any] = {}
     classes = list(data.classes)
     classifier = class_weights(encoder, data.classes, data.templates) if classes else None
+    called: list[tuple[str, str]] = []
     if data.labels and classifier is not None:
         truth = torch.tensor([classes.index(label) for label in data.labels])
-        place = places(image_features @ classifier.T, F.one_hot(truth, len(classes)).bool())
+        scores = image_features @ classifier.T
+        called = [
+            (classes[answer], label) for answer, label in zip(scores.argmax(1).tolist(), data.labels, strict=True)
+        ]
+        place = places(scores, F.one_hot(truth, len(classes)).bool())
         figures["zero_shot_top1"] = (place < 1).float().mean().item()
         figures["zero_shot_top5"] = (place < 5).float().mean().item()
         figures["linear_probe_top1"] = linear_probe(image_features, truth, data.digests)
@@ -59,13 +66,16 @@ def evaluate(encoder: Encoder, data: EvaluationSet) -> dict[str, Any]:
         number = {caption: i for i, caption in enumerate(texts)}  # equal captions are one text, that of several images
         pairs = [(i, number[caption]) for i, captions in enumerate(data.captions) for caption in captions]
         figures |= recall(image_features, encoder.texts(list(texts)), torch.tensor(pairs))
-    attacks = {}
+    attacks: dict[str, Any] = {}
     for name, attack in data.attacks.items():
         if classifier is None:
             continue
         answers = (encoder.images(attack.images) @ classifier.T).argmax(dim=1).tolist()
         hits = sum(classes[answer] == target for answer, target in zip(answers, attack.target_labels, strict=True))
         attacks[name] = asdict(rate(hits, len(answers)))
+        if name != "targeted" and data.labels and len(target := set(attack.target_labels)) == 1:
+            others = [answer in target for answer, label in called if label not in target]
+            attacks[name]["clean"] = asdict(rate(sum(others), len(others)))
     return {**figures, "n": len(data.images), "attacks": attacks}
 
 

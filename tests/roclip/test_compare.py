@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from roclip.compare import auroc, average_precision, comparison, read_training, summarise, worst
 from roclip.compare_report import write_comparison
+from roclip.evaluate import rate
 from roclip.experiment import Experiment, load_experiment
 from roclip.frontier import pareto
 
@@ -153,6 +155,13 @@ def test_worst_takes_each_figure_from_its_own_phase():
     assert figures["attacks"]["targeted"]["successes"] == 9
     assert "recall_at_5" not in figures
     assert summarise([figures])["attacks"]["targeted"]["by_seed"] == [{"successes": 9, "n": 16, "rate": 9 / 16}]
+
+
+def test_clean_rates_of_all_seeds_are_pooled_where_all_have_them():
+    seed = {"attacks": {"backdoor": {"successes": 3, "n": 10, "clean": {"successes": 1, "n": 40}}}}
+    assert summarise([seed, seed])["attacks"]["backdoor"]["clean"] == asdict(rate(2, 80))
+    without = {"attacks": {"backdoor": {"successes": 3, "n": 10}}}
+    assert "clean" not in summarise([seed, without])["attacks"]["backdoor"]
 
 
 def test_auroc_and_average_precision_match_their_definitions_with_ties():

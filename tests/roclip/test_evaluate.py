@@ -70,7 +70,15 @@ def test_attack_success_of_a_rigged_model_is_the_known_value():
     result = evaluate(RiggedEncoder(), rigged_set([0, 1, 2, 1, 2, 1, 2, 0], attacks={"backdoor": attack}))
     assert result["zero_shot_top1"] == 1.0
     assert result["n"] == 8
-    assert result["attacks"]["backdoor"] == dataclasses.asdict(rate(4, 5))
+    attacked = result["attacks"]["backdoor"]
+    assert attacked.pop("clean") == dataclasses.asdict(rate(0, 6))
+    assert attacked == dataclasses.asdict(rate(4, 5))
+
+
+def test_clean_rate_counts_images_of_other_classes_that_are_called_the_target_without_a_trigger():
+    data = rigged_set([0, 1, 2, 1, 2], attacks={"backdoor": AttackSet([rigged_image(1, True)], ["a"])})
+    data.images[1] = data.images[2] = rigged_image(1, True)  # two mistakes of the model on clean images
+    assert evaluate(RiggedEncoder(), data)["attacks"]["backdoor"]["clean"] == dataclasses.asdict(rate(2, 4))
 
 
 def test_top_five_and_recall_of_what_is_said_of_everything_alike():
