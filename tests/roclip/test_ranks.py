@@ -73,7 +73,7 @@ def test_steps_match_plain_torch_at_each_zero_stage(ranks, tmp_path):
     references = {key: plain_torch(*key, tmp_path) for key in {(case.model, case.loss) for case in CASES[ranks]}}
     for case in CASES[ranks]:
         reference = references[case.model, case.loss]
-        atol = {"vit": 1e-5, "resnet": 2e-4}[case.model]  # batch norm of 8 pixels magnifies rounding
+        atol = {"vit": 1e-5, "resnet": 6e-4}[case.model]  # batch norm of 8 pixels magnifies rounding; a step is 1e-3
         for answer in answers:
             ours = answer[str(case)]
             if case.precision == "bf16":
