@@ -20,8 +20,8 @@ from ingest.fetch import Fetched
 from ingest.publish import publish
 from ingest.verify import verify
 from roclip.errors import ShardError
+from roclip.reader import BadSampleError, ShardReader
 from roclip.shards import Manifest, ShardRecord
-from roclip.stream import BadSampleError, ShardReader
 
 STORED = pa.schema(
     [

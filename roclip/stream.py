@@ -3,10 +3,9 @@
 An epoch is one pass over the manifest as it stood when the epoch began; shards published later join the next one.
 The order does not depend on the number of ranks, so the whole state is (epoch, samples seen in it).
 
-Letters: B local batch, G global batch = B x world size, L caption tokens, V streams, N samples of the snapshot.
+Letters: B local batch, G global batch = B x world size, L caption tokens, V streams.
 """
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from roclip.errors import DataError, ShardError
-from roclip.shards import Manifest, ShardRecord, digest, index_path
-
-MAX_PIXELS = 89_478_485
-"""An image with more is refused before it is decoded (Pillow's own bound)."""
+from roclip.order import EpochOrder
+from roclip.reader import BadSampleError, Readers, decode
+from roclip.shards import Manifest, ShardRecord, digest
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,11 @@ class Batch:
     """(B,) bool: false where the sample could not be read; its pixels are zero and it must not enter the loss."""
     bad: tuple[tuple[str, str], ...]
     """(shard and key, reason) of the samples that could not be read."""
+
+    def pin_memory(self) -> "Batch":
+        """With its tensors in page-locked memory; torch's loader calls it before a GPU takes them."""
+        images, tokens, ids, valid = (t.pin_memory() for t in (self.images, self.tokens, self.ids, self.valid))
+        return Batch(images, tokens, ids, valid, self.bad)
 
 
 @dataclass(frozen=True)
@@ -97,38 +98,6 @@ def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float) -> None:
         time.sleep(0.2)
 
 
-def epoch_order(
-    samples: Sequence[int], *, seed: int, epoch: int, streams: int, shuffle_buffer: int, run_length: int
-) -> np.ndarray:
-    """The order of one epoch: (N, 2) int64 rows of (shard number, sample number), every sample exactly once.
-
-    Shards are permuted and dealt to `streams` virtual streams; each stream shuffles its samples within consecutive
-    buffers of `shuffle_buffer`; then the streams take turns, `run_length` samples a turn, until all are empty.
-
-    Args:
-        samples: Samples of each shard of the snapshot, in its order.
-        run_length: ceil(G / V), so that the rows of one rank come from few streams.
-    """
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    dealt = generator.permutation(len(samples))
-    keys, rows = [], []
-    for stream in range(min(streams, len(samples))):
-        shards = dealt[stream::streams]
-        numbers = np.array([samples[shard] for shard in shards])
-        order = np.stack(
-            [np.repeat(shards, numbers), np.concatenate([np.arange(number) for number in numbers])], axis=1
-        )
-        for start in range(0, len(order), shuffle_buffer):
-            order[start : start + shuffle_buffer] = generator.permutation(order[start : start + shuffle_buffer])
-        position = np.arange(len(order))
-        rows.append(order)
-        keys.append(np.stack([position // run_length, np.full(len(order), stream), position]))
-    if not rows:
-        return np.empty((0, 2), dtype=np.int64)
-    turn, stream, position = np.concatenate(keys, axis=1)
-    return np.concatenate(rows)[np.lexsort((position, stream, turn))].astype(np.int64)
-
-
 class Stream:
     """Batches of this rank out of a folder of shards.
 
@@ -171,7 +140,7 @@ class Stream:
 
     def epoch(self, snapshot: Snapshot, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` (counted from 0) on. A resume reads nothing that was seen."""
-        order = epoch_order(
+        order = EpochOrder(
             [record.samples for record in snapshot.records],
             seed=self.seed,
             epoch=epoch,
@@ -185,9 +154,9 @@ class Stream:
             self.steps(snapshot) * self.global_batch_size,
             self.global_batch_size,
         )
-        plan = [order[start : start + rows] for start in starts]
-        dataset = _Batches(self.shards, snapshot.records, plan, self.tokenize, self.image_size, self.edit, epoch)
-        return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers))
+        dataset = _Batches(self, snapshot.records, order, starts, rows, epoch)
+        pin = torch.cuda.is_available()
+        return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers, pin_memory=pin))
 
 
 class _Batches(Dataset):
@@ -195,24 +164,23 @@ class _Batches(Dataset):
 
     def __init__(
         self,
-        shards: Path,
+        stream: Stream,
         records: tuple[ShardRecord, ...],
-        plan: list[np.ndarray],
-        tokenize: Callable[[Sequence[str]], Tensor],
-        image_size: int,
-        edit: Callable[[str, int, int], str] | None,
+        order: EpochOrder,
+        starts: Sequence[int],
+        rows: int,
         epoch: int,
     ):
-        self.readers = [ShardReader(shards, record) for record in records]
-        self.plan, self.tokenize, self.image_size = plan, tokenize, image_size
-        self.edit, self.epoch = edit, epoch
+        self.stream, self.order, self.starts, self.rows, self.epoch = stream, order, starts, rows, epoch
+        self.readers = Readers(stream.shards, records)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.starts)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = self.plan[number]
-        images = np.zeros((len(rows), self.image_size, self.image_size, 3), dtype=np.uint8)
+        rows = self.order.at(self.starts[number] + np.arange(self.rows)).tolist()
+        size = self.stream.image_size
+        images = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
         ids = torch.zeros(len(rows), dtype=torch.int64)
         valid = torch.ones(len(rows), dtype=torch.bool)
         captions: list[str] = [""] * len(rows)
@@ -222,87 +190,11 @@ class _Batches(Dataset):
             ids[row] = int(reader.key(sample))
             try:
                 encoded, captions[row] = reader.read(sample)
-                images[row] = decode(encoded, self.image_size)
-                if self.edit:
-                    captions[row] = self.edit(captions[row], int(ids[row]), self.epoch)
+                images[row] = decode(encoded, size)
+                if self.stream.edit:
+                    captions[row] = self.stream.edit(captions[row], int(ids[row]), self.epoch)
             except BadSampleError as error:
                 valid[row] = False
                 bad.append((f"{reader.record.name} {reader.key(sample)}", str(error)))
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pixels, self.tokenize(captions), ids, valid, tuple(bad))
-
-
-class BadSampleError(DataError):
-    """One sample cannot be read; the message is the reason under which it is counted."""
-
-
-class ShardReader:
-    """Random access to the samples of one sealed shard through its index."""
-
-    def __init__(self, root: Path, record: ShardRecord):
-        self.root, self.record = root, record
-        self._index: dict[str, list] | None = None
-        self._file: io.BufferedReader | None = None
-
-    @property
-    def index(self) -> dict[str, list]:
-        """Columns key, image_offset, image_size, caption_offset, caption_size."""
-        if self._index is not None:
-            return self._index
-        path = index_path(self.root, self.record.name)
-        try:
-            self._index = index = pq.read_table(path).to_pydict()
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
-        return index
-
-    def key(self, sample: int) -> str:
-        return self.index["key"][sample]
-
-    def read(self, sample: int) -> tuple[bytes, str]:
-        """Encoded image and caption. Raises `BadSampleError`."""
-        image = self._bytes(self.index["image_offset"][sample], self.index["image_size"][sample])
-        text = self._bytes(self.index["caption_offset"][sample], self.index["caption_size"][sample])
-        try:
-            caption = text.decode().strip()
-        except UnicodeDecodeError as error:
-            raise BadSampleError("caption_not_utf8") from error
-        if not caption:
-            raise BadSampleError("empty_caption")
-        return image, caption
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        try:
-            if self._file is None:
-                self._file = (self.root / self.record.name).open("rb")
-            self._file.seek(offset)
-            piece = self._file.read(size)
-        except OSError as error:
-            raise BadSampleError("shard_not_readable") from error
-        if len(piece) < size:
-            raise BadSampleError("truncated_tar")
-        return piece
-
-    def __del__(self):
-        self.close()
-
-
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """An encoded image to (size, size, 3) uint8, resized if it is of another size. Raises `BadSampleError`."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSampleError("too_many_pixels")
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSampleError("undecodable_image") from error
-    except Image.DecompressionBombError as error:
-        raise BadSampleError("too_many_pixels") from error
+        return Batch(pixels, self.stream.tokenize(captions), ids, valid, tuple(bad))

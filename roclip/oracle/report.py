@@ -21,8 +21,8 @@ from roclip.oracle import statistics
 from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.shardpass import Looked
 from roclip.oracle.statistics import Findings
+from roclip.reader import ShardReader, decode
 from roclip.shards import Manifest, write_atomic
-from roclip.stream import ShardReader, decode
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = 24

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from roclip.config import OracleConfig
 from roclip.errors import CheckpointError, DataError
 from roclip.metrics import Progress
+from roclip.reader import decode
 from roclip.shards import sha256_file, write_atomic
-from roclip.stream import decode
 
 WEIGHTS = "segmenter.safetensors"
 CARD = "segmenter.json"

@@ -19,8 +19,8 @@ from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.statistics import Observations
+from roclip.reader import BadSampleError, ShardReader, decode
 from roclip.shards import Manifest, ShardRecord
-from roclip.stream import BadSampleError, ShardReader, decode
 
 BATCH = 256
 MAX_SIDE_PX = 512

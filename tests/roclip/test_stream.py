@@ -1,11 +1,10 @@
-import numpy as np
 import pytest
 import torch
 from kit import scene_samples, write_shard
 
 from roclip.errors import DataError, ShardError
 from roclip.shards import Manifest
-from roclip.stream import Stream, epoch_order, take_snapshot, wait_for_shards
+from roclip.stream import Stream, take_snapshot, wait_for_shards
 
 
 def tokenize(captions):
@@ -15,25 +14,6 @@ def tokenize(captions):
 def stream(shards, rank=0, world_size=1, **changes):
     settings = {"image_size": 64, "global_batch_size": 24, "seed": 0, "streams": 4, "shuffle_buffer": 16} | changes
     return Stream(shards, tokenize=tokenize, rank=rank, world_size=world_size, **settings)
-
-
-@pytest.mark.parametrize("streams", [1, 3, 4, 16])
-@pytest.mark.parametrize("shuffle_buffer", [1, 10, 1000])
-@pytest.mark.parametrize("samples", [[5], [7, 1, 20], [10] * 9])
-def test_order_has_every_sample_exactly_once(streams, shuffle_buffer, samples):
-    order = epoch_order(samples, seed=1, epoch=2, streams=streams, shuffle_buffer=shuffle_buffer, run_length=3)
-    expected = {(shard, sample) for shard, number in enumerate(samples) for sample in range(number)}
-    assert len(order) == len(expected)
-    assert set(map(tuple, order.tolist())) == expected
-
-
-def test_order_differs_between_epochs_and_seeds_and_repeats_for_the_same():
-    def order(seed, epoch):
-        return epoch_order([20, 20, 20], seed=seed, epoch=epoch, streams=2, shuffle_buffer=8, run_length=2)
-
-    assert np.array_equal(order(0, 1), order(0, 1))
-    assert not np.array_equal(order(0, 1), order(0, 2))
-    assert not np.array_equal(order(0, 1), order(1, 1))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -1,0 +1,131 @@
+"""Samples out of sealed shards: bytes by the shard's index, pixels out of bytes that anybody may have made."""
+
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from roclip.errors import DataError, ShardError
+from roclip.shards import ShardRecord, index_path
+
+MAX_PIXELS = 89_478_485
+"""An image with more is refused before it is decoded (Pillow's own bound)."""
+OPEN_SHARDS = 128
+"""Shards of which a process keeps the file and the index open."""
+
+
+class BadSampleError(DataError):
+    """One sample cannot be read; the message is the reason under which it is counted."""
+
+
+class Readers:
+    """A reader for each shard of a snapshot, made when it is needed; of those used last `OPEN_SHARDS` stay open."""
+
+    def __init__(self, root: Path, records: Sequence[ShardRecord]):
+        self.root, self.records = root, records
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def __getitem__(self, shard: int) -> "ShardReader":
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            self._open[shard] = ShardReader(self.root, self.records[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        return self._open[shard]
+
+
+class ShardReader:
+    """Random access to the samples of one sealed shard through its index."""
+
+    def __init__(self, root: Path, record: ShardRecord):
+        self.root, self.record = root, record
+        self._index: dict[str, list] | None = None
+        self._file: io.BufferedReader | None = None
+
+    @property
+    def index(self) -> dict[str, list]:
+        """Columns key, image_offset, image_size, caption_offset, caption_size."""
+        if self._index is not None:
+            return self._index
+        path = index_path(self.root, self.record.name)
+        try:
+            self._index = index = pq.read_table(path).to_pydict()
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
+        return index
+
+    def key(self, sample: int) -> str:
+        return self.index["key"][sample]
+
+    def read(self, sample: int) -> tuple[bytes, str]:
+        """Encoded image and caption. Raises `BadSampleError`."""
+        image = self._bytes(self.index["image_offset"][sample], self.index["image_size"][sample])
+        text = self._bytes(self.index["caption_offset"][sample], self.index["caption_size"][sample])
+        try:
+            caption = text.decode().strip()
+        except UnicodeDecodeError as error:
+            raise BadSampleError("caption_not_utf8") from error
+        if not caption:
+            raise BadSampleError("empty_caption")
+        return image, caption
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = (self.root / self.record.name).open("rb")
+            self._file.seek(offset)
+            piece = self._file.read(size)
+        except OSError as error:
+            raise BadSampleError("shard_not_readable") from error
+        if len(piece) < size:
+            raise BadSampleError("truncated_tar")
+        return piece
+
+    def __del__(self):
+        self.close()
+
+
+def decode(encoded: bytes, size: int) -> np.ndarray:
+    """An encoded image to (size, size, 3) uint8, resized if it is of another size.
+
+    Pillow reads the header, so that a bomb is refused before it is decoded. A whole JPEG is then decoded by OpenCV, in the
+    least of libjpeg's scales (1/2, 1/4, 1/8) that has the pixels, which takes half of Pillow's time for the same bits; all
+    else, and a JPEG without its end, by Pillow, which says what it cannot read. Raises `BadSampleError`.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSampleError("too_many_pixels")
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
+                pixels = _decode_jpeg(encoded, min(image.size) // size)
+            else:
+                pixels = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSampleError("undecodable_image") from error
+    except Image.DecompressionBombError as error:
+        raise BadSampleError("too_many_pixels") from error
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    shrinks = min(pixels.shape[:2]) > size
+    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _decode_jpeg(encoded: bytes, spare: int) -> np.ndarray:
+    """RGB, smaller by the largest of libjpeg's factors that is at most `spare`."""
+    scales = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
+    flags = next((flags for factor, flags in scales if spare >= factor), cv2.IMREAD_COLOR)
+    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise BadSampleError("undecodable_image")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
