@@ -25,7 +25,7 @@ from roclip.class_captions import class_captions
 from roclip.config import Config
 from roclip.errors import ConfigError, DataError
 from roclip.sections_run import DataConfig
-from roclip.shards import sample_key, write_atomic
+from roclip.shards import place, sample_key, write_atomic
 from roclip.truth import TRUTH, write_parquet, write_truth
 
 FAULT_FRACS = {
@@ -123,7 +123,7 @@ def write_attack_evaluation(
 
 def _take_over_truth(config: Config, folder: Path) -> None:
     data = config.data
-    beside = Path(data.shards) if data.shards else Path(data.urls).parent
+    beside = place(data.shards) if data.shards else Path(data.urls).parent
     if (beside / ATTACK_EVALUATION).is_file():
         write_atomic(folder / ATTACK_EVALUATION, (beside / ATTACK_EVALUATION).read_bytes())
     if (beside / TRUTH).is_file():

@@ -227,6 +227,7 @@ class _Job:
     def _take_in(self, part: Part, attempt: int, outcome: _Outcome) -> None:
         if outcome.record is not None:
             self.sealed[outcome.record.name] = outcome.record
+            self.manifest.pack()
         elif outcome.samples or outcome.bad_frac:
             limit = self.config.data.max_bad_frac
             raise DataError(

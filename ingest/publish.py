@@ -21,8 +21,8 @@ def publish(root: Path, fetched: Fetched, report: ShardReport) -> ShardRecord:
     """
     manifest = Manifest(root)
     name = fetched.tar.name
-    if (manifest.folder / f"{fetched.tar.stem}.json").exists():
-        return next(record for record in manifest.records() if record.name == name)
+    if sealed := manifest.get(name):
+        return sealed
     index = index_path(fetched.tar.parent, name)
     pq.write_table(report.index, index)
     record = ShardRecord(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from roclip.shards import Manifest, index_path
+from roclip.shards import Manifest, read_index
 
 THUMB_PX = 224
 Box = tuple[float, float, float, float]
@@ -42,7 +42,7 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
     found: list[Picture] = []
     for place, record in enumerate(records):
         wanted = math.ceil((count - len(found)) / (len(records) - place))
-        batches = pq.read_table(index_path(shards, record.name)).to_batches(64)
+        batches = read_index(shards, record.name).to_batches(64)
         rows = (row for batch in batches for row in batch.to_pylist() if row["key"] not in skipped)
         found += _take(shards / record.name, rows, wanted)
     return found
@@ -62,7 +62,7 @@ def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "b
     shown: set[tuple] = set()
     for record in Manifest(shards).records():
         here = pc.field("key").isin(pa.array(list(poisons), pa.string()))
-        for row in pq.read_table(index_path(shards, record.name), filters=here).to_pylist():
+        for row in read_index(shards, record.name).filter(here).to_pylist():
             poison = poisons[row["key"]]
             chosen = found.setdefault(poison["attack"], [])
             kind = (poison["attack"], poison["source_label"], poison["target_label"])

@@ -4,14 +4,15 @@ import io
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
-from roclip.errors import DataError, ShardError
-from roclip.shards import ShardRecord, index_path
+from roclip.errors import DataError
+from roclip.shard_cache import ShardCache, ShardUnreadableError, patiently
+from roclip.shards import ShardRecord, read_index
 
 MAX_PIXELS = 89_478_485
 """An image with more is refused before it is decoded (Pillow's own bound)."""
@@ -26,38 +27,40 @@ class BadSampleError(DataError):
 class Readers:
     """A reader for each shard of a snapshot, made when it is needed; of those used last `OPEN_SHARDS` stay open."""
 
-    def __init__(self, root: Path, records: Sequence[ShardRecord]):
-        self.root, self.records = root, records
+    def __init__(self, root: Path, records: Sequence[ShardRecord], cache: ShardCache | None = None):
+        self.root, self.records, self.cache = root, records, cache
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __getitem__(self, shard: int) -> "ShardReader":
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = ShardReader(self.root, self.records[shard])
+            self._open[shard] = ShardReader(self.root, self.records[shard], self.cache)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
 
 
 class ShardReader:
-    """Random access to the samples of one sealed shard through its index."""
+    """Random access to the samples of one sealed shard through its index.
 
-    def __init__(self, root: Path, record: ShardRecord):
+    Args:
+        cache: Where the copy of a shard lies that a store has; without one, each read asks the store for its range.
+    """
+
+    def __init__(self, root: Path, record: ShardRecord, cache: ShardCache | None = None):
         self.root, self.record = root, record
+        self.cache = None if isinstance(root, Path) else cache
         self._index: dict[str, list] | None = None
         self._file: io.BufferedReader | None = None
+        self._problem = ""
 
     @property
     def index(self) -> dict[str, list]:
         """Columns key, image_offset, image_size, caption_offset, caption_size."""
         if self._index is not None:
             return self._index
-        path = index_path(self.root, self.record.name)
-        try:
-            self._index = index = pq.read_table(path).to_pydict()
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
+        self._index = index = read_index(self.root, self.record.name).to_pydict()
         return index
 
     def key(self, sample: int) -> str:
@@ -81,15 +84,34 @@ class ShardReader:
             self._file = None
 
     def _bytes(self, offset: int, size: int) -> bytes:
+        if self._problem:
+            raise BadSampleError(self._problem)
         try:
-            if self._file is None:
-                self._file = (self.root / self.record.name).open("rb")
-            self._file.seek(offset)
-            piece = self._file.read(size)
+            if isinstance(self.root, Path) or self.cache:
+                piece = self._from_file(offset, size)
+            else:
+                piece = patiently(lambda: self._from_store(offset, size))
+        except ShardUnreadableError as error:
+            self._problem = str(error)
+            raise BadSampleError(self._problem) from error
         except OSError as error:
             raise BadSampleError("shard_not_readable") from error
         if len(piece) < size:
             raise BadSampleError("truncated_tar")
+        return piece
+
+    def _from_file(self, offset: int, size: int) -> bytes:
+        if self._file is None:
+            path = self.cache.get(self.root, self.record) if self.cache else self.root / self.record.name
+            self._file = path.open("rb")
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def _from_store(self, offset: int, size: int) -> bytes:
+        store: Any = self.root / self.record.name
+        piece = store.fs.cat_file(store.path, start=offset, end=offset + size)
+        if len(piece) < size:
+            raise ShardUnreadableError("truncated_tar")
         return piece
 
     def __del__(self):

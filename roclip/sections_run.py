@@ -28,7 +28,12 @@ class DataConfig:
     faults: bool = True
     """The embedded origin also serves dead links, redirects, broken images and slow answers."""
     shards: str = ""
-    """Folder of the shards and their manifest; empty is `<run>/shards`."""
+    """Folder of the shards and their manifest, here or on a store that fsspec knows (`s3://bucket/shards`); empty is
+    `<run>/shards`."""
+    cache_dir: str = ""
+    """Where copies of a store's shards lie; empty is `roclip-shards-<user id>` in the folder for temporary files."""
+    cache_bytes: int = 50_000_000_000
+    """What these copies may take on each node; the one used longest ago goes first. 0 keeps none: samples are read by range."""
     min_shards: int = 1
     """Training starts when the manifest names this many shards, or when ingest has ended."""
     wait_s: float = 600.0

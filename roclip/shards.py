@@ -16,14 +16,23 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from roclip.errors import ShardError
 
 END = "END.json"
+PACK = 1000
+"""Loose records at which they are packed."""
 SHARD_DIGITS = 5
+_AT_A_TIME = 16
+"""Files that are read from a store at the same time."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,51 @@ class ShardRecord:
 
 
 class Manifest:
-    """The sealed shards of a folder. Safe to read while another process publishes."""
+    """The sealed shards of a folder. Safe to read while another process publishes and packs.
+
+    Args:
+        root: The folder, here or as a URL of a store that fsspec knows.
+    """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = place(root)
         self.folder = self.root / "manifest"
+        self._packs: dict[str, dict[str, ShardRecord]] = {}
 
     def records(self) -> tuple[ShardRecord, ...]:
         """All sealed shards, in the order of their names."""
-        return tuple(self._read(path) for path in sorted(self.folder.glob("*.json")) if path.name != END)
+        while True:
+            try:
+                return self._records()
+            except FileNotFoundError:  # a record was packed after its name was listed: it stands in the pack now
+                continue
+
+    def get(self, name: str) -> ShardRecord | None:
+        """The record of one shard, or None."""
+        path = self._path(name)
+        if path.exists():
+            return self._read(path)
+        return {record.name: record for record in self.records()}.get(name)
 
     def publish(self, record: ShardRecord) -> None:
         """Make a shard exist. The tar and its index must lie at their final names already."""
-        write_atomic(self.folder / f"{Path(record.name).stem}.json", json.dumps(asdict(record), indent=1))
+        write_atomic(self._path(record.name), json.dumps(asdict(record), indent=1))
+
+    def pack(self, at_least: int = PACK) -> None:
+        """Put the loose records into one file, if there are so many. One process may do this at a time: ingest's driver.
+
+        A kill leaves records both loose and packed, which is the same.
+        """
+        loose = [name for name in self._names() if name.endswith(".json") and name != END]
+        if len(loose) < at_least:
+            return
+        records = self._read_all(loose)
+        rows = [{**asdict(record), "failed": list(record.failed.items())} for record in records]
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_PACK_SCHEMA), buffer)
+        write_atomic(self.folder / f"pack-{digest(records)}.parquet", buffer.getvalue().to_pybytes())
+        for name in loose:
+            (self.folder / name).unlink(missing_ok=True)
 
     def finish(self, summary: dict) -> None:
         """Say that no more shards will come; `summary` is what ingest wants to be remembered."""
@@ -75,18 +116,105 @@ class Manifest:
         """Take the end mark back: more shards will come."""
         (self.folder / END).unlink(missing_ok=True)
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{Path(name).stem}.json"
+
+    def _names(self) -> list[str]:
+        return sorted(names_in(self.folder))
+
+    def _records(self) -> tuple[ShardRecord, ...]:
+        names = self._names()
+        known: dict[str, ShardRecord] = {}
+        for name in names:
+            if name.startswith("pack-"):
+                if name not in self._packs:
+                    self._packs[name] = self._read_pack(self.folder / name)
+                known.update(self._packs[name])
+        loose = self._read_all([name for name in names if name.endswith(".json") and name != END])
+        known.update((record.name, record) for record in loose)
+        return tuple(known[name] for name in sorted(known))
+
+    def _read_all(self, names: Sequence[str]) -> list[ShardRecord]:
+        paths = [self.folder / name for name in names]
+        if isinstance(self.folder, Path):
+            return [self._read(path) for path in paths]
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            return list(pool.map(self._read, paths))
+
     def _read(self, path: Path) -> ShardRecord:
+        content = path.read_text()
         try:
-            return ShardRecord(**json.loads(path.read_text()))
+            return ShardRecord(**json.loads(content))
         except (ValueError, TypeError) as error:
             raise ShardError(
                 f"{path}: not a shard record ({error}). Delete this file and run ingest again: the shard is redone."
             ) from error
 
+    def _read_pack(self, path: Path) -> dict[str, ShardRecord]:
+        content = path.read_bytes()
+        try:
+            table = pq.read_table(pa.BufferReader(content), schema=_PACK_SCHEMA)
+        except (OSError, ValueError) as error:
+            raise ShardError(
+                f"{path}: not a pack of shard records ({error}). Bring it back, or delete it and run ingest again: "
+                "its shards are redone."
+            ) from error
+        columns = [table[name].to_pylist() for name in _PACK_SCHEMA.names]
+        rows = zip(*columns, strict=True)
+        return {
+            name: ShardRecord(name, samples, size, sha256, index_sha256, urls, dict(failed))
+            for name, samples, size, sha256, index_sha256, urls, failed in rows
+        }
+
+
+_PACK_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("index_sha256", pa.string()),
+        ("urls", pa.int64()),
+        ("failed", pa.map_(pa.string(), pa.int64())),
+    ]
+)
+
+
+def place(where: str | Path) -> Path:
+    """A folder or file on this machine, or, given `scheme://…`, on a store that fsspec knows, with the same methods."""
+    if isinstance(where, str) and "://" in where:
+        from upath import UPath
+
+        store: Any = UPath(where)
+        return store
+    return Path(where) if isinstance(where, str) else where
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the files that lie in a folder now; none where it is not there."""
+    try:
+        if isinstance(folder, Path):
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if not entry.name.startswith(".")]
+        store: Any = folder
+        store.fs.invalidate_cache()  # it remembers listings, and others publish
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
+    except FileNotFoundError:
+        return []
+
 
 def index_path(root: Path, record_name: str) -> Path:
     """Where the index of a shard lies."""
     return root / f"{Path(record_name).stem}.index.parquet"
+
+
+def read_index(root: Path, record_name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The index of a shard: key, image_offset, image_size, caption_offset, caption_size. Raises `ShardError`."""
+    path = index_path(root, record_name)
+    try:
+        return pq.read_table(pa.BufferReader(path.read_bytes()), columns=columns and list(columns))
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
 
 
 def sample_key(row: int, samples_per_shard: int) -> str:
@@ -113,6 +241,9 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file such that a reader sees the old content or the new one, never a part."""
+    if not isinstance(path, Path):  # a store puts objects whole
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

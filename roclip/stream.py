@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from roclip.errors import DataError, ShardError
 from roclip.order import EpochOrder
 from roclip.reader import BadSampleError, Readers, decode
+from roclip.shard_cache import ShardCache
 from roclip.shards import Manifest, ShardRecord, digest
 
 
@@ -107,6 +108,7 @@ class Stream:
         image_size: S, side of the images in a batch, in pixels.
         global_batch_size: G. The last samples of an epoch that do not fill a global batch are left to the next one.
         workers: Processes that read ahead; 0 reads in this process.
+        cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
     """
 
@@ -123,9 +125,11 @@ class Stream:
         streams: int,
         shuffle_buffer: int,
         workers: int = 0,
+        cache: ShardCache | None = None,
         edit: Callable[[str, int, int], str] | None = None,
     ):
-        self.shards, self.tokenize, self.image_size, self.edit = shards, tokenize, image_size, edit
+        self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
+        self.cache, self.edit = cache, edit
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
 
@@ -172,7 +176,7 @@ class _Batches(Dataset):
         epoch: int,
     ):
         self.stream, self.order, self.starts, self.rows, self.epoch = stream, order, starts, rows, epoch
-        self.readers = Readers(stream.shards, records)
+        self.readers = Readers(stream.shards, records, stream.cache)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from roclip.shards import Manifest, index_path
+from roclip.shards import Manifest, read_index
 from roclip.truth import write_parquet
 
 SUSPECTS_SCHEMA = pa.schema(
@@ -24,7 +23,7 @@ def write_suspects(path: Path, scores: Mapping[int, float], manifest: Manifest) 
     """Write every sample that the gate scored (`AgreementGate.scores`), most suspicious first, with its key and shard."""
     where = {}
     for record in manifest.records():
-        for key in pq.read_table(index_path(manifest.root, record.name), columns=["key"])["key"].to_pylist():
+        for key in read_index(manifest.root, record.name, ["key"])["key"].to_pylist():
             where[int(key)] = (key, record.name)
     ranked = sorted((-score, sample) for sample, score in scores.items() if sample in where)
     rows = [

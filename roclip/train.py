@@ -30,6 +30,7 @@ from roclip.loss import LOSSES
 from roclip.metrics import MetricsWriter
 from roclip.model import Towers
 from roclip.schedule import Position
+from roclip.shard_cache import shard_cache
 from roclip.shards import Manifest, write_atomic
 from roclip.stream import Batch, Snapshot, Stream, take_snapshot, wait_for_shards
 from roclip.suspects import write_suspects
@@ -75,6 +76,7 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
         streams=config.data.streams,
         shuffle_buffer=config.data.shuffle_buffer,
         workers=config.data.loader_workers,
+        cache=shard_cache(config.data),
     )
     # ---- resume ---------------------------------------------------------------------------------------------
     folder = run / (name or arm) / "checkpoints"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from roclip.shards import Manifest, index_path, write_atomic
+from roclip.shards import Manifest, place, read_index, write_atomic
 
 TRUTH = "poison.parquet"
 TRUTH_SCHEMA = pa.schema(
@@ -43,7 +43,7 @@ def poisoned_samples(run: Path) -> pa.Table:
     shards = run / "shards"
     if (run / "config.yaml").exists():
         settings = OmegaConf.load(run / "config.yaml")  # one key only: the run may be another version's
-        shards = Path(OmegaConf.select(settings, "data.shards") or shards)
+        shards = place(OmegaConf.select(settings, "data.shards") or shards)
     columns = ["attack", "target_label", "group"]
     schema = pa.schema([TRUTH_SCHEMA.field("id"), *(TRUTH_SCHEMA.field(name) for name in columns)])
     truth = next((path for path in (run / "origin" / TRUTH, shards / TRUTH) if path.exists()), None)
@@ -52,7 +52,7 @@ def poisoned_samples(run: Path) -> pa.Table:
     rows = pq.read_table(truth, columns=["key", *columns]).to_pylist()
     there: set[str] = set()
     for record in Manifest(shards).records():
-        there.update(pq.read_table(index_path(shards, record.name), columns=["key"])["key"].to_pylist())
+        there.update(read_index(shards, record.name, ["key"])["key"].to_pylist())
     arrived = [{"id": int(row["key"]), **row} for row in rows if row["key"] in there]
     return pa.Table.from_pylist(sorted(arrived, key=lambda row: row["id"]), schema=schema)
 
