@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,68 @@ def test_reader_sees_whole_contents_when_two_processes_write(tmp_path: Path):
     assert [writer.wait() for writer in writers] == [0, 0]
     assert seen == {(100_000, 1)}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_packed_records_are_the_same_records(tmp_path):
+    manifest = Manifest(tmp_path)
+    records = tuple(record(number) for number in range(5))
+    for each in records:
+        manifest.publish(each)
+    manifest.pack(at_least=6)
+    assert len(list(manifest.folder.iterdir())) == 5
+    manifest.pack(at_least=5)
+    assert [path.suffix for path in manifest.folder.iterdir()] == [".parquet"]
+    assert manifest.records() == records
+    manifest.publish(record(5))
+    manifest.finish({})
+    assert Manifest(tmp_path).records() == (*records, record(5))
+    assert manifest.get("00004.tar") == records[4]
+    assert manifest.get("00005.tar") == record(5)
+    assert manifest.get("00006.tar") is None
+
+
+def test_a_kill_between_packing_and_cleaning_up_changes_nothing(tmp_path, monkeypatch):
+    manifest = Manifest(tmp_path)
+    for number in range(3):
+        manifest.publish(record(number))
+    before = manifest.records()
+
+    def killed(path, missing_ok=False):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            manifest.pack(at_least=1)
+    assert Manifest(tmp_path).records() == before
+    manifest.pack(at_least=1)
+    assert len(list(manifest.folder.iterdir())) == 1
+    assert Manifest(tmp_path).records() == before
+
+
+def test_readers_see_every_record_while_others_are_published_and_packed(tmp_path):
+    manifest, seen, done = Manifest(tmp_path), [], threading.Event()
+
+    def read():
+        reader = Manifest(tmp_path)
+        while not done.is_set():
+            seen.append([each.name for each in reader.records()])
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for number in range(200):
+        manifest.publish(record(number))
+        manifest.pack(at_least=7)
+    done.set()
+    thread.join()
+    names = [record(number).name for number in range(200)]
+    assert all(each == names[: len(each)] for each in seen)
+    assert [len(each) for each in seen] == sorted(len(each) for each in seen)
+
+
+def test_a_broken_pack_is_named(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.publish(record(0))
+    (manifest.folder / "pack-0.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ShardError, match=r"pack-0.parquet: not a pack"):
+        manifest.records()
