@@ -3,18 +3,21 @@
 checkpoints/
   step-00000120/
     open_clip_config.json open_clip_model.safetensors   the towers, loadable by open_clip as they are
-    deepspeed/ …            optimizer and weights of the engine, one file a rank
+    optimizer.safetensors   moments of every weight, whole: for any number of ranks and any ZeRO stage
     pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
     cursor.json             where in the data and in the schedule training stands
     SHA256SUMS              of every file above
   LATEST                    the newest complete checkpoint: resume starts here
   TRUSTED                   the one that may leave the run; only the oracle moves it
+
+There is no random state in it: all that is random is drawn for (seed, step, rank) or (seed, epoch, sample).
 """
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,16 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from roclip import distributed
+from roclip.engine_state import load_optimizer_state, load_weights, optimizer_state
 from roclip.errors import CheckpointError
 from roclip.model import CONFIG, WEIGHTS, Towers
 from roclip.shards import sha256_file, write_atomic
 
 SUMS = "SHA256SUMS"
-_ENGINE = "deepspeed"
+_CURSOR = "cursor.json"
 
 
 class Part(Protocol):
-    """What a checkpoint keeps beside the engine, in a file of its own: the pool, the gate. The same on every rank."""
+    """What a checkpoint keeps beside the engine, in a file of its own: the pool, the gate. All ranks ask, rank 0 writes."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -54,51 +58,90 @@ class Cursor:
     """Phase of the last step: 'matched' or 'plain'."""
 
 
-def save(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part], cursor: Cursor, *, keep: int) -> Path:
-    """Write a checkpoint on all ranks, then name it in LATEST and drop all but the `keep` newest.
+class Writer:
+    """Saves the checkpoints of a training: all ranks gather, then rank 0 writes while they train on.
 
-    It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part.
+    Args:
+        folder: `checkpoints`.
+        keep: The newest checkpoints that are kept.
+        keep_every_epochs: Also kept are those at the end of every so manieth epoch; 0 is none. And what TRUSTED names.
     """
-    name = f"step-{cursor.step:08d}"
-    final, temporary = folder / name, folder / f".{name}.partial"
-    leader = distributed.rank() == 0
-    if leader:
+
+    def __init__(self, folder: Path, *, keep: int, keep_every_epochs: int = 0):
+        self.folder, self.keep, self.keep_every_epochs = folder, keep, keep_every_epochs
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, engine: Any, towers: Towers, parts: Mapping[str, Part], cursor: Cursor) -> None:
+        """Copy the state, and write it in the background. Call it on all ranks.
+
+        It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part;
+        then LATEST names it. A second call waits for the first to be written, and raises what went wrong there.
+        """
+        self._join()
+        weights = towers.weights()
+        tensors = {"optimizer": optimizer_state(engine), **{name: part.state_dict() for name, part in parts.items()}}
+        if distributed.rank() == 0:
+            tensors |= {name: _copied(tensors[name]) for name in parts}
+            self._writing = self._thread.submit(self._write, towers, weights, tensors, cursor)
+
+    def wait(self) -> None:
+        """Return on all ranks when what was saved last is on disk and named."""
+        self._join()
+        distributed.barrier()
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(
+        self,
+        towers: Towers,
+        weights: dict[str, Tensor],
+        tensors: Mapping[str, dict[str, Tensor]],
+        cursor: Cursor,
+    ) -> None:
+        name = f"step-{cursor.step:08d}"
+        final, temporary = self.folder / name, self.folder / f".{name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(temporary / _ENGINE), tag="engine")
-    weights = towers.weights()
-    if leader:
         towers.save(temporary, weights)
-        for part, holder in parts.items():
-            save_file(holder.state_dict(), temporary / f"{part}.safetensors")
-        write_atomic(temporary / "cursor.json", json.dumps(asdict(cursor)))
-    distributed.barrier()
-    if leader:
+        for part, state in tensors.items():
+            save_file(state, temporary / f"{part}.safetensors")
+        write_atomic(temporary / _CURSOR, json.dumps(asdict(cursor)))
         _seal(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        write_atomic(folder / "LATEST", name)
-        _drop_old(folder, keep)
-    distributed.barrier()
-    return final
+        write_atomic(self.folder / "LATEST", name)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            at = cursor(path)
+            epoch_end = (
+                self.keep_every_epochs and at.step_in_epoch == 0 and (at.epoch - 1) % self.keep_every_epochs == 0
+            )
+            if not epoch_end and path != named(self.folder, "TRUSTED"):
+                shutil.rmtree(path)
 
 
-def resume(folder: Path, engine: Any, parts: Mapping[str, Part]) -> Cursor | None:
-    """Load the checkpoint that LATEST names into the engine and the parts; None where there is none.
+def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part]) -> Cursor | None:
+    """Load the checkpoint that LATEST names into a new engine and the parts; None where there is none.
 
+    Any number of ranks at any ZeRO stage may load it; the same ones go on bit by bit as if nothing had been.
     Raises `CheckpointError` when a file is missing or was altered.
     """
     path = named(folder, "LATEST")
     if path is None:
         return None
     verify(path)
-    loaded, _ = engine.load_checkpoint(str(path / _ENGINE), tag="engine")
-    if loaded is None:
-        raise CheckpointError(f"{path}: DeepSpeed could not load it. Resume with the number of ranks that saved it.")
+    at = cursor(path)
+    load_weights(towers.clip, load_file(path / WEIGHTS))
+    load_optimizer_state(engine, load_file(path / "optimizer.safetensors"))
     for part, holder in parts.items():
         holder.load_state_dict(load_file(path / f"{part}.safetensors"))
-    return Cursor(**json.loads((path / "cursor.json").read_text()))
+    return at
 
 
 def named(folder: Path, name: str) -> Path | None:
@@ -131,7 +174,7 @@ def verify(path: Path) -> None:
 
 def cursor(path: Path) -> Cursor:
     """The cursor of a checkpoint."""
-    return Cursor(**json.loads((path / "cursor.json").read_text()))
+    return Cursor(**json.loads((path / _CURSOR).read_text()))
 
 
 def export(checkpoint: Path, out: Path) -> Path:
@@ -156,8 +199,5 @@ def _seal(path: Path) -> None:
     write_atomic(path / SUMS, "".join(f"{sha256_file(file)}  {file.relative_to(path)}\n" for file in files))
 
 
-def _drop_old(folder: Path, keep: int) -> None:
-    trusted = named(folder, "TRUSTED")
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        if path != trusted:
-            shutil.rmtree(path)
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}

@@ -8,7 +8,8 @@
     ├── CheckpointError    4   altered, incomplete, or of another model
     ├── RunLockedError     5   another process owns the run directory
     ├── TrainingError      6   loss or gradient is not finite, or the ranks disagree
-    └── StageError         7   a stage of the pipeline could not be finished
+    ├── StageError         7   a stage of the pipeline could not be finished
+    └── StoppedError     143   SIGTERM: what was reached is saved
 
 Ctrl-C ends with 130. `roclip oracle` and `roclip run` end with 0 even for a poisoned checkpoint, unless
 `oracle.fail_on` asks otherwise: then 10 (suspicious) or 20 (poisoned).
@@ -57,6 +58,12 @@ class TrainingError(RoclipError):
     """Training cannot go on: a value is not finite, or the ranks disagree."""
 
     exit_code = 6
+
+
+class StoppedError(RoclipError):
+    """SIGTERM asked the training to leave, and it has saved where it stood."""
+
+    exit_code = 143
 
 
 class StageError(RoclipError):

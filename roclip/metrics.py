@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
         Metric("samples_per_s", "samples/s", "pairs a second since the last logged step, over all ranks"),
         Metric("data_wait_frac", "1", "share of the time in which the step waited for its batch", "mean"),
         Metric("bad_samples", "samples", "samples of the epoch that could not be read", "sum"),
+        Metric("skipped_steps", "steps", "steps left out since the start or resume, as their loss was not finite"),
         Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool"),
         Metric("pool_similarity_p10", "1", "the same, 10 % quantile"),
         Metric("pool_similarity_p50", "1", "the same, median"),

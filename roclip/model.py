@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,12 +132,15 @@ class Towers(nn.Module):
         return self.tokenizer(list(captions))
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU.
+        """A copy of weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU.
 
         Under ZeRO-3 each rank holds a part of them and this gathers the rest: call it on all ranks.
         """
-        with _gathered(self.clip) as copy:
-            state = {key: copy(value).float().contiguous().cpu() for key, value in self.clip.state_dict().items()}
+        with _gathered(self.clip):
+            state = {
+                key: value.detach().to("cpu", torch.float32, copy=True).contiguous()
+                for key, value in self.clip.state_dict().items()
+            }
         return {
             key: value.reshape(()) if key in ("logit_scale", "logit_bias") else value for key, value in state.items()
         }
@@ -243,13 +246,10 @@ def _partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-@contextlib.contextmanager
-def _gathered(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within it all weights are there; what it gives copies one where it will not outlast the context."""
+def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within it all weights are there."""
     if not _partitioned(module):
-        yield torch.Tensor.detach
-        return
+        return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters  # seconds to import, and only training needs it
 
-    with GatheredParameters(list(module.parameters())):
-        yield lambda value: value.detach().clone()
+    return GatheredParameters(list(module.parameters()))

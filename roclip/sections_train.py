@@ -222,8 +222,14 @@ class TrainConfig:
     """Compile the towers with torch.compile; on a CPU it needs a C++ compiler."""
     checkpoint_every_steps: int = 500
     """Optimizer steps between checkpoints; an epoch's end is always one."""
+    checkpoint_every_s: float = 1800.0
+    """Seconds between checkpoints, whichever of the two comes first; 0 counts steps only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_every_epochs: int = 0
+    """Also keep the checkpoint at the end of every so manieth epoch; 0 keeps none of them."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """What a loss that is not finite does: end the training before the update, or leave the step out."""
     log_every_steps: int = 10
 
     def __post_init__(self) -> None:

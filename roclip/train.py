@@ -8,6 +8,7 @@ Letters: B local batch, G global batch, D feature width, L caption tokens.
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ from roclip.config import Config, dump_config, environment_defaults, load_config
 from roclip.defence import Defence, Lesson
 from roclip.engine import build_engine, set_lr
 from roclip.engine import step as optimizer_step
-from roclip.errors import DataError, RoclipError, TrainingError
+from roclip.errors import DataError, RoclipError, StoppedError, TrainingError
+from roclip.leaving import Leaving
 from roclip.loss import LOSSES
 from roclip.metrics import MetricsWriter
 from roclip.model import Towers
@@ -56,7 +59,13 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
         DataError: no shards came in time, or too many samples cannot be read.
         TrainingError: a loss is not finite.
         CheckpointError: the checkpoint to resume from was altered.
+        StoppedError: SIGTERM came, and where training stood is saved.
     """
+    with Leaving() as leaving:
+        return _train(config, arm, run, name, on_epoch_end, leaving)
+
+
+def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEnd | None, leaving: Leaving) -> Path:
     # ---- build ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     towers = Towers(config.model.name, model_file(config), options=config.model, loss=config.train.loss)
@@ -80,10 +89,13 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
     )
     # ---- resume ---------------------------------------------------------------------------------------------
     folder = run / (name or arm) / "checkpoints"
-    cursor = checkpoint.resume(folder, engine, parts) or Cursor(0, 1, 0, 0, "plain")
+    cursor = checkpoint.resume(folder, engine, towers, parts) or Cursor(0, 1, 0, 0, "plain")
+    writer = checkpoint.Writer(
+        folder, keep=config.train.keep_checkpoints, keep_every_epochs=config.train.keep_every_epochs
+    )
     metrics = MetricsWriter(folder.parent / "metrics.jsonl", cursor.step) if rank == 0 else None
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
-    first_epoch, phase = cursor.epoch, cursor.phase
+    first_epoch, phase, saved_at, skipped = cursor.epoch, cursor.phase, time.monotonic(), 0
 
     for epoch in range(first_epoch, config.train.epochs + 1):
         # ---- an epoch ---------------------------------------------------------------------------------------
@@ -97,7 +109,11 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
             asked_at = time.monotonic()
             batch = next(batches)
             waited_s += time.monotonic() - asked_at
-            bad_samples = _count_bad(batch, bad_samples, step_in_epoch, snapshot, config)
+            due = 0 < config.train.checkpoint_every_s < time.monotonic() - saved_at and rank == 0
+            bad, save_now, leave = _agree_on_counts(len(batch.bad), due, leaving.asked)
+            bad_samples += bad
+            _check_bad(batch, bad_samples, step_in_epoch, snapshot, config)
+            torch.manual_seed(_seed_of_step(config.seed, step, rank))
             lr = learning_rate(config, epoch - 1 + step_in_epoch / steps)
             set_lr(engine, lr)
             at = Position(step, samples_seen, epoch, step_in_epoch - 1, steps)
@@ -125,11 +141,13 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
                 keep=lesson.keep,
                 same_caption=lesson.learns_from if config.pool.duplicates == "mask" else None,
             )
-            _check_finite(loss, step + 1, batch)
-            backward(loss)
-            optimizer_step(engine, towers)
-            if defended:
-                defended.remember(image_features, text_features.detach(), lesson)
+            if _is_finite(loss, step + 1, batch, config):
+                backward(loss)
+                optimizer_step(engine, towers)
+                if defended:
+                    defended.remember(image_features, text_features.detach(), lesson)
+            else:
+                skipped += 1
             step += 1
             samples_seen += config.train.global_batch_size
             # ---- say and save -------------------------------------------------------------------------------
@@ -151,20 +169,28 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
                             "samples_per_s": (step - logged_step) * config.train.global_batch_size / elapsed_s,
                             "data_wait_frac": waited_s / elapsed_s,
                             "bad_samples": bad_samples,
+                            "skipped_steps": skipped,
                             **({"pool_count": defence.pool.count} if defence else {}),
                             **values,
                         }
                     )
                 waited_s, logged_at, logged_step = 0.0, time.monotonic(), step
-            if last or step % config.train.checkpoint_every_steps == 0:
+            if last or save_now or leave or step % config.train.checkpoint_every_steps == 0:
                 distributed.mean_buffers(towers)
                 done = Cursor(step, epoch + 1 if last else epoch, 0 if last else step_in_epoch, samples_seen, phase)
                 if last and on_epoch_end:
                     towers.eval()
                     on_epoch_end(towers, Cursor(step, epoch, step_in_epoch, samples_seen, phase))
                     towers.train()
-                checkpoint.save(folder, engine, towers, parts, done, keep=config.train.keep_checkpoints)
+                writer.save(engine, towers, parts, done)
+                saved_at = time.monotonic()
+            if leave:
+                writer.wait()
+                raise StoppedError(
+                    f"{folder.parent}: SIGTERM; saved at step {step}. The same command goes on from there."
+                )
         first_step = 0
+    writer.wait()
     if defence and rank == 0:
         write_suspects(folder.parent / "suspects.parquet", defence.gate.scores, manifest)
     final = checkpoint.named(folder, "LATEST")
@@ -203,26 +229,41 @@ def _agree_on_snapshot(config: Config, manifest: Manifest, run: Path, epoch: int
     return take_snapshot(manifest, names)
 
 
-def _count_bad(batch: Batch, bad: int, step_in_epoch: int, snapshot: Snapshot, config: Config) -> int:
-    bad += int(distributed.all_sum((~batch.valid).sum()))
-    limit = config.data.max_bad_frac * snapshot.samples
-    if bad > limit:
+def _agree_on_counts(*counts: float) -> tuple[int, ...]:
+    """Sums over the ranks, in one message."""
+    return tuple(int(total) for total in distributed.all_sum(torch.tensor(counts, dtype=torch.float64)).tolist())
+
+
+def _seed_of_step(seed: int, step: int, rank: int) -> int:
+    """Of what torch draws in a step (patch dropout): a resume draws the same without any state."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _check_bad(batch: Batch, bad: int, step_in_epoch: int, snapshot: Snapshot, config: Config) -> None:
+    if bad > config.data.max_bad_frac * snapshot.samples:
         named = "; ".join(f"{name}: {reason}" for name, reason in batch.bad[:5]) or "on another rank"
         raise DataError(
             f"{bad} samples of this epoch cannot be read after {step_in_epoch} steps, more than data.max_bad_frac = "
             f"{config.data.max_bad_frac} of {snapshot.samples}. The last: {named}. "
             "Delete the manifest record of that shard and run ingest again."
         )
-    return bad
 
 
-def _check_finite(loss: Tensor, step: int, batch: Batch) -> None:
-    if not torch.isfinite(distributed.all_sum(loss)):
-        raise TrainingError(
-            f"step {step}: the loss is not finite (this rank: {loss.item()}), before the update. Samples "
-            f"{batch.ids[:3].tolist()} …. Lower train.lr, set train.grad_clip_norm, or use train.precision=fp32; "
-            "the same command resumes from the last checkpoint."
-        )
+def _is_finite(loss: Tensor, step: int, batch: Batch, config: Config) -> bool:
+    """Whether the step may be taken: the same answer on every rank. Raises `TrainingError` unless the config skips."""
+    if torch.isfinite(distributed.all_sum(loss)):
+        return True
+    told = (
+        f"step {step}: the loss is not finite (this rank: {loss.item()}), before the update. Samples "
+        f"{batch.ids[:3].tolist()} …."
+    )
+    if config.train.on_divergence == "skip":
+        logging.getLogger(__name__).warning("%s The step is left out, as train.on_divergence says.", told)
+        return False
+    raise TrainingError(
+        f"{told} Lower train.lr, set train.grad_clip_norm, or use train.precision=fp32; "
+        "the same command resumes from the last checkpoint."
+    )
 
 
 def _ground_truth(run: Path) -> dict[int, str]:

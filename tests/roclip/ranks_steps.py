@@ -1,6 +1,6 @@
 """Run by `torchrun` from test_ranks.py and test_accumulate.py: a few training steps, saved for the test to compare.
 
-ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed]
+ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed | ,FIRST-LAST]
 """
 
 import sys
@@ -39,11 +39,15 @@ class Case:
     loss: str = "clip"
     resumed: bool = False
     """Whether the last two steps are made by a second engine, from the checkpoint of the first."""
+    steps: tuple[int, int] | None = None
+    """Only these, first and last: from the checkpoint that the step before left, and with one at the end."""
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        model, stage, precision, pieces, loss, *resumed = text.split(",")
-        return cls(model, int(stage), precision, int(pieces), loss, bool(resumed))
+        model, stage, precision, pieces, loss, *how = text.split(",")
+        first, dash, last = how[0].partition("-") if how else ("", "", "")
+        steps = (int(first), int(last)) if dash else None
+        return cls(model, int(stage), precision, int(pieces), loss, bool(how) and not steps, steps)
 
     def __str__(self) -> str:
         text = f"{self.model},{self.zero_stage},{self.precision},{self.pieces},{self.loss}"
@@ -111,15 +115,29 @@ def settings(case: Case) -> TrainConfig:
 
 
 def solve(case: Case, folder: Path) -> dict:
-    """Losses and weights of four steps, and what the pool holds."""
+    """Losses and weights of four steps, or of some of them, and what the pool holds."""
     towers, engine, pool = start(case, folder)
+    if case.steps:
+        first, last = case.steps
+        checkpoints = folder / f"{case.model}-{case.zero_stage}-{case.precision}"
+        if first > 1:
+            assert checkpoint.resume(checkpoints, engine, towers, {"pool": pool})
+        losses = losses_of(engine, towers, case, pool, range(first, last + 1))
+        save(checkpoints, engine, towers, pool, last)
+        return {"losses": torch.stack(losses), "weights": towers.weights(), "pool": pool.features}
     losses = losses_of(engine, towers, case, pool, range(1, 3))
     if case.resumed:
-        checkpoint.save(folder / str(case), engine, towers, {"pool": pool}, Cursor(2, 1, 2, 32, "matched"), keep=1)
+        save(folder / str(case), engine, towers, pool, 2)
         towers, engine, pool = start(case, folder)
-        checkpoint.resume(folder / str(case), engine, {"pool": pool})
+        checkpoint.resume(folder / str(case), engine, towers, {"pool": pool})
     losses += losses_of(engine, towers, case, pool, range(3, 5))
     return {"losses": torch.stack(losses), "weights": towers.weights(), "pool": pool.features}
+
+
+def save(folder: Path, engine, towers: Towers, pool: CaptionPool, step: int) -> None:
+    writer = checkpoint.Writer(folder, keep=1)
+    writer.save(engine, towers, {"pool": pool}, Cursor(step, 1, step, step * GLOBAL_BATCH, "plain"))
+    writer.wait()
 
 
 def start(case: Case, folder: Path) -> tuple:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,9 +11,26 @@ from roclip import checkpoint
 from roclip.checkpoint import Cursor
 from roclip.config import TrainConfig
 from roclip.engine import build_engine
+from roclip.engine_state import optimizer_state
 from roclip.errors import CheckpointError
+from roclip.loss import clip_loss
 from roclip.model import Encoder, Towers
 from roclip.pool import CaptionPool
+
+
+def fresh(folder):
+    """An engine and towers with other weights."""
+    torch.manual_seed(1)
+    towers = Towers("tiny", folder / "tiny.json")
+    return build_engine(towers, TrainConfig(global_batch_size=4, zero_stage=2)), towers
+
+
+def optimizer_steps(engine, towers, count):
+    for _ in range(count):
+        images, tokens = torch.rand(4, 3, 64, 64), towers.tokenize(["a", "b", "c", "d"])
+        image_features, text_features, scale = engine(images, tokens)
+        engine.backward(clip_loss(image_features, text_features, scale))
+        engine.step()
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +43,17 @@ def saved(tmp_path_factory):
     engine = build_engine(towers, TrainConfig(global_batch_size=4))
     pool = CaptionPool(8, 32)
     pool.enqueue(torch.eye(32)[:5], torch.arange(5))
-    checkpoint.save(folder, engine, towers, {"pool": pool}, Cursor(3, 1, 3, 12, "plain"), keep=2)
+    writer = checkpoint.Writer(folder, keep=2)
+    optimizer_steps(engine, towers, 2)
+    writer.save(engine, towers, {"pool": pool}, Cursor(3, 1, 3, 12, "plain"))
+    writer.wait()
     return folder, engine, towers, pool
 
 
 def test_checkpoint_round_trips(saved):
-    folder, engine, _, pool = saved
+    folder, _, _, pool = saved
     other = CaptionPool(8, 32)
-    assert checkpoint.resume(folder, engine, {"pool": other}) == Cursor(3, 1, 3, 12, "plain")
+    assert checkpoint.resume(folder, *fresh(folder), {"pool": other}) == Cursor(3, 1, 3, 12, "plain")
     assert other.checksum() == pool.checksum()
     assert not list(folder.glob(".*partial"))
 
@@ -63,15 +84,17 @@ np.savez("{tmp_path}/features.npz", image=image, text=text)
         checkpoint.export(checkpoint.named(folder, "LATEST"), out)
 
 
-@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "pool.safetensors", "cursor.json"])
+@pytest.mark.parametrize(
+    "name", ["open_clip_model.safetensors", "optimizer.safetensors", "pool.safetensors", "cursor.json"]
+)
 def test_altered_file_is_refused_by_name(saved, name):
-    folder, engine, _, _ = saved
+    folder, engine, towers, _ = saved
     file = checkpoint.named(folder, "LATEST") / name
     before = file.read_bytes()
     try:
         file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         with pytest.raises(CheckpointError, match=name):
-            checkpoint.resume(folder, engine, {})
+            checkpoint.resume(folder, engine, towers, {})
         file.unlink()
         with pytest.raises(CheckpointError, match=f"{name}.*missing"):
             checkpoint.verify(file.parent)
@@ -79,13 +102,52 @@ def test_altered_file_is_refused_by_name(saved, name):
         file.write_bytes(before)
 
 
-def test_only_the_newest_and_the_trusted_are_kept(saved, tmp_path):
+def test_only_the_newest_those_of_some_epochs_and_the_trusted_are_kept(saved, tmp_path):
     _, engine, towers, _ = saved
-    for step in (1, 2, 3, 4):
-        checkpoint.save(tmp_path, engine, towers, {}, Cursor(step, 1, step, 0, "plain"), keep=2)
+    writer = checkpoint.Writer(tmp_path, keep=2, keep_every_epochs=2)
+    for step in range(1, 10):  # two steps an epoch
+        writer.save(engine, towers, {}, Cursor(step, step // 2 + 1, step % 2, 0, "plain"))
+        writer.wait()
         if step == 1:
             (tmp_path / "TRUSTED").write_text("step-00000001")
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (1, 3, 4)]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (1, 4, 8, 9)]
+
+
+def test_a_state_goes_to_an_engine_of_another_stage_and_comes_back(saved):
+    folder, engine, towers, _ = saved
+    others, other_towers = fresh(folder)
+    assert checkpoint.resume(folder, others, other_towers, {})
+    before, after = optimizer_state(engine), optimizer_state(others)
+    assert before.keys() == after.keys()
+    assert before["step"] == 2
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(value, other_towers.weights()[name]) for name, value in towers.weights().items())
+
+
+def test_what_is_saved_is_the_state_of_the_call_while_training_goes_on(saved, tmp_path, monkeypatch):
+    folder, *_ = saved
+    engine, towers = fresh(folder)
+    checkpoint.resume(folder, engine, towers, {})
+    written, gate = checkpoint.Writer._write, threading.Event()
+    monkeypatch.setattr(checkpoint.Writer, "_write", lambda *given: gate.wait(60) and written(*given))
+    writer, weights = checkpoint.Writer(tmp_path, keep=1), towers.weights()
+    writer.save(engine, towers, {}, Cursor(3, 1, 3, 12, "plain"))
+    optimizer_steps(engine, towers, 1)
+    assert not (tmp_path / "LATEST").exists()
+    gate.set()
+    writer.wait()
+    saved_weights = Towers.load(checkpoint.named(tmp_path, "LATEST")).weights()
+    assert all(torch.equal(weights[name], saved_weights[name]) for name in weights)
+    assert not all(torch.equal(weights[name], value) for name, value in towers.weights().items())
+
+
+def test_what_goes_wrong_in_the_background_is_raised(saved, tmp_path):
+    _, engine, towers, _ = saved
+    (tmp_path / "file").write_text("")
+    writer = checkpoint.Writer(tmp_path / "file", keep=1)
+    writer.save(engine, towers, {}, Cursor(3, 1, 3, 12, "plain"))
+    with pytest.raises(OSError, match="file"):
+        writer.wait()
 
 
 def test_pointer_to_a_checkpoint_that_is_gone_is_an_error(tmp_path):

@@ -99,3 +99,22 @@ def test_resumed_steps_equal_uninterrupted_ones_at_each_zero_stage(tmp_path):
             assert torch.equal(whole["losses"], parts["losses"]), case
             for name, weight in whole["weights"].items():
                 assert torch.equal(weight, parts["weights"][name]), (case, name)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_other_ranks_and_back_at_each_zero_stage(tmp_path):
+    """Steps 1 and 2 on two ranks, 3 on one, 4 on two again: the losses, weights and pool of plain torch."""
+    reference = plain_torch("vit", "clip", tmp_path)
+    for ranks, steps in ((2, "1-2"), (1, "3-3"), (2, "4-4")):
+        cases = [f"{case},{steps}" for case in STAGES]
+        done = torchrun(ranks, str(HERE / "ranks_steps.py"), str(tmp_path), *cases)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers = torch.load(tmp_path / f"{ranks}-0.pt", weights_only=True)
+        first, last = map(int, steps.split("-"))
+        for case in cases:
+            ours = answers[case]
+            assert torch.allclose(ours["losses"], reference["losses"][first - 1 : last], atol=1e-5, rtol=0), case
+            if last == 4:
+                assert torch.allclose(ours["pool"], reference["pool"], atol=1e-5), case
+                for name, weight in ours["weights"].items():
+                    assert torch.allclose(weight, reference["weights"][name], atol=1e-5), (case, name)
