@@ -9,6 +9,7 @@ Letters: B local batch.
 
 import math
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def augment(images: Tensor, ids: Tensor, config: AugmentConfig, *, seed: int, ep
     """Random crop, flip, brightness, contrast, saturation, hue, grey and blur.
 
     Args:
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, 3, H, W) uint8, or float in [0, 1].
         ids: (B,) int64 sample ids.
         size: Side of the result, in pixels.
 
@@ -37,7 +38,9 @@ def augment(images: Tensor, ids: Tensor, config: AugmentConfig, *, seed: int, ep
     uniform = _draws(ids, seed, epoch).to(images.device)
     if strengths.crop_scale != (1.0, 1.0) or strengths.flip or images.shape[-2:] != (size, size):
         box = crop_boxes(uniform[:, :4], strengths.crop_scale)
-        images = crop_and_flip(images, box, uniform[:, 4] < strengths.flip, size)
+        crop = _crop_and_flip_bytes if images.dtype == torch.uint8 and images.device.type == "cpu" else crop_and_flip
+        images = crop(as_float(images) if crop is crop_and_flip else images, box, uniform[:, 4] < strengths.flip, size)
+    images = as_float(images)
     if strengths.jitter or strengths.hue:
         images = _jitter(images, uniform, strengths)
     if strengths.gray:
@@ -73,6 +76,26 @@ def crop_and_flip(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tenso
     theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Bytes to [0, 1]; what is float already stays."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _crop_and_flip_bytes(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
+    """`crop_and_flip` of bytes to bytes, by OpenCV: on a CPU a tenth of the time, for an error of some 1/255."""
+    rows, _, height_px, width_px = images.shape
+    cropped = np.empty((rows, size, size, 3), dtype=np.uint8)
+    shares = zip(images.permute(0, 2, 3, 1).numpy(), box.tolist(), flip.tolist(), cropped, strict=True)
+    for image, (left, top, width, height), mirrored, out in shares:
+        # pixel centres: x_in + 1/2 = W (left + width (x_out + 1/2) / size)
+        dx, dy = width * width_px / size, height * height_px / size
+        x = left * width_px + dx / 2 - 0.5 if not mirrored else (left + width) * width_px - dx / 2 - 0.5
+        to_input = np.array([[-dx if mirrored else dx, 0, x], [0, dy, top * height_px + dy / 2 - 0.5]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cv2.warpAffine(image, to_input, (size, size), dst=out, flags=flags, borderMode=cv2.BORDER_REFLECT)
+    return torch.from_numpy(cropped).permute(0, 3, 1, 2)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:

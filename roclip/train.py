@@ -121,7 +121,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 defence.prefill(stream.epoch(snapshot, 0))
             defended = defence.step(batch, at) if defence else None
             phase = defended.phase if defended else "plain"
-            pixels = batch.images.to(device).float().div(255)
+            pixels = batch.images.to(device, non_blocking=True)
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
             (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
                 engine,

@@ -3,7 +3,15 @@ import torch
 from torchvision.transforms.v2 import functional as reference
 
 from roclip import augment as module
-from roclip.augment import adjust_contrast, adjust_hue, adjust_saturation, augment, crop_and_flip, gaussian_blur
+from roclip.augment import (
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    augment,
+    crop_and_flip,
+    crop_boxes,
+    gaussian_blur,
+)
 from roclip.config import AugmentConfig
 from roclip.errors import ConfigError
 
@@ -67,6 +75,26 @@ def test_crop_and_flip_match_torchvision():
         theirs = reference.resized_crop(image, top, left, height, width, [40, 40], antialias=False)
         theirs = reference.horizontal_flip(theirs) if mirrored else theirs
         assert torch.allclose(ours[:, 4:-4, 4:-4], theirs[:, 4:-4, 4:-4], atol=1e-4)
+
+
+def test_bytes_are_cropped_as_floats_are():
+    generator = torch.Generator().manual_seed(0)
+    pictures = (images(16) * 255).round().byte()
+    box = crop_boxes(torch.rand(16, 4, generator=generator), (0.1, 1.0))
+    flip = torch.rand(16, generator=generator) < 0.5
+    for size in (17, 32, 50):
+        got = module._crop_and_flip_bytes(pictures, box, flip, size).float() / 255
+        expected = crop_and_flip(pictures.float() / 255, box, flip, size)
+        assert (got - expected).abs().max() < 0.02
+        assert (got - expected).abs().mean() < 0.005
+
+
+def test_bytes_and_floats_are_augmented_alike():
+    pictures, ids = (images(6) * 255).round().byte(), torch.arange(6)
+    got = augment(pictures, ids, STRONG, seed=1, epoch=2, size=24)
+    expected = augment(pictures.float() / 255, ids, STRONG, seed=1, epoch=2, size=24)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 0.05
 
 
 def test_gray_matches_torchvision():
