@@ -123,6 +123,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
             phase = defended.phase if defended else "plain"
             pixels = batch.images.to(device, non_blocking=True)
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
+            buffers = [buffer.clone() for buffer in towers.buffers()] if config.train.on_divergence == "skip" else []
             (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
                 engine,
                 pixels,
@@ -131,7 +132,8 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 text_gradient=not defended or defended.kind != "matched",
             )
             lesson = Lesson(text_features, batch.valid.to(device))
-            if defended:
+            finite = _is_finite("features", image_features.sum() + text_features.sum(), step + 1, batch, config)
+            if defended and finite:
                 lesson = defended.lesson(image_features, text_features, lesson.keep)
             loss = LOSSES[config.train.loss](
                 image_features,
@@ -141,13 +143,15 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 keep=lesson.keep,
                 same_caption=lesson.learns_from if config.pool.duplicates == "mask" else None,
             )
-            if _is_finite(loss, step + 1, batch, config):
+            if finite and _is_finite("loss", loss, step + 1, batch, config):
                 backward(loss)
                 optimizer_step(engine, towers)
                 if defended:
                     defended.remember(image_features, text_features.detach(), lesson)
             else:
                 skipped += 1
+                for buffer, before in zip(towers.buffers(), buffers, strict=True):
+                    buffer.copy_(before)  # batch norm has seen the step
             step += 1
             samples_seen += config.train.global_batch_size
             # ---- say and save -------------------------------------------------------------------------------
@@ -249,12 +253,12 @@ def _check_bad(batch: Batch, bad: int, step_in_epoch: int, snapshot: Snapshot, c
         )
 
 
-def _is_finite(loss: Tensor, step: int, batch: Batch, config: Config) -> bool:
+def _is_finite(what: str, value: Tensor, step: int, batch: Batch, config: Config) -> bool:
     """Whether the step may be taken: the same answer on every rank. Raises `TrainingError` unless the config skips."""
-    if torch.isfinite(distributed.all_sum(loss)):
+    if torch.isfinite(distributed.all_sum(value)):
         return True
     told = (
-        f"step {step}: the loss is not finite (this rank: {loss.item()}), before the update. Samples "
+        f"step {step}: {what} not finite (this rank: {value.item()}), before the update. Samples "
         f"{batch.ids[:3].tolist()} …."
     )
     if config.train.on_divergence == "skip":

@@ -44,15 +44,21 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path):
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path, blow):
     finish(run(config_file, f"run_dir={tmp_path}/whole"))
     killed = run(config_file, f"run_dir={tmp_path}/killed")
     metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
     while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch
         assert killed.poll() is None
         time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    os.kill(killed.pid, blow)
+    _, said = killed.communicate()
+    assert killed.returncode == (143 if blow == signal.SIGTERM else -signal.SIGKILL), said
+    if blow == signal.SIGTERM:
+        reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
+        assert read_metrics(metrics)[-1]["step"] == reached
+        assert f"saved at step {reached}" in said
     finish(run(config_file, f"run_dir={tmp_path}/killed"))
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
     for file in ("open_clip_model", "pool", "gate", "witnesses"):
@@ -92,6 +98,31 @@ def test_two_ranks_train_and_resume(config_file, tmp_path):
     more = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=3", "arms=[roclip]")
     assert more.returncode == 0, more.stderr
     assert read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")[-1]["step"] == 18
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_before_the_update_or_is_left_out(config_file, tmp_path):
+    wild = ["arms=[clip]", "train.epochs=1", "train.lr=1e30"]
+    stopped = run(config_file, *wild)
+    _, said = stopped.communicate(timeout=600)
+    assert stopped.returncode == 6
+    assert "step 2: features not finite (this rank: nan), before the update" in said
+    finish(run(config_file, *wild, "train.on_divergence=skip", f"run_dir={tmp_path}/skipped"))
+    rows = read_metrics(tmp_path / "skipped" / "clip" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == list(range(6))
+    weights = load_file(
+        checkpoint.named(tmp_path / "skipped" / "clip" / "checkpoints", "LATEST") / "open_clip_model.safetensors"
+    )
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.slow
+def test_checkpoints_are_also_made_by_the_clock(config_file, tmp_path):
+    finish(
+        run(config_file, "arms=[clip]", "train.epochs=1", "train.checkpoint_every_s=1e-6", "train.keep_checkpoints=9")
+    )
+    steps = sorted(path.name for path in (tmp_path / "run" / "clip" / "checkpoints").glob("step-*"))
+    assert steps == [f"step-{step:08d}" for step in range(1, 7)]
 
 
 def test_error_is_one_line_with_its_exit_code(tmp_path):
