@@ -71,11 +71,11 @@ def dose_response(
             axes.fill_between(shares, low, high, color=color, alpha=0.12, linewidth=0)
             axes.plot(shares, [result["rate"] for result in results], color=color, marker="o", markersize=4, label=arm)
         axes.set_xscale("log")
-        axes.set_xticks(sorted(ticks), minor=False)
+        axes.set_xticks(_apart(ticks), minor=False)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(-0.04, 1.04)
         axes.set_xlabel(f"{attack} poisons in the data")
-        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.2g} %"))
     if panels:
         panels[0].set_ylabel("attack success")
         panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -105,6 +105,15 @@ def save(figure: Figure, folder: Path, stem: str) -> Markup:
     write_atomic(folder / f"{stem}.svg", text.getvalue())
     write_atomic(folder / f"{stem}.png", pixels.getvalue())
     return Markup(inline_svg(text.getvalue()))  # drawn from numbers and checked names only
+
+
+def _apart(shares: Iterable[float], least: float = 1.5) -> list[float]:
+    """Of the shares those whose labels do not touch on a logarithmic axis: each at least so many times the one before."""
+    kept: list[float] = []
+    for share in sorted(shares):
+        if not kept or share >= least * kept[-1]:
+            kept.append(share)
+    return kept
 
 
 def _doses(
