@@ -85,7 +85,7 @@ def test_bytes_are_cropped_as_floats_are():
     for size in (17, 32, 50):
         got = module._crop_and_flip_bytes(pictures, box, flip, size).float() / 255
         expected = crop_and_flip(pictures.float() / 255, box, flip, size)
-        assert (got - expected).abs().max() < 0.02
+        assert (got - expected).abs().max() < 1 / 32  # OpenCV weighs pixels in steps of 1/32
         assert (got - expected).abs().mean() < 0.005
 
 
