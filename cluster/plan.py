@@ -92,7 +92,7 @@ def make_plan(config: Config) -> Plan:
         parameters=weight_count,
         embed_dim=model["embed_dim"],
         ranks=config.cluster.workers,
-        batch_per_rank=train.global_batch_size // config.cluster.workers,
+        batch_per_rank=-(-train.global_batch_size // config.cluster.workers),
         pool_bytes=pool_bytes,
         download_bytes=0 if not config.data.urls else None if rows is None else rows * DOWNLOAD_BYTES,
         shard_bytes=0 if not ingests(config) else None if rows is None else round(rows * STORED_BYTES * scale),

@@ -54,7 +54,8 @@ def forward(
             found.append(engine(*batch, text_gradient=text_gradient))
     image_features, text_features = (torch.cat(column) for column in list(zip(*found, strict=True))[:2])
     leaves = (image_features.requires_grad_(), text_features.requires_grad_(text_gradient))
-    leaves += tuple(value.requires_grad_() for value in found[0][2:])
+    # detached: the bias is a weight itself, whose .grad is the second pass's to fill
+    leaves += tuple(value.detach().requires_grad_() for value in found[0][2:])
 
     def backward(loss: Tensor) -> None:
         loss.backward()

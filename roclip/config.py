@@ -49,12 +49,6 @@ class Config:
             raise ConfigError(f"arms: expected one or more different arms, got {list(self.arms)}.")
         if not self.name or any(not (c.isalnum() or c in "-_.") for c in self.name):
             raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', got {self.name!r}.")
-        batch, workers = self.train.global_batch_size, self.cluster.workers
-        if batch % workers:
-            raise ConfigError(
-                f"train.global_batch_size: expected a multiple of cluster.workers = {workers}, got {batch}. "
-                f"Set {batch // workers * workers or workers}."
-            )
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

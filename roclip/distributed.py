@@ -37,6 +37,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Each rank's `value`, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def broadcast(value: Tensor) -> Tensor:
     """Rank 0's `value`, of the same shape on every rank."""
     if world_size() == 1:

@@ -8,12 +8,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
-from torch import nn
+from torch import Tensor, nn
 
 from roclip import distributed
 from roclip.config import TrainConfig
-from roclip.errors import ConfigError
 from roclip.model import MAX_LOG_SCALE, Towers
+from roclip.stream import rows_of_rank
 
 
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
@@ -43,19 +43,13 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed settings of a run. Gradient clipping is always named: DeepSpeed clips at 1.0 unless told not to.
 
     ZeRO-1 on one rank in fp32 is stage 0: there is nobody to share with, and it would copy each gradient and weight.
-
-    Raises `ConfigError` if the global batch does not divide into ranks and pieces.
     """
-    batch, pieces = config.global_batch_size, config.grad_accum_steps
-    if batch % (world_size * pieces):
-        raise ConfigError(
-            f"train.global_batch_size: expected a multiple of ranks x train.grad_accum_steps = {world_size} x {pieces}, "
-            f"got {batch}. Set {max(batch // (world_size * pieces), 1) * world_size * pieces}."
-        )
+    pieces = config.grad_accum_steps
+    rows = rows_of_rank(config.global_batch_size, world_size, pieces)
     alone = world_size == 1 and config.zero_stage == 1 and config.precision == "fp32"
     return {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // (world_size * pieces),
+        "train_batch_size": rows * world_size,
+        "train_micro_batch_size_per_gpu": rows // pieces,
         "gradient_accumulation_steps": pieces,
         "gradient_clipping": config.grad_clip_norm,
         "zero_optimization": {"stage": 0 if alone else config.zero_stage},
@@ -101,6 +95,38 @@ def step(engine: Any, towers: Towers) -> None:
     gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if gradients is not None:
         gradients.zero_()
+
+
+def gradients(engine: Any) -> tuple[list[Tensor], bool]:
+    """What this rank holds of the mean gradients between the backward pass and the step, and whether that is a part of its
+    own (ZeRO) or all of them."""
+    if engine.zero_optimization_stage() == 0:
+        return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None], False
+    if hasattr(engine.optimizer, "fp32_groups_gradients_flat"):  # ZeRO 1 in bf16 divides the weights' copy only
+        return engine.optimizer.fp32_groups_gradients_flat, False
+    held = engine.optimizer.averaged_gradients.values()
+    return [gradient for group in held if group is not None for gradient in group if gradient is not None], True
+
+
+def gradient_norm(engine: Any) -> Tensor:
+    """The norm of the mean gradient over all weights, before clipping: a scalar, the same on all ranks."""
+    held, in_parts = gradients(engine)
+    norms = torch._foreach_norm([gradient.float() for gradient in held])
+    square = torch.stack([*norms, torch.zeros((), device=engine.device)]).square().sum()
+    return (distributed.all_sum(square) if in_parts else square).sqrt()
+
+
+def leave_out(engine: Any, towers: Towers) -> None:
+    """Instead of `step`: forget the gradients of the backward pass. No weight or moment changes.
+
+    ZeRO has its own way to leave a step out, which it goes where a gradient is not finite.
+    """
+    if engine.zero_optimization_stage() == 0:
+        engine.zero_grad()
+        return
+    for gradient in gradients(engine)[0]:
+        gradient.fill_(torch.nan)
+    step(engine, towers)
 
 
 def clamp_logit_scale(towers: Towers) -> None:

@@ -39,7 +39,14 @@ METRICS: dict[str, Metric] = {
         Metric("samples_per_s", "samples/s", "pairs a second since the last logged step, over all ranks"),
         Metric("data_wait_frac", "1", "share of the time in which the step waited for its batch", "mean"),
         Metric("bad_samples", "samples", "samples of the epoch that could not be read", "sum"),
-        Metric("skipped_steps", "steps", "steps left out since the start or resume, as their loss was not finite"),
+        Metric("bad_reasons", "samples", "the same by reason, as an object", "sum"),
+        Metric("left_out_steps", "steps", "steps left out so far, as `train.on_divergence` says; see diverged.json"),
+        Metric("grad_norm", "1", "norm of the global batch's gradient over all weights, before clipping"),
+        Metric("step_s_p50", "s", "time of a step since the last logged one, median; a list, by rank"),
+        Metric("step_s_p99", "s", "the same, 99 % quantile"),
+        Metric("cache_hits", "shards", "shards opened since the last logged step that lay in the cache", "sum"),
+        Metric("cache_misses", "shards", "those that were fetched from the store", "sum"),
+        Metric("eta_s", "s", "time that is left at the pace since the start or resume"),
         Metric("pool_similarity", "1", "mean cosine of an image and its nearest caption in the pool"),
         Metric("pool_similarity_p10", "1", "the same, 10 % quantile"),
         Metric("pool_similarity_p50", "1", "the same, median"),
@@ -73,6 +80,9 @@ class MetricsWriter:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Nothing is left to do: each row is on the disk."""
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -4,19 +4,53 @@ Shards are permuted and dealt to V virtual streams. Each stream shuffles its sam
 streams take turns, `run_length` samples a turn, until all are empty. What stands at a position is computed when it is asked
 for, so that a plan of billions of samples takes a few numbers a shard, and a resume no time. It does not know of ranks.
 
-Letters: S shards, V streams, N samples.
+Letters: S shards, V streams, N samples, T visits to shards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+_OF_VISITS = 2**63
+"""A stream number that no stream has: random numbers of their own."""
+
+
+def visits(
+    sources: Sequence[str], weights: Mapping[str, float], *, seed: int, epoch: int, resampled: bool = False
+) -> np.ndarray:
+    """Which shards an epoch reads, some of them more than once.
+
+    A shard of a source of weight w is read floor(w) times, and once more if it is among the share w - floor(w) of its
+    source's shards that is drawn for this epoch. With `resampled` as many shards are drawn with replacement instead, in
+    proportion to their weights.
+
+    Args:
+        sources: (S,) the source of each shard of the snapshot, in its order.
+        weights: By source; a source that is not named has 1.
+
+    Returns:
+        (T,) int64 numbers of shards, ascending.
+    """
+    if not weights and not resampled:
+        return np.arange(len(sources))
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, _OF_VISITS, 0]))
+    names, which = np.unique(np.asarray(sources, dtype=object), return_inverse=True)
+    weight = np.array([weights.get(name, 1.0) for name in names])
+    times = np.floor(weight).astype(np.int64)[which]
+    for number, share in enumerate(weight % 1):
+        held = np.flatnonzero(which == number)
+        times[generator.permutation(held)[: round(share * len(held))]] += 1
+    if resampled:
+        drawn = generator.choice(len(which), size=times.sum(), p=weight[which] / weight[which].sum())
+        times = np.bincount(drawn, minlength=len(which))
+    return np.repeat(np.arange(len(which)), times)
 
 
 class EpochOrder:
     """Position in the epoch -> (shard, sample), each of the N samples exactly once.
 
     Args:
-        samples: (S,) samples of each shard of the snapshot, in its order.
+        samples: (S,) samples of each shard, in the snapshot's order.
         streams: V; with fewer shards, their number.
         shuffle_buffer: Samples that a stream shuffles at a time.
         run_length: ceil(G / V), so that the rows of one rank come from few streams.

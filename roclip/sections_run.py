@@ -40,6 +40,13 @@ class DataConfig:
     """How long training waits for `min_shards` before it gives up."""
     max_bad_frac: float = 0.1
     """Share of unreadable samples (of those fetched) above which a shard or an epoch is an error."""
+    upsampling: tuple[float, ...] = ()
+    """How often an epoch reads each source of `shards`, in their order, such as 1.5; empty is once each."""
+    resampled: bool = False
+    """Draw the shards of an epoch with replacement, as webdataset's users are used to, instead of each in its turn."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """Samples at an epoch's end that do not fill a global batch: left to another epoch, or a step of their own, whose
+    other rows are left out of the loss."""
     streams: int = 16
     """Virtual streams V of the sample order; the order does not depend on the number of ranks."""
     shuffle_buffer: int = 1024
@@ -49,6 +56,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive(self, "data", "min_shards", "streams", "shuffle_buffer", "wait_s")
+        sources = len(self.shards.split("::"))
+        if self.upsampling and (
+            len(self.upsampling) != sources or min(self.upsampling) < 0 or not any(self.upsampling)
+        ):
+            raise ConfigError(
+                f"data.upsampling: expected {sources} numbers from 0 on, not all 0, one for each source of data.shards, "
+                f"got {list(self.upsampling)}."
+            )
         fraction(self, "data", "max_bad_frac")
         if sum(map(bool, (self.urls, self.images, self.scenes, self.shards))) == 0:
             raise ConfigError(

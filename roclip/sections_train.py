@@ -228,13 +228,23 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every_epochs: int = 0
     """Also keep the checkpoint at the end of every so manieth epoch; 0 keeps none of them."""
-    on_divergence: Literal["stop", "skip"] = "stop"
-    """What a loss that is not finite does: end the training before the update, or leave the step out."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """What a loss or gradient that is not finite, or a spike, does before the update: end the training, leave the step out,
+    or go back to the last checkpoint and leave the step out when it comes by again."""
+    max_left_out: int = 20
+    """Steps that may be left out before the training ends all the same."""
+    spike_factor: float = 0.0
+    """Loss or gradient norm that counts as a spike, as a multiple of its median over the last 64 steps of the kind; 0 is
+    none."""
+    mirrors: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where `metrics.jsonl` is shown too: TensorBoard files beside it, Weights & Biases."""
     log_every_steps: int = 10
 
     def __post_init__(self) -> None:
         positive(self, "train", "epochs", "global_batch_size", "lr", "checkpoint_every_steps", "log_every_steps")
-        positive(self, "train", "keep_checkpoints", "grad_accum_steps")
+        positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ConfigError(f"train.spike_factor: expected more than 1, or 0 for none, got {self.spike_factor}.")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError(
                 "train.zero_stage: with train.precision=bf16 expected 1 or more, got 0: DeepSpeed's optimizer of that "

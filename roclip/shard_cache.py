@@ -63,16 +63,20 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self.hits = self.misses = 0
+        """Shards that lay here when they were asked for, and those that were fetched, by this process."""
 
     def get(self, root: Path, record: ShardRecord) -> Path:
         """The local copy of a shard of `root`, a store. Raises `ShardUnreadableError` after `ATTEMPTS` failed ones."""
         path = self.folder / f"{record.sha256}.tar"
         try:
             os.utime(path)  # used now
+            self.hits += 1
             return path
         except FileNotFoundError:
             pass
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.misses += 1
         patiently(lambda: self._fetch(root / record.name, path, record))
         self._evict(path)
         return path

@@ -53,6 +53,8 @@ class ShardRecord:
     """Rows of the URL list that this shard stands for."""
     failed: dict[str, int] = field(default_factory=dict)
     """Rows that gave no usable sample, by reason."""
+    source: str = ""
+    """The pattern that it came from, of several."""
 
 
 class Manifest:

@@ -3,14 +3,15 @@
 An epoch is one pass over the manifest as it stood when the epoch began; shards published later join the next one.
 The order does not depend on the number of ranks, so the whole state is (epoch, samples seen in it).
 
-Letters: B local batch, G global batch = B x world size, L caption tokens, V streams.
+Letters: B local batch, G global batch, L caption tokens, V streams, T visits to shards.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from roclip.errors import DataError, ShardError
-from roclip.order import EpochOrder
+from roclip.order import EpochOrder, visits
 from roclip.reader import BadSampleError, Readers, decode
 from roclip.shard_cache import ShardCache
 from roclip.shards import Manifest, ShardRecord, digest
@@ -35,14 +36,19 @@ class Batch:
     ids: Tensor
     """(B,) int64: the sample keys as numbers."""
     valid: Tensor
-    """(B,) bool: false where the sample could not be read; its pixels are zero and it must not enter the loss."""
+    """(B,) bool: false where the sample could not be read, its pixels then being zero, and in rows beyond the global
+    batch: they must not enter the loss."""
     bad: tuple[tuple[str, str], ...]
     """(shard and key, reason) of the samples that could not be read."""
+    cache_hits: int = 0
+    """Shards that were opened for this batch and lay in the cache."""
+    cache_misses: int = 0
+    """Those that had to be fetched."""
 
     def pin_memory(self) -> "Batch":
         """With its tensors in page-locked memory; torch's loader calls it before a GPU takes them."""
         images, tokens, ids, valid = (t.pin_memory() for t in (self.images, self.tokens, self.ids, self.valid))
-        return Batch(images, tokens, ids, valid, self.bad)
+        return replace(self, images=images, tokens=tokens, ids=ids, valid=valid)
 
 
 @dataclass(frozen=True)
@@ -102,11 +108,19 @@ def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float) -> None:
 class Stream:
     """Batches of this rank out of a folder of shards.
 
+    Each rank has B = ceil(G / world size) rows, a multiple of `pieces`. Rows beyond the global batch, or beyond the epoch,
+    hold some other sample and are not valid, so that they change no loss.
+
     Args:
         shards: Folder with the manifest.
         tokenize: Captions to tokens (B, L).
         image_size: S, side of the images in a batch, in pixels.
-        global_batch_size: G. The last samples of an epoch that do not fill a global batch are left to the next one.
+        global_batch_size: G.
+        last_batch: The samples at an epoch's end that do not fill a global batch: `drop` leaves them to another epoch, `pad`
+            gives them a step of their own.
+        weights: How often an epoch reads the samples of a source, by its name; 1 where it has none. See `order.visits`.
+        resampled: Draw an epoch's shards with replacement.
+        pieces: Into which a rank's rows must divide.
         workers: Processes that read ahead; 0 reads in this process.
         cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
@@ -124,69 +138,114 @@ class Stream:
         seed: int,
         streams: int,
         shuffle_buffer: int,
+        last_batch: Literal["drop", "pad"] = "drop",
+        weights: Mapping[str, float] | None = None,
+        resampled: bool = False,
+        pieces: int = 1,
         workers: int = 0,
         cache: ShardCache | None = None,
         edit: Callable[[str, int, int], str] | None = None,
     ):
         self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
         self.cache, self.edit = cache, edit
-        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
+        self.global_batch_size, self.rank, self.last_batch = global_batch_size, rank, last_batch
+        self.rows = rows_of_rank(global_batch_size, world_size, pieces)
+        self.weights, self.resampled = weights or {}, resampled
         self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
 
-    def steps(self, snapshot: Snapshot) -> int:
-        """Steps of an epoch over this snapshot. Raises `DataError` when there is not even one."""
-        if snapshot.samples < self.global_batch_size:
-            raise DataError(
-                f"{self.shards}: expected at least a global batch of {self.global_batch_size} samples, the manifest "
-                f"has {snapshot.samples}. Raise data.min_shards or lower train.global_batch_size."
-            )
-        return snapshot.samples // self.global_batch_size
-
-    def epoch(self, snapshot: Snapshot, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `first_step` (counted from 0) on. A resume reads nothing that was seen."""
+    def plan(self, snapshot: Snapshot, epoch: int) -> "Plan":
+        """What an epoch over this snapshot reads, and when. Raises `DataError` when it has not even one step."""
+        shards = visits(
+            [record.source for record in snapshot.records],
+            self.weights,
+            seed=self.seed,
+            epoch=epoch,
+            resampled=self.resampled,
+        )
         order = EpochOrder(
-            [record.samples for record in snapshot.records],
+            [snapshot.records[shard].samples for shard in shards],
             seed=self.seed,
             epoch=epoch,
             streams=self.streams,
             shuffle_buffer=self.shuffle_buffer,
             run_length=math.ceil(self.global_batch_size / self.streams),
         )
-        rows = self.global_batch_size // self.world_size
-        starts = range(
-            first_step * self.global_batch_size + self.rank * rows,
-            self.steps(snapshot) * self.global_batch_size,
-            self.global_batch_size,
-        )
-        dataset = _Batches(self, snapshot.records, order, starts, rows, epoch)
+        batch = self.global_batch_size
+        steps = -(-len(order) // batch) if self.last_batch == "pad" else len(order) // batch
+        if not steps:
+            raise DataError(
+                f"{self.shards}: expected at least a global batch of {batch} samples, epoch {epoch} has {len(order)}. "
+                "Raise data.min_shards, lower train.global_batch_size or set data.last_batch=pad."
+            )
+        return Plan(snapshot, epoch, shards, order, batch, steps)
+
+    def epoch(self, snapshot: Snapshot, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of `plan(snapshot, epoch)`."""
+        return self.batches(self.plan(snapshot, epoch), first_step)
+
+    def batches(self, plan: "Plan", first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `first_step` (counted from 0) on. A resume reads nothing that was seen."""
+        dataset = _Batches(self, plan, range(first_step, plan.steps))
         pin = torch.cuda.is_available()
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers, pin_memory=pin))
+
+    def where(self, plan: "Plan", step: int) -> list[str]:
+        """Shard and key of each sample of a whole global batch, `step` counted from 0: names for people."""
+        readers = Readers(self.shards, plan.snapshot.records)
+        places = plan.samples_at(np.arange(step * plan.batch, min((step + 1) * plan.batch, plan.samples)))
+        return [f"{readers[shard].record.name} {readers[shard].key(sample)}" for shard, sample in places.tolist()]
+
+
+def rows_of_rank(global_batch_size: int, world_size: int, pieces: int = 1) -> int:
+    """B, the rows of each rank: enough for the global batch, and a multiple of `pieces`."""
+    return -(-global_batch_size // (world_size * pieces)) * pieces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch before it begins: how many steps it has, and which samples stand at each."""
+
+    snapshot: Snapshot
+    epoch: int
+    shards: np.ndarray
+    """(T,) numbers of the snapshot's shards, one a visit."""
+    order: EpochOrder
+    """Of the visits."""
+    batch: int
+    """G."""
+    steps: int
+
+    @property
+    def samples(self) -> int:
+        """That enter a step of the epoch."""
+        return min(len(self.order), self.steps * self.batch)
+
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) positions in the epoch to (n, 2) rows of (number of the shard in the snapshot, sample)."""
+        places = self.order.at(positions)
+        places[:, 0] = self.shards[places[:, 0]]
+        return places
 
 
 class _Batches(Dataset):
     """Batch number -> Batch; a map-style dataset, so that the loader may read ahead in other processes."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        records: tuple[ShardRecord, ...],
-        order: EpochOrder,
-        starts: Sequence[int],
-        rows: int,
-        epoch: int,
-    ):
-        self.stream, self.order, self.starts, self.rows, self.epoch = stream, order, starts, rows, epoch
-        self.readers = Readers(stream.shards, records, stream.cache)
+    def __init__(self, stream: Stream, plan: Plan, steps: range):
+        self.stream, self.plan, self.steps = stream, plan, steps
+        self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.steps)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = self.order.at(self.starts[number] + np.arange(self.rows)).tolist()
-        size = self.stream.image_size
+        stream, plan, step = self.stream, self.plan, self.steps[number]
+        positions = step * plan.batch + stream.rank * stream.rows + np.arange(stream.rows)
+        inside = positions < min((step + 1) * plan.batch, plan.samples)
+        rows = plan.samples_at(np.where(inside, positions, positions % len(plan.order))).tolist()
+        size, cached = stream.image_size, _counts(stream.cache)
         images = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
         ids = torch.zeros(len(rows), dtype=torch.int64)
-        valid = torch.ones(len(rows), dtype=torch.bool)
+        valid = torch.from_numpy(inside)
         captions: list[str] = [""] * len(rows)
         bad = []
         for row, (shard, sample) in enumerate(rows):
@@ -195,10 +254,16 @@ class _Batches(Dataset):
             try:
                 encoded, captions[row] = reader.read(sample)
                 images[row] = decode(encoded, size)
-                if self.stream.edit:
-                    captions[row] = self.stream.edit(captions[row], int(ids[row]), self.epoch)
+                if stream.edit:
+                    captions[row] = stream.edit(captions[row], int(ids[row]), plan.epoch)
             except BadSampleError as error:
+                if inside[row]:
+                    bad.append((f"{reader.record.name} {reader.key(sample)}", str(error)))
                 valid[row] = False
-                bad.append((f"{reader.record.name} {reader.key(sample)}", str(error)))
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pixels, self.stream.tokenize(captions), ids, valid, tuple(bad))
+        hits, misses = (now - before for now, before in zip(_counts(stream.cache), cached, strict=True))
+        return Batch(pixels, stream.tokenize(captions), ids, valid, tuple(bad), hits, misses)
+
+
+def _counts(cache: ShardCache | None) -> tuple[int, int]:
+    return (cache.hits, cache.misses) if cache else (0, 0)

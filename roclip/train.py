@@ -7,8 +7,8 @@ Runs under Ray Train (`cluster/train_job.py`), under `torchrun -m roclip.train C
 Letters: B local batch, G global batch, D feature width, L caption tokens.
 """
 
+import contextlib
 import json
-import logging
 import math
 import os
 import sys
@@ -25,12 +25,16 @@ from roclip.augment import augment
 from roclip.checkpoint import Cursor
 from roclip.config import Config, dump_config, environment_defaults, load_config, model_file, run_directory
 from roclip.defence import Defence, Lesson
-from roclip.engine import build_engine, set_lr
+from roclip.divergence import Divergence
+from roclip.eda import caption_edits
+from roclip.engine import build_engine, gradient_norm, leave_out, set_lr
 from roclip.engine import step as optimizer_step
 from roclip.errors import DataError, RoclipError, StoppedError, TrainingError
 from roclip.leaving import Leaving
 from roclip.loss import LOSSES
+from roclip.meter import Meter
 from roclip.metrics import MetricsWriter
+from roclip.mirrors import mirrors
 from roclip.model import Towers
 from roclip.schedule import Position
 from roclip.shard_cache import shard_cache
@@ -57,12 +61,18 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
 
     Raises:
         DataError: no shards came in time, or too many samples cannot be read.
-        TrainingError: a loss is not finite.
+        TrainingError: a loss or gradient is not finite or a spike, and `train.on_divergence` says stop.
         CheckpointError: the checkpoint to resume from was altered.
         StoppedError: SIGTERM came, and where training stood is saved.
     """
     with Leaving() as leaving:
-        return _train(config, arm, run, name, on_epoch_end, leaving)
+        while True:
+            with contextlib.suppress(_RolledBackError):
+                return _train(config, arm, run, name, on_epoch_end, leaving)
+
+
+class _RolledBackError(Exception):
+    """Training is to begin again at the last checkpoint."""
 
 
 def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEnd | None, leaving: Leaving) -> Path:
@@ -72,7 +82,9 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
     engine = build_engine(towers, config.train)
     rank, world_size, device = distributed.rank(), distributed.world_size(), engine.device
     defence = Defence(config, towers, device, _ground_truth(run)) if arm == "roclip" else None
-    parts = defence.parts if defence else {}
+    folder = run / (name or arm) / "checkpoints"
+    divergence = Divergence(config.train, folder.parent / "diverged.json")
+    parts = {**(defence.parts if defence else {}), **({"divergence": divergence} if config.train.spike_factor else {})}
     manifest = Manifest(config.data.shards or run / "shards")
     stream = Stream(
         manifest.root,
@@ -84,31 +96,40 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
         seed=config.seed,
         streams=config.data.streams,
         shuffle_buffer=config.data.shuffle_buffer,
+        last_batch=config.data.last_batch,
+        weights=dict(zip(config.data.shards.split("::"), config.data.upsampling, strict=False)),
+        resampled=config.data.resampled,
+        pieces=config.train.grad_accum_steps,
         workers=config.data.loader_workers,
         cache=shard_cache(config.data),
+        edit=caption_edits(config.augment, config.seed),
     )
     # ---- resume ---------------------------------------------------------------------------------------------
-    folder = run / (name or arm) / "checkpoints"
     cursor = checkpoint.resume(folder, engine, towers, parts) or Cursor(0, 1, 0, 0, "plain")
     writer = checkpoint.Writer(
         folder, keep=config.train.keep_checkpoints, keep_every_epochs=config.train.keep_every_epochs
     )
-    metrics = MetricsWriter(folder.parent / "metrics.jsonl", cursor.step) if rank == 0 else None
+    displays = []
+    if rank == 0:
+        displays = [
+            MetricsWriter(folder.parent / "metrics.jsonl", cursor.step),
+            *mirrors(config.train.mirrors, folder.parent, cursor.step),
+        ]
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
-    first_epoch, phase, saved_at, skipped = cursor.epoch, cursor.phase, time.monotonic(), 0
+    first_epoch, phase, saved_at, meter = cursor.epoch, cursor.phase, time.monotonic(), None
 
     for epoch in range(first_epoch, config.train.epochs + 1):
         # ---- an epoch ---------------------------------------------------------------------------------------
         snapshot = _agree_on_snapshot(config, manifest, run, epoch)
-        steps = stream.steps(snapshot)
-        bad_samples, waited_s, logged_at, logged_step = 0, 0.0, time.monotonic(), step
-        batches = stream.epoch(snapshot, epoch, first_step)
+        plan = stream.plan(snapshot, epoch)
+        steps, batches, bad_samples = plan.steps, stream.batches(plan, first_step), 0
+        meter = meter or Meter(epoch - 1 + first_step / steps, config.train.epochs)
+        meter.begin_epoch()
         towers.train()
         for step_in_epoch in range(first_step + 1, steps + 1):
             # ---- a step -------------------------------------------------------------------------------------
-            asked_at = time.monotonic()
-            batch = next(batches)
-            waited_s += time.monotonic() - asked_at
+            with meter.waiting():
+                batch = next(batches)
             due = 0 < config.train.checkpoint_every_s < time.monotonic() - saved_at and rank == 0
             bad, save_now, leave = _agree_on_counts(len(batch.bad), due, leaving.asked)
             bad_samples += bad
@@ -123,7 +144,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
             phase = defended.phase if defended else "plain"
             pixels = batch.images.to(device, non_blocking=True)
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
-            buffers = [buffer.clone() for buffer in towers.buffers()] if config.train.on_divergence == "skip" else []
+            buffers = [buffer.clone() for buffer in towers.buffers()] if config.train.on_divergence != "stop" else []
             (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
                 engine,
                 pixels,
@@ -132,8 +153,8 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 text_gradient=not defended or defended.kind != "matched",
             )
             lesson = Lesson(text_features, batch.valid.to(device))
-            finite = _is_finite("features", image_features.sum() + text_features.sum(), step + 1, batch, config)
-            if defended and finite:
+            wrong = divergence.in_features(image_features, text_features)
+            if defended and not wrong:
                 lesson = defended.lesson(image_features, text_features, lesson.keep)
             loss = LOSSES[config.train.loss](
                 image_features,
@@ -143,42 +164,46 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 keep=lesson.keep,
                 same_caption=lesson.learns_from if config.pool.duplicates == "mask" else None,
             )
-            if finite and _is_finite("loss", loss, step + 1, batch, config):
-                backward(loss)
+            backward(loss)
+            norm = gradient_norm(engine)
+            if not divergence.known(step + 1):
+                wrong = wrong or divergence.in_values(defended.kind if defended else "plain", loss, norm)
+                if wrong and divergence.handle(step + 1, wrong, stream.where(plan, step_in_epoch - 1)):
+                    writer.wait()
+                    raise _RolledBackError
+            if wrong or divergence.known(step + 1):
+                leave_out(engine, towers)
+                for buffer, before in zip(towers.buffers(), buffers, strict=True):
+                    buffer.copy_(before)  # batch norm has seen the step
+            else:
                 optimizer_step(engine, towers)
                 if defended:
                     defended.remember(image_features, text_features.detach(), lesson)
-            else:
-                skipped += 1
-                for buffer, before in zip(towers.buffers(), buffers, strict=True):
-                    buffer.copy_(before)  # batch norm has seen the step
             step += 1
-            samples_seen += config.train.global_batch_size
+            samples = min(plan.batch, plan.samples - (step_in_epoch - 1) * plan.batch)
+            samples_seen += samples
+            meter.step(batch, samples)
             # ---- say and save -------------------------------------------------------------------------------
             last = step_in_epoch == steps
             if last or step % config.train.log_every_steps == 0:
                 values = {name: _mean(value) for name, value in {"loss": loss, **lesson.seen}.items()}
-                elapsed_s = time.monotonic() - logged_at
-                if metrics:
-                    metrics.write(
-                        {
-                            "step": step,
-                            "epoch": epoch,
-                            "progress": epoch - 1 + step_in_epoch / steps,
-                            "epochs": config.train.epochs,
-                            "phase": phase,
-                            "samples_seen": samples_seen,
-                            "lr": lr,
-                            "logit_scale": float(logit_scale.detach()),
-                            "samples_per_s": (step - logged_step) * config.train.global_batch_size / elapsed_s,
-                            "data_wait_frac": waited_s / elapsed_s,
-                            "bad_samples": bad_samples,
-                            "skipped_steps": skipped,
-                            **({"pool_count": defence.pool.count} if defence else {}),
-                            **values,
-                        }
-                    )
-                waited_s, logged_at, logged_step = 0.0, time.monotonic(), step
+                row = {
+                    "step": step,
+                    "epoch": epoch,
+                    "progress": epoch - 1 + step_in_epoch / steps,
+                    "epochs": config.train.epochs,
+                    "phase": phase,
+                    "samples_seen": samples_seen,
+                    "lr": lr,
+                    "logit_scale": float(logit_scale.detach()),
+                    "grad_norm": float(norm),
+                    "left_out_steps": divergence.left_out,
+                    **({"pool_count": defence.pool.count} if defence else {}),
+                    **meter.row(epoch - 1 + step_in_epoch / steps),
+                    **values,
+                }
+                for display in displays:
+                    display.write(row)
             if last or save_now or leave or step % config.train.checkpoint_every_steps == 0:
                 distributed.mean_buffers(towers)
                 done = Cursor(step, epoch + 1 if last else epoch, 0 if last else step_in_epoch, samples_seen, phase)
@@ -195,6 +220,8 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 )
         first_step = 0
     writer.wait()
+    for display in displays:
+        display.close()
     if defence and rank == 0:
         write_suspects(folder.parent / "suspects.parquet", defence.gate.scores, manifest)
     final = checkpoint.named(folder, "LATEST")
@@ -251,23 +278,6 @@ def _check_bad(batch: Batch, bad: int, step_in_epoch: int, snapshot: Snapshot, c
             f"{config.data.max_bad_frac} of {snapshot.samples}. The last: {named}. "
             "Delete the manifest record of that shard and run ingest again."
         )
-
-
-def _is_finite(what: str, value: Tensor, step: int, batch: Batch, config: Config) -> bool:
-    """Whether the step may be taken: the same answer on every rank. Raises `TrainingError` unless the config skips."""
-    if torch.isfinite(distributed.all_sum(value)):
-        return True
-    told = (
-        f"step {step}: {what} not finite (this rank: {value.item()}), before the update. Samples "
-        f"{batch.ids[:3].tolist()} …."
-    )
-    if config.train.on_divergence == "skip":
-        logging.getLogger(__name__).warning("%s The step is left out, as train.on_divergence says.", told)
-        return False
-    raise TrainingError(
-        f"{told} Lower train.lr, set train.grad_clip_norm, or use train.precision=fp32; "
-        "the same command resumes from the last checkpoint."
-    )
 
 
 def _ground_truth(run: Path) -> dict[int, str]:

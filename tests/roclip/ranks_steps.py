@@ -1,6 +1,6 @@
 """Run by `torchrun` from test_ranks.py and test_accumulate.py: a few training steps, saved for the test to compare.
 
-ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed | ,FIRST-LAST]
+ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed | ,spoiled | ,FIRST-LAST]
 """
 
 import sys
@@ -13,11 +13,12 @@ from torch import Tensor
 from roclip import accumulate, checkpoint, distributed
 from roclip.checkpoint import Cursor
 from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, step
+from roclip.engine import build_engine, gradient_norm, leave_out, step
 from roclip.loss import LOSSES
 from roclip.model import Towers
 from roclip.pool import CaptionPool
 from roclip.sections_train import ModelConfig
+from roclip.stream import rows_of_rank
 
 TEXT = '{"context_length": 12, "vocab_size": 128, "width": 32, "heads": 2, "layers": 2}'
 MODELS = {
@@ -39,6 +40,8 @@ class Case:
     loss: str = "clip"
     resumed: bool = False
     """Whether the last two steps are made by a second engine, from the checkpoint of the first."""
+    spoiled: bool = False
+    """Whether each step comes after one of other data and of great gradients that is left out."""
     steps: tuple[int, int] | None = None
     """Only these, first and last: from the checkpoint that the step before left, and with one at the end."""
 
@@ -47,11 +50,11 @@ class Case:
         model, stage, precision, pieces, loss, *how = text.split(",")
         first, dash, last = how[0].partition("-") if how else ("", "", "")
         steps = (int(first), int(last)) if dash else None
-        return cls(model, int(stage), precision, int(pieces), loss, bool(how) and not steps, steps)
+        return cls(model, int(stage), precision, int(pieces), loss, "resumed" in how, "spoiled" in how, steps)
 
     def __str__(self) -> str:
         text = f"{self.model},{self.zero_stage},{self.precision},{self.pieces},{self.loss}"
-        return text + ",resumed" * self.resumed
+        return text + ",resumed" * self.resumed + ",spoiled" * self.spoiled
 
 
 def build(case: Case, folder: Path, **options) -> Towers:
@@ -79,25 +82,38 @@ def problem(number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def local(value: Tensor) -> Tensor:
-    rows = GLOBAL_BATCH // distributed.world_size()
-    return value[distributed.rank() * rows : (distributed.rank() + 1) * rows]
+    return value[own_rows() % GLOBAL_BATCH]
+
+
+def own_rows() -> Tensor:
+    """Numbers of this rank's rows; those from the global batch on are padding."""
+    rows = rows_of_rank(GLOBAL_BATCH, distributed.world_size())
+    return distributed.rank() * rows + torch.arange(rows)
 
 
 def losses_of(engine, towers: Towers, case: Case, pool: CaptionPool, steps: range) -> list[Tensor]:
-    """Train: step 2 of each 3 is matched, the others are plain and leave pairs out."""
-    losses = []
+    """Train: step 2 of each 3 is matched, the others are plain and leave pairs out. (loss, gradient norm) of each."""
+    losses, valid = [], own_rows() < GLOBAL_BATCH
     for number in steps:
         images, tokens, keep = (local(value) for value in problem(number))
         matched = number % 3 == 2
+        if case.spoiled:
+            (image_features, text_features, *_), backward = accumulate.forward(
+                engine, 1 - images, tokens, pieces=case.pieces, text_gradient=matched
+            )
+            backward((1e3 * image_features * text_features.detach()).sum())
+            leave_out(engine, towers)
         (image_features, text_features, *temperature), backward = accumulate.forward(
             engine, images, tokens, pieces=case.pieces, text_gradient=not matched
         )
         targets = pool.nearest(image_features)[0] if matched else text_features
-        loss = LOSSES[case.loss](image_features, targets, *temperature, keep=None if matched else keep)
+        loss = LOSSES[case.loss](image_features, targets, *temperature, keep=valid if matched else valid & keep)
         backward(loss)
+        norm = gradient_norm(engine)
         step(engine, towers)
-        pool.enqueue(text_features.detach(), local(torch.arange(GLOBAL_BATCH)) + number * GLOBAL_BATCH)
-        losses.append(distributed.all_sum(loss) / distributed.world_size())
+        ids = local(torch.arange(GLOBAL_BATCH)) + number * GLOBAL_BATCH
+        pool.enqueue(text_features.detach(), ids, valid=valid)
+        losses.append(torch.stack([distributed.all_sum(loss) / distributed.world_size(), norm]))
     return losses
 
 
@@ -146,7 +162,7 @@ def start(case: Case, folder: Path) -> tuple:
     pool = CaptionPool(48, 16)
     with torch.no_grad():  # so that the images of the matched step find different captions
         images, tokens, _ = (local(value) for value in problem(2))
-        pool.enqueue(engine(images, tokens)[0], local(torch.arange(GLOBAL_BATCH)))
+        pool.enqueue(engine(images, tokens)[0], local(torch.arange(GLOBAL_BATCH)), valid=own_rows() < GLOBAL_BATCH)
     return towers, engine, pool
 
 

@@ -8,7 +8,6 @@ from kit import TINY_MODEL
 from roclip import accumulate
 from roclip.config import TrainConfig
 from roclip.engine import build_engine
-from roclip.errors import ConfigError
 from roclip.loss import clip_loss
 from roclip.model import Towers
 from roclip.sections_train import ModelConfig
@@ -94,9 +93,3 @@ def test_running_statistics_count_each_piece_once(tmp_path):
         other(towers.clip.visual.conv1(piece).detach())
     assert torch.allclose(towers.clip.visual.bn1.running_mean, other.running_mean, atol=1e-6)
     assert torch.allclose(towers.clip.visual.bn1.running_var, other.running_var, atol=1e-6)
-
-
-def test_batch_that_does_not_divide_into_pieces_is_an_error(tmp_path):
-    towers = ranks_steps.build(Case("vit"), tmp_path)
-    with pytest.raises(ConfigError, match=r"multiple of ranks x train.grad_accum_steps = 1 x 3, got 16. Set 15"):
-        build_engine(towers, TrainConfig(global_batch_size=16, grad_accum_steps=3))

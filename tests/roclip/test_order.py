@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from roclip.order import EpochOrder
+from roclip.order import EpochOrder, visits
 
 
 def order_of(samples, *, seed=1, epoch=2, streams=4, shuffle_buffer=16, run_length=3):
@@ -101,3 +101,33 @@ def test_a_first_position_is_equally_often_of_any_shard():
     for column in ends.T:
         counts = np.bincount(column, minlength=8)
         assert ((counts - 250) ** 2 / 250).sum() < chi2.ppf(0.9999, 7)
+
+
+def test_visits_read_a_source_as_often_as_its_weight_says():
+    sources, weights = ["a"] * 100 + ["b"] * 50 + ["c"] * 7, {"a": 0.3, "b": 2.5}
+    counts = []
+    for epoch in range(40):
+        times = np.bincount(visits(sources, weights, seed=3, epoch=epoch), minlength=157)
+        assert times[:100].sum() == 30
+        assert sorted(times[100:150].tolist()) == [2] * 25 + [3] * 25
+        assert times[150:].tolist() == [1] * 7
+        counts.append(times)
+    mean = np.mean(counts, axis=0)
+    assert np.abs(mean[:100] - 0.3).max() < 0.35  # 40 epochs: five standard deviations
+    assert np.abs(mean[100:150] - 2.5).max() < 0.4
+    again = visits(sources, weights, seed=3, epoch=39)
+    assert np.array_equal(np.bincount(again, minlength=157), counts[-1])
+    assert not np.array_equal(counts[0], counts[1])
+
+
+def test_visits_without_weights_are_each_shard_once():
+    assert visits(["a", "b", "a"], {}, seed=0, epoch=0).tolist() == [0, 1, 2]
+    assert visits(["a", "b", "a"], {"a": 0.0}, seed=0, epoch=0).tolist() == [1]
+
+
+def test_resampled_visits_draw_as_many_with_replacement():
+    sources, weights = ["a"] * 300 + ["b"] * 100, {"b": 3.0}
+    drawn = visits(sources, weights, seed=0, epoch=1, resampled=True)
+    assert len(drawn) == 600
+    assert np.bincount(drawn).max() > 1
+    assert abs((drawn >= 300).mean() - 0.5) < 0.1  # 3 x 100 of 600, five standard deviations

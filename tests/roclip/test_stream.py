@@ -27,6 +27,40 @@ def test_ranks_together_see_the_batches_of_one_rank(shards, world_size):
         assert torch.equal(torch.cat([rank[number].images for rank in ranks]), batch.images)
 
 
+@pytest.mark.parametrize(("world_size", "pieces"), [(5, 1), (7, 2), (3, 4), (30, 1)])
+def test_ranks_that_do_not_divide_the_batch_see_the_same_samples(shards, world_size, pieces):
+    snapshot = take_snapshot(Manifest(shards))
+    alone = list(stream(shards).epoch(snapshot, 1))
+    ranks = [list(stream(shards, rank, world_size, pieces=pieces).epoch(snapshot, 1)) for rank in range(world_size)]
+    for number, batch in enumerate(alone):
+        parts = [rank[number] for rank in ranks]
+        assert {len(part.ids) % pieces for part in parts} == {0}
+        assert len({len(part.ids) for part in parts}) == 1
+        assert torch.equal(torch.cat([part.ids[part.valid] for part in parts]), batch.ids)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_padding_gives_the_last_samples_a_step_of_their_own(shards, world_size):
+    snapshot = take_snapshot(Manifest(shards))
+    settings = {"global_batch_size": 40, "last_batch": "pad"}
+    ranks = [list(stream(shards, rank, world_size, **settings).epoch(snapshot, 1)) for rank in range(world_size)]
+    assert {len(rank) for rank in ranks} == {5}
+    seen = [int(sample) for rank in ranks for batch in rank for sample in batch.ids[batch.valid]]
+    assert sorted(seen) == sorted({int(sample) for sample in seen})
+    assert len(seen) == 192
+    whole = stream(shards, global_batch_size=200, last_batch="pad").plan(snapshot, 1)
+    assert (whole.steps, whole.samples) == (1, 192)
+
+
+def test_samples_of_a_step_are_named_for_people(shards):
+    snapshot = take_snapshot(Manifest(shards))
+    here = stream(shards)
+    batch = list(here.epoch(snapshot, 2))[3]
+    names = here.where(here.plan(snapshot, 2), 3)
+    assert [int(name.split(" ")[1]) for name in names] == batch.ids.tolist()
+    assert {name.split(" ")[0] for name in names} <= set(snapshot.names)
+
+
 def test_epoch_goes_on_from_a_step(shards):
     snapshot = take_snapshot(Manifest(shards))
     whole = [batch.ids for batch in stream(shards).epoch(snapshot, 3)]
@@ -74,7 +108,7 @@ def test_tar_cut_after_sealing_gives_bad_samples_not_a_crash(tmp_path):
 
 def test_too_few_samples_for_a_batch_is_an_error(shards):
     with pytest.raises(DataError, match="global batch of 500"):
-        stream(shards, global_batch_size=500).steps(take_snapshot(Manifest(shards)))
+        stream(shards, global_batch_size=500).plan(take_snapshot(Manifest(shards)), 1)
 
 
 def test_waiting_ends_when_ingest_ended_without_a_shard(tmp_path):

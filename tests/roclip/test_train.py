@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 from kit import TINY_MODEL, environment, preset, torchrun
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from roclip import checkpoint
 from roclip.config import load_config
@@ -106,14 +109,73 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_or_is_left_out(config
     stopped = run(config_file, *wild)
     _, said = stopped.communicate(timeout=600)
     assert stopped.returncode == 6
-    assert "step 2: features not finite (this rank: nan), before the update" in said
-    finish(run(config_file, *wild, "train.on_divergence=skip", f"run_dir={tmp_path}/skipped"))
+    assert re.search(r"step 2: features not finite, before the update. Samples: 0000\d.tar 0\d+, ", said)
+    (told,) = json.loads((tmp_path / "run" / "clip" / "diverged.json").read_text())
+    assert told["step"] == 2
+    assert len(set(told["samples"])) == 32
+    wild.append("train.on_divergence=skip")
+    finish(run(config_file, *wild, f"run_dir={tmp_path}/skipped"))
     rows = read_metrics(tmp_path / "skipped" / "clip" / "metrics.jsonl")
-    assert [row["skipped_steps"] for row in rows] == list(range(6))
+    assert [row["left_out_steps"] for row in rows] == list(range(6))
+    limited = run(config_file, *wild, "train.max_left_out=2", f"run_dir={tmp_path}/limited")
+    _, said = limited.communicate(timeout=600)
+    assert limited.returncode == 6
+    assert "step 4: features not finite" in said
+    assert "More than train.max_left_out = 2 steps" in said
     weights = load_file(
         checkpoint.named(tmp_path / "skipped" / "clip" / "checkpoints", "LATEST") / "open_clip_model.safetensors"
     )
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.slow
+def test_training_goes_back_and_leaves_the_step_out_when_it_comes_by_again(config_file, tmp_path):
+    """The first step blows the weights up, so each later one is wrong: one rollback a step."""
+    wild = ["arms=[clip]", "train.epochs=1", "train.lr=1e30", "train.on_divergence=rollback", "train.spike_factor=1e9"]
+    stopped = run(config_file, *wild, "train.max_left_out=3")
+    _, said = stopped.communicate(timeout=600)
+    assert stopped.returncode == 6, said
+    told = json.loads((tmp_path / "run" / "clip" / "diverged.json").read_text())
+    assert [record["step"] for record in told] == [2, 3, 4, 5]
+    rows = read_metrics(tmp_path / "run" / "clip" / "metrics.jsonl")
+    assert [(row["step"], row["left_out_steps"]) for row in rows] == [(1, 3), (2, 3), (3, 3), (4, 3)]
+    finish(run(config_file, *wild))  # from the checkpoint of step 4
+    rows = read_metrics(tmp_path / "run" / "clip" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["left_out_steps"] == 5
+
+
+@pytest.mark.slow
+def test_logged_rows_say_where_the_time_goes_and_are_mirrored(config_file, tmp_path):
+    mirrored = ["train.epochs=1", "data.loader_workers=1", "train.mirrors=[tensorboard,wandb]"]
+    process = subprocess.run(
+        [sys.executable, "-m", "roclip.train", str(config_file), *mirrored],
+        env=environment(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true"),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
+    assert rows[-1]["eta_s"] == 0
+    assert all(row["eta_s"] > 0 for row in rows[:-1])
+    assert all(0 < row["step_s_p50"][0] <= row["step_s_p99"][0] for row in rows)
+    assert all(0 <= row["data_wait_frac"] <= 1 for row in rows)
+    assert all(row["grad_norm"] > 0 and row["bad_reasons"] == {} for row in rows)
+    shown = {(name, step): value for name, step, value in scalars(tmp_path / "run" / "roclip" / "tensorboard")}
+    assert [shown["loss", row["step"]] for row in rows] == pytest.approx([row["loss"] for row in rows])
+    assert list((tmp_path / "run" / "roclip" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def scalars(folder):
+    """(name, step, value) of every event in TensorBoard's files: records of length, checksum, event, checksum."""
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+            content = content[16 + size :]
 
 
 @pytest.mark.slow
