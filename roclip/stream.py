@@ -33,7 +33,7 @@ class Batch:
     tokens: Tensor
     """(B, L) int64."""
     ids: Tensor
-    """(B,) int64: the sample keys as numbers."""
+    """(B,) int64: the samples' numbers (`ShardReader.id`)."""
     valid: Tensor
     """(B,) bool: false where the sample could not be read; its pixels are zero and it must not enter the loss."""
     bad: tuple[tuple[str, str], ...]
@@ -110,6 +110,7 @@ class Stream:
         workers: Processes that read ahead; 0 reads in this process.
         cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
+        caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
     """
 
     def __init__(
@@ -127,9 +128,10 @@ class Stream:
         workers: int = 0,
         cache: ShardCache | None = None,
         edit: Callable[[str, int, int], str] | None = None,
+        caption_key: str = "",
     ):
         self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
-        self.cache, self.edit = cache, edit
+        self.cache, self.edit, self.caption_key = cache, edit, caption_key
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
 
@@ -163,6 +165,16 @@ class Stream:
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers, pin_memory=pin))
 
 
+def choose(captions: Sequence[str], seed: int, epoch: int, sample_id: int) -> str:
+    """One of a sample's captions: a pure function, the same on any rank and after a resume."""
+    if len(captions) == 1:
+        return captions[0]
+    bits = np.random.Philox(
+        key=[seed, epoch], counter=[0, 0, sample_id, 2]
+    )  # images draw with a 0 there, edits with a 1
+    return captions[int(np.random.Generator(bits).integers(len(captions)))]
+
+
 class _Batches(Dataset):
     """Batch number -> Batch; a map-style dataset, so that the loader may read ahead in other processes."""
 
@@ -176,7 +188,7 @@ class _Batches(Dataset):
         epoch: int,
     ):
         self.stream, self.order, self.starts, self.rows, self.epoch = stream, order, starts, rows, epoch
-        self.readers = Readers(stream.shards, records, stream.cache)
+        self.readers = Readers(stream.shards, records, stream.cache, stream.caption_key)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -191,10 +203,10 @@ class _Batches(Dataset):
         bad = []
         for row, (shard, sample) in enumerate(rows):
             reader = self.readers[shard]
-            ids[row] = int(reader.key(sample))
+            ids[row] = reader.id(sample)
             try:
-                encoded, captions[row] = reader.read(sample)
-                images[row] = decode(encoded, size)
+                images[row] = decode(reader.image(sample), size)
+                captions[row] = choose(reader.captions(sample), self.stream.seed, self.epoch, int(ids[row]))
                 if self.stream.edit:
                     captions[row] = self.stream.edit(captions[row], int(ids[row]), self.epoch)
             except BadSampleError as error:
