@@ -17,6 +17,8 @@ from roclip.shards import ShardRecord, read_index, tar_path
 
 MAX_PIXELS = 89_478_485
 """An image with more is refused before it is decoded (Pillow's own bound)."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Those of Pillow's that are read, whatever the suffix says; others of its readers start programs or are seldom tested."""
 OPEN_SHARDS = 128
 """Shards of which a process keeps the file and the index open."""
 MAX_CAPTION_CHARS = 2048
@@ -171,7 +173,7 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     else, and a JPEG without its end, by Pillow, which says what it cannot read. Raises `BadSampleError`.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSampleError("too_many_pixels")
             if image.format == "JPEG" and image.mode in ("RGB", "L") and encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
