@@ -45,7 +45,7 @@ NAMES = [
     "x" * 300 + ".txt",
 ]
 CONTENTS = [
-    scene_samples(0, 1, size_px=16)[0][0],
+    *(picture(kind) for kind in ("png", "jpeg", "webp", "gif")),
     b"",
     b"a red circle",
     b"\xff\xfe",
