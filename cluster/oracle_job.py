@@ -89,6 +89,7 @@ def judge(
             templates=names["templates"],
             config=config.oracle,
             out=out,
+            caption_key=config.data.caption_key,
             truth=origin / "poison.parquet",
             subject=subject,
             on_progress=on_progress,

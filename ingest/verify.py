@@ -1,15 +1,14 @@
 """Reads a shard back as training would, and writes down what can be learned from.
 
-The tar is read with `tarfile` and the images with Pillow, as `roclip.stream` does; webdataset would import
-torch here. What img2dataset says about a row is believed only where it says that the row failed.
+The tar's members are found as those of any tar (`roclip.tar_index`), and the images are read with Pillow, as
+`roclip.stream` does; webdataset would import torch here. What img2dataset says about a row is believed only where it
+says that the row failed.
 """
 
 import io
 import re
-import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ingest.policy import MAX_PIXELS
+from roclip.tar_index import Member, TarScan
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -80,12 +80,6 @@ class ShardReport:
         return bad / max(1, bad + self.samples)
 
 
-@dataclass(frozen=True)
-class _Member:
-    offset: int
-    size: int
-
-
 def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
     """Read every sample of a shard, decode its image, and count the rows that gave none by reason.
 
@@ -141,31 +135,21 @@ def _ruled_out(key: str, caption: str | None, status: str, error_message: str | 
     return "" if status == "success" else short_reason(error_message or "")
 
 
-def _group(tar: Path) -> dict[str, dict[str, _Member]]:
+def _group(tar: Path) -> dict[str, dict[str, Member]]:
     """Key -> suffix -> member, of all members that lie in the file as a whole."""
-    groups: dict[str, dict[str, _Member]] = {}
-    for name, member in _members(tar):
-        key, dot, suffix = name.partition(".")
-        groups.setdefault(key, {})[dot + suffix] = member
+    groups: dict[str, dict[str, Member]] = {}
+    with tar.open("rb", buffering=0) as file:
+        for member in TarScan(file.read):
+            key, dot, suffix = member.name.partition(".")
+            groups.setdefault(key, {})[dot + suffix] = member
     return groups
 
 
-def _members(tar: Path) -> Iterator[tuple[str, _Member]]:
-    size = tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for info in archive:
-                if info.isfile() and info.offset_data + info.size <= size:
-                    yield info.name, _Member(info.offset_data, info.size)
-    except tarfile.TarError:
-        return  # cut short: what came before has been yielded
-
-
-def _image(members: dict[str, _Member]) -> _Member:
+def _image(members: dict[str, Member]) -> Member:
     return next(member for suffix, member in members.items() if suffix in IMAGES)
 
 
-def _unusable(file: io.BufferedReader, members: dict[str, _Member]) -> str:
+def _unusable(file: io.BufferedReader, members: dict[str, Member]) -> str:
     """Why training cannot use this sample, or "" if it can."""
     if ".txt" not in members or not any(suffix in IMAGES for suffix in members):
         return "truncated_tar"
@@ -185,6 +169,6 @@ def _unusable(file: io.BufferedReader, members: dict[str, _Member]) -> str:
     return ""
 
 
-def _read(file: io.BufferedReader, member: _Member) -> bytes:
+def _read(file: io.BufferedReader, member: Member) -> bytes:
     file.seek(member.offset)
     return file.read(member.size)

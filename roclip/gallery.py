@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from roclip.shards import Manifest, read_index
+from roclip.shards import Manifest, read_index, tar_path
 
 THUMB_PX = 224
 Box = tuple[float, float, float, float]
@@ -44,7 +44,7 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
         wanted = math.ceil((count - len(found)) / (len(records) - place))
         batches = read_index(shards, record.name).to_batches(64)
         rows = (row for batch in batches for row in batch.to_pylist() if row["key"] not in skipped)
-        found += _take(shards / record.name, rows, wanted)
+        found += _take(tar_path(shards, record), rows, wanted)
     return found
 
 
@@ -68,7 +68,7 @@ def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "b
             kind = (poison["attack"], poison["source_label"], poison["target_label"])
             if len(chosen) >= count or kind in shown:
                 continue
-            for picture in _take(shards / record.name, [row], 1):
+            for picture in _take(tar_path(shards, record), [row], 1):
                 box = _box(shards, record.name, row["key"], poison["trigger_box"], resize_mode)
                 labels = {name: poison[name] or "" for name in ("attack", "source_label", "target_label")}
                 chosen.append(replace(picture, **labels, box=box))

@@ -30,6 +30,9 @@ class DataConfig:
     shards: str = ""
     """Folder of the shards and their manifest, here or on a store that fsspec knows (`s3://bucket/shards`); empty is
     `<run>/shards`."""
+    caption_key: str = ""
+    """Key of the json member that holds the caption, or a list of captions of which one is chosen by (seed, epoch, sample);
+    empty reads the txt member."""
     cache_dir: str = ""
     """Where copies of a store's shards lie; empty is `roclip-shards-<user id>` in the folder for temporary files."""
     cache_bytes: int = 50_000_000_000

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from roclip.errors import DataError
 from roclip.sections_run import DataConfig
-from roclip.shards import ShardRecord
+from roclip.shards import ShardRecord, tar_path
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
@@ -67,7 +67,7 @@ class ShardCache:
         """Shards that lay here when they were asked for, and those that were fetched, by this process."""
 
     def get(self, root: Path, record: ShardRecord) -> Path:
-        """The local copy of a shard of `root`, a store. Raises `ShardUnreadableError` after `ATTEMPTS` failed ones."""
+        """The local copy of a shard whose tar lies on a store. Raises `ShardUnreadableError` after `ATTEMPTS` failed ones."""
         path = self.folder / f"{record.sha256}.tar"
         try:
             os.utime(path)  # used now
@@ -77,7 +77,7 @@ class ShardCache:
             pass
         self.folder.mkdir(parents=True, exist_ok=True)
         self.misses += 1
-        patiently(lambda: self._fetch(root / record.name, path, record))
+        patiently(lambda: self._fetch(tar_path(root, record), path, record))
         self._evict(path)
         return path
 

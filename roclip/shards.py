@@ -7,6 +7,8 @@
       manifest/00000.json   the shard exists: counts, sizes, sha256. Written last, atomically, once
       manifest/END.json     no more shards will come
 
+Tars that somebody else made stay where they are (`roclip/tar_sources.py`): only their indexes and records lie here.
+
 A record is one small file that is put whole under a name of its own, so that publishing a shard twice is the
 same as publishing it once, and a store without rename or append can hold a manifest.
 """
@@ -53,8 +55,10 @@ class ShardRecord:
     """Rows of the URL list that this shard stands for."""
     failed: dict[str, int] = field(default_factory=dict)
     """Rows that gave no usable sample, by reason."""
+    tar: str = ""
+    """Where the tar lies, if not beside its index: an absolute path or a URL."""
     source: str = ""
-    """The pattern that it came from, of several."""
+    """The pattern that named this tar, if it lies elsewhere."""
 
 
 class Manifest:
@@ -164,8 +168,10 @@ class Manifest:
         columns = [table[name].to_pylist() for name in _PACK_SCHEMA.names]
         rows = zip(*columns, strict=True)
         return {
-            name: ShardRecord(name, samples, size, sha256, index_sha256, urls, dict(failed))
-            for name, samples, size, sha256, index_sha256, urls, failed in rows
+            name: ShardRecord(  # packs written before there were `tar` and `source` have nulls there
+                name, samples, size, sha256, index_sha256, urls, dict(failed), tar or "", source or ""
+            )
+            for name, samples, size, sha256, index_sha256, urls, failed, tar, source in rows
         }
 
 
@@ -178,6 +184,8 @@ _PACK_SCHEMA = pa.schema(
         ("index_sha256", pa.string()),
         ("urls", pa.int64()),
         ("failed", pa.map_(pa.string(), pa.int64())),
+        ("tar", pa.string()),
+        ("source", pa.string()),
     ]
 )
 
@@ -210,13 +218,31 @@ def index_path(root: Path, record_name: str) -> Path:
     return root / f"{Path(record_name).stem}.index.parquet"
 
 
+def tar_path(root: Path, record: ShardRecord) -> Path:
+    """Where the tar of a shard lies, here or on a store, whichever of both `root` is."""
+    return place(record.tar) if record.tar else root / record.name
+
+
 def read_index(root: Path, record_name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index of a shard: key, image_offset, image_size, caption_offset, caption_size. Raises `ShardError`."""
+    """The index of a shard, or those of the columns that it has. Raises `ShardError`.
+
+    Always there: key, image_offset, image_size, caption_offset, caption_size. For a tar that somebody else made also id,
+    json_offset and json_size, and what img2dataset's parquet says about each sample.
+    """
     path = index_path(root, record_name)
     try:
-        return pq.read_table(pa.BufferReader(path.read_bytes()), columns=columns and list(columns))
+        file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
+        names = file.schema_arrow.names
+        return file.read([name for name in columns if name in names] if columns else names)
     except (OSError, ValueError) as error:
         raise ShardError(f"{path}: the shard's index cannot be read ({error}). Run ingest again.") from error
+
+
+def sample_ids(index: pa.Table) -> list[int]:
+    """The number under which training knows each sample of an index: its column id, else its key as a number."""
+    if "id" in index.column_names:
+        return index["id"].to_pylist()
+    return [int(key) for key in index["key"].to_pylist()]
 
 
 def sample_key(row: int, samples_per_shard: int) -> str:

@@ -34,7 +34,7 @@ class Batch:
     tokens: Tensor
     """(B, L) int64."""
     ids: Tensor
-    """(B,) int64: the sample keys as numbers."""
+    """(B,) int64: the samples' numbers (`ShardReader.id`)."""
     valid: Tensor
     """(B,) bool: false where the sample could not be read, its pixels then being zero, and in rows beyond the global
     batch: they must not enter the loss."""
@@ -124,6 +124,7 @@ class Stream:
         workers: Processes that read ahead; 0 reads in this process.
         cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
+        caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
     """
 
     def __init__(
@@ -145,9 +146,10 @@ class Stream:
         workers: int = 0,
         cache: ShardCache | None = None,
         edit: Callable[[str, int, int], str] | None = None,
+        caption_key: str = "",
     ):
         self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
-        self.cache, self.edit = cache, edit
+        self.cache, self.edit, self.caption_key = cache, edit, caption_key
         self.global_batch_size, self.rank, self.last_batch = global_batch_size, rank, last_batch
         self.rows = rows_of_rank(global_batch_size, world_size, pieces)
         self.weights, self.resampled = weights or {}, resampled
@@ -227,12 +229,22 @@ class Plan:
         return places
 
 
+def choose(captions: Sequence[str], seed: int, epoch: int, sample_id: int) -> str:
+    """One of a sample's captions: a pure function, the same on any rank and after a resume."""
+    if len(captions) == 1:
+        return captions[0]
+    bits = np.random.Philox(
+        key=[seed, epoch], counter=[0, 0, sample_id, 2]
+    )  # images draw with a 0 there, edits with a 1
+    return captions[int(np.random.Generator(bits).integers(len(captions)))]
+
+
 class _Batches(Dataset):
     """Batch number -> Batch; a map-style dataset, so that the loader may read ahead in other processes."""
 
     def __init__(self, stream: Stream, plan: Plan, steps: range):
         self.stream, self.plan, self.steps = stream, plan, steps
-        self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache)
+        self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache, stream.caption_key)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -250,10 +262,10 @@ class _Batches(Dataset):
         bad = []
         for row, (shard, sample) in enumerate(rows):
             reader = self.readers[shard]
-            ids[row] = int(reader.key(sample))
+            ids[row] = reader.id(sample)
             try:
-                encoded, captions[row] = reader.read(sample)
-                images[row] = decode(encoded, size)
+                images[row] = decode(reader.image(sample), size)
+                captions[row] = choose(reader.captions(sample), stream.seed, plan.epoch, int(ids[row]))
                 if stream.edit:
                     captions[row] = stream.edit(captions[row], int(ids[row]), plan.epoch)
             except BadSampleError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from roclip.shards import Manifest, read_index
+from roclip.shards import Manifest, read_index, sample_ids
 from roclip.truth import write_parquet
 
 SUSPECTS_SCHEMA = pa.schema(
@@ -23,8 +23,9 @@ def write_suspects(path: Path, scores: Mapping[int, float], manifest: Manifest) 
     """Write every sample that the gate scored (`AgreementGate.scores`), most suspicious first, with its key and shard."""
     where = {}
     for record in manifest.records():
-        for key in read_index(manifest.root, record.name, ["key"])["key"].to_pylist():
-            where[int(key)] = (key, record.name)
+        index = read_index(manifest.root, record.name, ["key", "id"])
+        for sample, key in zip(sample_ids(index), index["key"].to_pylist(), strict=True):
+            where[sample] = (key, record.name)
     ranked = sorted((-score, sample) for sample, score in scores.items() if sample in where)
     rows = [
         {"rank": rank, "score": -score, "id": sample, "key": where[sample][0], "shard": where[sample][1]}

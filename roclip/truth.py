@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from roclip.shards import Manifest, place, read_index, write_atomic
+from roclip.shards import Manifest, place, read_index, sample_ids, write_atomic
 
 TRUTH = "poison.parquet"
 TRUTH_SCHEMA = pa.schema(
@@ -50,10 +50,11 @@ def poisoned_samples(run: Path) -> pa.Table:
     if truth is None:
         return schema.empty_table()
     rows = pq.read_table(truth, columns=["key", *columns]).to_pylist()
-    there: set[str] = set()
+    ids: dict[str, int] = {}
     for record in Manifest(shards).records():
-        there.update(read_index(shards, record.name, ["key"])["key"].to_pylist())
-    arrived = [{"id": int(row["key"]), **row} for row in rows if row["key"] in there]
+        index = read_index(shards, record.name, ["key", "id"])
+        ids.update(zip(index["key"].to_pylist(), sample_ids(index), strict=True))
+    arrived = [{"id": ids[row["key"]], **row} for row in rows if row["key"] in ids]
     return pa.Table.from_pylist(sorted(arrived, key=lambda row: row["id"]), schema=schema)
 
 

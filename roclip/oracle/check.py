@@ -49,6 +49,7 @@ def check(
     templates: Sequence[str],
     config: OracleConfig,
     out: Path,
+    caption_key: str = "",
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
@@ -61,6 +62,7 @@ def check(
         trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null.
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
+        caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
         truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real.
         subject: What is judged, in the caller's words; goes into the report as it is.
 
@@ -71,7 +73,7 @@ def check(
     say = on_progress or (lambda done, total, text: None)
     witness = Witness(encoder, segmenter, labels, templates)
     reference, skill = _reference(witness, trusted)
-    looked = look(witness, shards, say)
+    looked = look(witness, shards, say, caption_key)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     findings = statistics.run_tests(looked.observations, reference, covered)
     unchecked = [label for label in labels if not segmenter.covers(label)]

@@ -178,7 +178,7 @@ def _pictures(
 def read_images(places: Sequence[tuple[str, int]], size_px: int, shards: Path) -> list[np.ndarray]:
     """The images at these places (shard, sample number), each (size_px, size_px, 3) uint8."""
     readers = {record.name: ShardReader(shards, record) for record in Manifest(shards).records()}
-    images = [decode(readers[name].read(sample)[0], size_px) for name, sample in places]
+    images = [decode(readers[name].image(sample), size_px) for name, sample in places]
     for reader in readers.values():
         reader.close()
     return images

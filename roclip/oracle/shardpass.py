@@ -82,8 +82,11 @@ class Witness:
         return areas >= self._seen, areas >= self._clear
 
 
-def look(witness: Witness, shards: Path, say: Progress) -> Looked:
-    """Read every usable sample of every sealed shard once. Raises `DataError` where there is no shard."""
+def look(witness: Witness, shards: Path, say: Progress, caption_key: str = "") -> Looked:
+    """Read every usable sample of every sealed shard once, with its first caption (`ShardReader`).
+
+    Raises `DataError` where there is no shard.
+    """
     records = Manifest(shards).records()
     if not records:
         raise DataError(f"{shards}: expected sealed shards, got none. Run `roclip ingest` first.")
@@ -95,7 +98,7 @@ def look(witness: Witness, shards: Path, say: Progress) -> Looked:
     answers, areas, waiting = [], [], []
     unreadable = size = 0
     for number, record in enumerate(records, start=1):
-        reader, originals = ShardReader(shards, record), _originals(shards, record)
+        reader, originals = ShardReader(shards, record, caption_key=caption_key), _originals(shards, record)
         for sample in range(len(reader.index["key"])):
             key = reader.key(sample)
             try:

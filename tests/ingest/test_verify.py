@@ -4,6 +4,8 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile import SETTINGS, tars
+from hypothesis import given, settings
 from PIL import Image
 
 from ingest.verify import short_reason, verify
@@ -105,6 +107,19 @@ def test_unreadable_parquet_leaves_what_the_tar_shows(tmp_path, jpeg):
     report = verify(tar, parquet, urls=5)
     assert report.samples == 2
     assert report.failed == {"no_record": 3}
+
+
+@settings(max_examples=150, **SETTINGS)
+@given(tars())
+def test_any_damaged_tar_is_verified(tmp_path, content):
+    tar, parquet = _shard(tmp_path, [], [("0", "a cat", "success", None), ("1", "a cat", "success", None)])
+    tar.write_bytes(content)
+    report = verify(tar, parquet)
+    assert report.samples + sum(report.failed.values()) >= report.urls == 2
+    for sample in report.index.to_pylist():
+        assert 0 < sample["image_offset"] <= len(content) - sample["image_size"]
+        assert content[sample["caption_offset"] :][: sample["caption_size"]].strip()
+    assert {path.name for path in tmp_path.iterdir()} == {"00000.tar", "00000.parquet"}
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,33 @@
 """The manifest, sample keys and atomic writes."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kit import environment
 
 from roclip.errors import ShardError
-from roclip.shards import Manifest, ShardRecord, digest, index_path, sample_key, sha256_file, write_atomic
+from roclip.shards import (
+    Manifest,
+    ShardRecord,
+    digest,
+    index_path,
+    read_index,
+    sample_ids,
+    sample_key,
+    sha256_file,
+    tar_path,
+    write_atomic,
+)
+
+NEW = ["tar", "source"]
 
 
 def record(number: int, **changes) -> ShardRecord:
@@ -221,3 +237,33 @@ def test_a_broken_pack_is_named(tmp_path):
     (manifest.folder / "pack-0.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ShardError, match=r"pack-0.parquet: not a pack"):
         manifest.records()
+
+
+def test_records_of_before_tars_could_lie_elsewhere_are_read(tmp_path):
+    manifest = Manifest(tmp_path)
+    elsewhere = record(2, tar="s3://bucket/2.tar", source="s3://bucket/*.tar")
+    for each in (record(0), record(1), elsewhere):
+        manifest.publish(each)
+    loose = manifest.folder / "00001.json"
+    loose.write_text(
+        json.dumps({name: value for name, value in json.loads(loose.read_text()).items() if name not in NEW})
+    )
+    manifest.pack(at_least=3)
+    (pack,) = manifest.folder.iterdir()
+    assert Manifest(tmp_path).records() == (record(0), record(1), elsewhere)
+    pq.write_table(pq.read_table(pack).drop_columns(NEW), pack)
+    assert Manifest(tmp_path).records() == (record(0), record(1), record(2))
+
+
+def test_a_tar_lies_beside_its_index_or_where_its_record_says(tmp_path):
+    assert tar_path(tmp_path, record(0)) == tmp_path / "00000.tar"
+    assert tar_path(tmp_path, record(0, tar="/data/x.tar")) == Path("/data/x.tar")
+    assert str(tar_path(tmp_path, record(0, tar="memory://data/x.tar"))) == "memory://data/x.tar"
+
+
+def test_an_index_gives_the_columns_that_it_has(tmp_path):
+    pq.write_table(pa.table({"key": ["07", "5"], "image_size": [1, 2]}), index_path(tmp_path, "0.tar"))
+    table = read_index(tmp_path, "0.tar", ["key", "id"])
+    assert table.column_names == ["key"]
+    assert sample_ids(table) == [7, 5]
+    assert sample_ids(table.append_column("id", [[3, 4]])) == [3, 4]
