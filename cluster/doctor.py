@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.plan import Plan, human_bytes, make_plan
+from cluster.plan import Plan, human_bytes, ingests, make_plan
 from roclip.config import Config, run_directory
 from roclip.errors import RoclipError, StageError
-from roclip.shards import write_atomic
+from roclip.shards import place, write_atomic
 
 Status = Literal["ok", "warn", "fail"]
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -69,6 +69,11 @@ def doctor(config: Config | None) -> list[Check]:
             _memory(config, None),
             Check("model", "fail", str(error), "a known name", "Correct model.name."),
         ]
+    stores = {
+        "data.shards": config.data.shards if ingests(config) else "",
+        "train.checkpoint_store": config.train.checkpoint_store,
+    }
+    checks += [_object_store(key, where) for key, where in stores.items() if "://" in where]
     return [*checks, _memory(config, plan), _shared_memory(config), _disk(config, plan), _data(plan)]
 
 
@@ -261,6 +266,19 @@ def _store(folder: Path) -> Check:
         good, got = False, str(error)
     need = "writable, with atomic rename"
     return _judge("run store", good, got, need, "Set `runs` to a folder that you may write to.")
+
+
+def _object_store(key: str, where: str) -> Check:
+    """Put, read and drop an object."""
+    probe = place(where) / f".roclip-doctor-{os.getpid()}"
+    try:
+        probe.write_bytes(b"one")
+        good, got = probe.read_bytes() == b"one", f"{where} is"
+        probe.unlink()
+    except Exception as error:  # each store has errors of its own
+        good, got = False, f"{where}: {type(error).__name__}: {error}"
+    advice = f"Set {key} to a place that you may write to; fsspec's settings say with which key."
+    return _judge(key, good, got, "writable", advice)
 
 
 def usable_cores() -> float:

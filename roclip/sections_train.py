@@ -228,6 +228,9 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every_epochs: int = 0
     """Also keep the checkpoint at the end of every so manieth epoch; 0 keeps none of them."""
+    checkpoint_store: str = ""
+    """Also keep checkpoints on this store that fsspec knows (`s3://bucket/checkpoints`), in `<run>/<arm>` of it: a node
+    that is lost takes none with it; empty is the run directory only."""
     on_divergence: Literal["stop", "skip"] = "stop"
     """What a loss that is not finite does: end the training before the update, or leave the step out."""
     log_every_steps: int = 10
@@ -235,6 +238,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "train", "epochs", "global_batch_size", "lr", "checkpoint_every_steps", "log_every_steps")
         positive(self, "train", "keep_checkpoints", "grad_accum_steps")
+        if self.checkpoint_store and ("://" not in self.checkpoint_store or self.checkpoint_store.startswith("file:")):
+            raise ConfigError(
+                f"train.checkpoint_store: expected a store such as s3://bucket/checkpoints, got {self.checkpoint_store!r}. "
+                "For a disk of this machine, let the run directory lie on it."
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError(
                 "train.zero_stage: with train.precision=bf16 expected 1 or more, got 0: DeepSpeed's optimizer of that "
