@@ -29,13 +29,13 @@ def optimizer_state(engine: Any, copy: Callable[[str, Tensor], Tensor] | None = 
     copy = copy or (lambda _, value: value.detach().to("cpu", torch.float32, copy=True))
     leader, state = distributed.rank() == 0, {}
     _link(engine.optimizer)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    step = next((held["step"].cpu().clone() for held in inner.state.values() if "step" in held), None)
     if leader:
-        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        state["step"] = next(
-            (held["step"].cpu().clone() for held in inner.state.values() if "step" in held), torch.zeros(())
-        )
+        state["step"] = torch.zeros(()) if step is None else step
+    moments = () if step is None else MOMENTS
     for name, parameter in _learning(engine):
-        for key in (*MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])):
+        for key in (*moments, *([MASTER] if parameter.dtype != torch.float32 else [])):
             value = _get(engine, parameter, key)
             if leader and value is not None:
                 state[f"{key}.{name}"] = copy(f"{key}.{name}", value)

@@ -44,16 +44,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start_of_file = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-    return _write(path, (start_of_file, *(_bytes(value) for _, value in ordered)))
-
-
-def _bytes(value: Tensor) -> np.ndarray:
-    return value.view(-1).view(torch.uint8).numpy()
+    return _write(path, (start_of_file, *(value.view(-1).view(torch.uint8).numpy() for _, value in ordered)))
 
 
 def _write(path: Path, contents: Iterable[np.ndarray]) -> str:
     state, size, filled = hashlib.sha256(), 0, 0
-    piece = np.frombuffer(mmap.mmap(-1, _PIECE), np.uint8)  # begins with a page, as the disk needs it
+    memory = memoryview(mmap.mmap(-1, _PIECE))  # begins with a page, as the disk needs it
+    piece = np.frombuffer(memory, np.uint8)  # the same: numpy lets other threads run while it copies
     descriptor = _open(path)
     try:
         for content in contents:
@@ -63,11 +60,11 @@ def _write(path: Path, contents: Iterable[np.ndarray]) -> str:
                 piece[filled : filled + taken] = content[:taken]
                 content, filled = content[taken:], filled + taken
                 if filled == _PIECE:
-                    state.update(piece)
-                    _write_all(descriptor, piece)
+                    state.update(memory)
+                    _write_all(descriptor, memory)
                     filled = 0
-        state.update(piece[:filled])
-        _write_all(descriptor, piece[: -(-filled // _BLOCK) * _BLOCK])
+        state.update(memory[:filled])
+        _write_all(descriptor, memory[: -(-filled // _BLOCK) * _BLOCK])
         os.truncate(descriptor, size)
         os.fsync(descriptor)
     finally:
@@ -83,6 +80,6 @@ def _open(path: Path) -> int:
         return os.open(path, flags, 0o644)
 
 
-def _write_all(descriptor: int, content: np.ndarray) -> None:
+def _write_all(descriptor: int, content: memoryview) -> None:
     while len(content):
         content = content[os.write(descriptor, content) :]
