@@ -270,8 +270,8 @@ def _store(folder: Path) -> Check:
 
 def _object_store(key: str, where: str) -> Check:
     """Put, read and drop an object."""
-    probe = place(where) / f".roclip-doctor-{os.getpid()}"
     try:
+        probe = place(where) / f".roclip-doctor-{os.getpid()}"
         probe.write_bytes(b"one")
         good, got = probe.read_bytes() == b"one", f"{where} is"
         probe.unlink()

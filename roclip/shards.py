@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roclip.errors import ShardError
+from roclip.errors import ConfigError, ShardError
 
 END = "END.json"
 PACK = 1000
@@ -195,13 +195,19 @@ _PACK_SCHEMA = pa.schema(
 
 
 def place(where: str | Path) -> Path:
-    """A folder or file on this machine, or, given `scheme://…`, on a store that fsspec knows, with the same methods."""
+    """A folder or file on this machine, or, given `scheme://…`, on a store that fsspec knows, with the same methods.
+
+    Raises `ConfigError` for a scheme that it does not know.
+    """
     if isinstance(where, str) and where.startswith("file://"):
         where = where.removeprefix("file://")
     if isinstance(where, str) and "://" in where:
         from upath import UPath
 
-        store: Any = UPath(where)
+        try:
+            store: Any = UPath(where)
+        except ValueError as error:
+            raise ConfigError(f"{where}: expected a store that fsspec knows, such as s3://, got {error}.") from error
         return store
     return Path(where) if isinstance(where, str) else where
 
@@ -222,7 +228,10 @@ def names_in(folder: Path) -> list[str]:
 
 def content_of(path: Path) -> bytes:
     """What a file has in it, here or on a store, which is asked patiently."""
-    return path.read_bytes() if isinstance(path, Path) else patiently(path.read_bytes)
+    if isinstance(path, Path):
+        return path.read_bytes()
+    store: Any = path
+    return patiently(lambda: store.fs.cat_file(store.path))
 
 
 def drop(path: Path) -> None:
