@@ -31,6 +31,8 @@ _RAY_BYTES = 1_000_000_000
 """Ray's own processes and its dashboard."""
 _TRAINING_BYTES = 24
 """Bytes of a parameter in training: fp32 weight, gradient, two moments, and DeepSpeed's flat copies."""
+_CHECKPOINT_BYTES = 12
+"""Of a parameter in the copy that rank 0 keeps to write checkpoints from: fp32 weight and two moments."""
 _OUTSIDE = (
     "torch",
     "open_clip_torch",
@@ -214,6 +216,7 @@ def _memory(config: Config | None, plan: Plan | None) -> Check:
         return _judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
     model = (plan.parameters or 0) * _TRAINING_BYTES + plan.pool_bytes if plan else 0
     need = _RAY_BYTES + config.cluster.store_memory_bytes + config.cluster.workers * (_WORKER_BYTES + model)
+    need += (plan.parameters or 0) * _CHECKPOINT_BYTES if plan else 0
     status: Status = "ok" if free >= need else "warn" if free >= need / 2 else "fail"
     advice = "Lower cluster.workers, pool.size or the model, or close other programs."
     return Check("memory", status, human_bytes(free), f"about {human_bytes(need)}, and the batch's activations", advice)

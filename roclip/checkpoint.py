@@ -154,12 +154,13 @@ class Writer:
             shutil.rmtree(self.folder / name)
 
     def _outdated(self, checkpoints: Mapping[str, Cursor]) -> list[str]:
-        every, trusted = self.keep_every_epochs, named(self.folder, "TRUSTED")
+        every, pointer = self.keep_every_epochs, self.folder / "TRUSTED"
+        trusted = pointer.read_text().strip() if pointer.exists() else ""
         return [
             name
             for name in sorted(checkpoints)[: -self.keep]
             if not (every and checkpoints[name].step_in_epoch == 0 and (checkpoints[name].epoch - 1) % every == 0)
-            and not (trusted and name == trusted.name)
+            and name != trusted
         ]
 
 

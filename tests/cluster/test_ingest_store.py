@@ -1,10 +1,9 @@
 """Shards that go to an object store: the command itself, on a real Ray, from the embedded origin to S3 over loopback."""
 
+import contextlib
 import hashlib
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -43,8 +42,15 @@ def server(monkeypatch):
 def test_a_killed_ingest_to_a_store_does_only_the_rest_when_it_is_called_again(server, tmp_path):
     path = preset(tmp_path, PRESET.format(folder=tmp_path))
     options = environment(FSSPEC_S3=json.dumps(server.options))
-    faults = {0: "error", 1: "hang"}
-    server.fault = lambda method, path, number: faults.get(number) if method == "PUT" and "shards/00" in path else None
+    faults = {("PUT", "0.tar", 0): "hang", ("PUT", ".parquet", 0): "error", ("PUT", ".json", 0): "error"}
+    server.fault = lambda method, path, number: next(
+        (
+            fault
+            for (verb, end, first), fault in faults.items()
+            if (verb, first) == (method, number) and path.endswith(end)
+        ),
+        None,
+    )
 
     def ingest():
         command = [sys.executable, "-m", "cluster.cli", "ingest", str(path), "ingest.max_in_flight=1"]
@@ -55,9 +61,11 @@ def test_a_killed_ingest_to_a_store_does_only_the_rest_when_it_is_called_again(s
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.1)
     left = psutil.Process(killed.pid).children(recursive=True)
-    os.kill(killed.pid, signal.SIGKILL)
+    for process in (psutil.Process(killed.pid), *left):  # the node is gone
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     killed.communicate()
-    psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
+    psutil.wait_procs(left, timeout=60)
     before, seen = manifest.records(), dict(server.seen)
     assert len(before) < 5
     assert manifest.summary is None
