@@ -123,12 +123,13 @@ def write_attack_evaluation(
 
 def _take_over_truth(config: Config, folder: Path) -> None:
     data = config.data
-    beside = place(data.shards) if data.shards else Path(data.urls).parent
+    of_list = bool(data.urls) and not (data.shards and (place(data.shards) / TRUTH).is_file())
+    beside = Path(data.urls).parent if of_list else place(data.shards)
     if (beside / ATTACK_EVALUATION).is_file():
         write_atomic(folder / ATTACK_EVALUATION, (beside / ATTACK_EVALUATION).read_bytes())
     if (beside / TRUTH).is_file():
-        rows = pq.read_table(beside / TRUTH).to_pylist()
-        if not data.shards:  # ids are rows of the list
+        rows = pq.read_table(pa.BufferReader((beside / TRUTH).read_bytes())).to_pylist()
+        if of_list:  # ids are its rows
             keys = [sample_key(row.pop("id"), config.ingest.samples_per_shard) for row in rows]
             rows = [{**row, "key": key} for row, key in zip(rows, keys, strict=True)]
         write_truth(folder / TRUTH, rows)

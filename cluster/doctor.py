@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.plan import Plan, human_bytes, make_plan
+from cluster.plan import Plan, human_bytes, ingests, make_plan
 from roclip.config import Config, run_directory
 from roclip.errors import RoclipError, StageError
-from roclip.shards import write_atomic
+from roclip.shards import place, write_atomic
 
 Status = Literal["ok", "warn", "fail"]
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -31,6 +31,8 @@ _RAY_BYTES = 1_000_000_000
 """Ray's own processes and its dashboard."""
 _TRAINING_BYTES = 24
 """Bytes of a parameter in training: fp32 weight, gradient, two moments, and DeepSpeed's flat copies."""
+_CHECKPOINT_BYTES = 12
+"""Of a parameter in the copy that rank 0 keeps to write checkpoints from: fp32 weight and two moments."""
 _OUTSIDE = (
     "torch",
     "open_clip_torch",
@@ -69,6 +71,11 @@ def doctor(config: Config | None) -> list[Check]:
             _memory(config, None),
             Check("model", "fail", str(error), "a known name", "Correct model.name."),
         ]
+    stores = {
+        "data.shards": config.data.shards if ingests(config) else "",
+        "train.checkpoint_store": config.train.checkpoint_store,
+    }
+    checks += [_object_store(key, where) for key, where in stores.items() if "://" in where]
     return [*checks, _memory(config, plan), _shared_memory(config), _disk(config, plan), _data(plan)]
 
 
@@ -209,6 +216,7 @@ def _memory(config: Config | None, plan: Plan | None) -> Check:
         return _judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
     model = (plan.parameters or 0) * _TRAINING_BYTES + plan.pool_bytes if plan else 0
     need = _RAY_BYTES + config.cluster.store_memory_bytes + config.cluster.workers * (_WORKER_BYTES + model)
+    need += (plan.parameters or 0) * _CHECKPOINT_BYTES if plan else 0
     status: Status = "ok" if free >= need else "warn" if free >= need / 2 else "fail"
     advice = "Lower cluster.workers, pool.size or the model, or close other programs."
     return Check("memory", status, human_bytes(free), f"about {human_bytes(need)}, and the batch's activations", advice)
@@ -261,6 +269,19 @@ def _store(folder: Path) -> Check:
         good, got = False, str(error)
     need = "writable, with atomic rename"
     return _judge("run store", good, got, need, "Set `runs` to a folder that you may write to.")
+
+
+def _object_store(key: str, where: str) -> Check:
+    """Put, read and drop an object."""
+    try:
+        probe = place(where) / f".roclip-doctor-{os.getpid()}"
+        probe.write_bytes(b"one")
+        good, got = probe.read_bytes() == b"one", f"{where} is"
+        probe.unlink()
+    except Exception as error:  # each store has errors of its own
+        good, got = False, f"{where}: {type(error).__name__}: {error}"
+    advice = f"Set {key} to a place that you may write to; fsspec's settings say with which key."
+    return _judge(key, good, got, "writable", advice)
 
 
 def usable_cores() -> float:

@@ -2,9 +2,10 @@
 
 A task is fetch -> verify -> publish. What is sealed when this process dies stays sealed; calling `ingest`
 again does the rest. Shards never pass through Ray's object store: tasks write to the folder, which all nodes
-must see.
+must see, or put them on a store.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -26,7 +27,8 @@ from roclip.errors import DataError, StageError
 from roclip.shards import SHARD_DIGITS, Manifest, ShardRecord
 
 WORK = "_work"
-"""Folder of unfinished shards beside the sealed ones; `<shard>-pid<process>-<random>` in it is one task's."""
+"""Folder of unfinished shards beside the sealed ones; `<shard>-pid<process>-<random>` in it is one task's. Those of a
+store lie in the node's folder for temporary files instead."""
 OUTAGE_URLS = 100
 """A shard of so many URLs or more of which none arrived is an outage, not a shard: it is not sealed."""
 _POLL_S = 0.25
@@ -69,8 +71,9 @@ def ingest(
 ) -> dict:
     """Turn a URL list into sealed shards under `shards`, and return the summary that the manifest ends with.
 
-    Needs a Ray that is initialised. The list's columns and limit are those of `config.data` where that names
-    a URL list; a list that the embedded origin wrote has the columns `url` and `caption` and is taken whole.
+    Needs a Ray that is initialised. `shards` is a folder that all nodes see, or a place on a store. The list's columns
+    and limit are those of `config.data` where that names a URL list; a list that the embedded origin wrote has the
+    columns `url` and `caption` and is taken whole.
 
     Returns `{"urls", "succeeded", "failed": {reason: rows}, "shards", "images_per_s", "wall_s"}`: counts over
     all sealed shards, rate and time of this call. When `stop` is set, tasks are cancelled and the summary of
@@ -80,7 +83,8 @@ def ingest(
     when `shards` holds the shards of another list; `StageError` when a shard fails more than
     `ingest.shard_retries` times. What is sealed stays sealed.
     """
-    shards = shards.resolve()  # a worker may stand in another folder
+    if isinstance(shards, Path):
+        shards = shards.resolve()  # a worker may stand in another folder
     source = config.data if config.data.urls else None
     table = read_url_list(
         str(urls),
@@ -94,8 +98,9 @@ def ingest(
         _tell(on_progress, job)
         return job.manifest.summary
     job.manifest.reopen()
-    shutil.rmtree(shards / WORK, ignore_errors=True)
-    (shards / WORK).mkdir(parents=True)
+    work = _work_folder(shards)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
         while job.todo or job.in_flight:
             if stop is not None and stop.is_set():
@@ -104,7 +109,7 @@ def ingest(
             _tell(on_progress, job)
     finally:
         job.cancel()
-        shutil.rmtree(shards / WORK, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     summary = job.summary()
     job.manifest.finish(summary)
     _tell(on_progress, job)
@@ -239,8 +244,7 @@ class _Job:
             self._again(part, attempt, f"none of {len(part.table)} URLs arrived: {_counts(outcome.failed)}")
 
     def _again(self, part: Part, attempt: int, cause: str) -> None:
-        for left in (self.root / WORK).glob(f"{part.number:0{SHARD_DIGITS}d}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(_work_folder(self.root), part)
         if attempt > self.config.ingest.shard_retries:
             raise StageError(
                 f"shard {_name(part)} failed {attempt} times, last: {cause}. "
@@ -256,14 +260,31 @@ def _ingest_shard(part: Part, root: Path, config: IngestConfig, max_bad_frac: fl
     from ingest.publish import publish
     from ingest.verify import verify
 
+    folder = _work_folder(root)
+    folder.mkdir(parents=True, exist_ok=True)  # of a node of its own, where the shards go to a store
+    _sweep(folder, part)
     prefix = f"{part.number:0{SHARD_DIGITS}d}-pid{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root / WORK, ignore_cleanup_errors=True) as work:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as work:
         fetched = fetch(part, Path(work), config)
         report = verify(fetched.tar, fetched.parquet, urls=fetched.urls)
         arrived = report.samples > 0 or report.bad_frac > 0
         good = report.bad_frac <= max_bad_frac and (arrived or report.urls < OUTAGE_URLS)
         record = publish(root, fetched, report) if good else None
     return _Outcome(record, report.samples, report.failed, report.bad_frac)
+
+
+def _work_folder(root: Path) -> Path:
+    """Where the tasks of a node work."""
+    if isinstance(root, Path):
+        return root / WORK
+    number = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"roclip-ingest-{os.getuid()}" / number
+
+
+def _sweep(folder: Path, part: Part) -> None:
+    """Take away what earlier attempts at a shard left on this node."""
+    for left in folder.glob(f"{part.number:0{SHARD_DIGITS}d}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _name(part: Part) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from cluster import corpus
-from cluster.ingest_job import ingest
+from cluster.ingest_job import IngestProgress, ingest
 from cluster.oracle_job import oracle, progress_file
+from cluster.plan import ingests
 from cluster.progress import told_standing, training_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
@@ -123,18 +124,18 @@ class _Fetching(threading.Thread):
     def __init__(self, here: Session, urls: str | Path):
         super().__init__(name="ingest")
         self.here, self.urls, self.halt = here, urls, threading.Event()
+        self.sealed = 0
         self.problem: BaseException | None = None
 
     def run(self) -> None:
         try:
-            ingest(self.here.config, self.urls, self.here.shards, on_progress=self.here.display.ingest, stop=self.halt)
+            ingest(self.here.config, self.urls, self.here.shards, on_progress=self._show, stop=self.halt)
         except BaseException as error:  # handed to the main thread by `check`
             self.problem = error
 
     def wait_for(self, shards: int) -> None:
         """Return when so many are sealed or ingest has ended; raise its error."""
-        manifest = Manifest(self.here.shards)
-        while self.is_alive() and len(manifest.records()) < shards:
+        while self.is_alive() and self.sealed < shards:
             time.sleep(0.2)
         self.check()
 
@@ -142,10 +143,15 @@ class _Fetching(threading.Thread):
         if self.problem is not None:
             raise self.problem
 
+    def _show(self, now: IngestProgress) -> None:
+        self.sealed = now.shards
+        self.here.display.ingest(now)
+
 
 @contextlib.contextmanager
 def _fetching(here: Session) -> Iterator[_Fetching]:
-    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed."""
+    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
+    nothing to fetch: `data.shards` is the only source."""
     config = here.config
     with contextlib.ExitStack() as stack:
         urls: str | Path = config.data.urls
@@ -157,7 +163,7 @@ def _fetching(here: Session) -> Iterator[_Fetching]:
         else:
             corpus.prepare_held_out(config, origin_folder)
         fetching = _Fetching(here, urls)
-        if Manifest(here.shards).summary is None and not config.data.shards:
+        if ingests(config) and Manifest(here.shards).summary is None:
             here.need_ray()
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))

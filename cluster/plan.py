@@ -41,6 +41,8 @@ class Plan:
     """False where `rows` is estimated from the beginning of a list."""
     shards: int | None
     """None also where they are there already."""
+    elsewhere: bool
+    """They lie in a place of their own, not in the run directory."""
     steps_per_epoch: int | None
     steps: int | None
     """Optimizer steps of one arm."""
@@ -63,7 +65,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """What the run directory needs, as far as it is known."""
-        return (self.shard_bytes or 0) + (self.checkpoint_bytes or 0)
+        return (0 if self.elsewhere else self.shard_bytes or 0) + (self.checkpoint_bytes or 0)
 
 
 def make_plan(config: Config) -> Plan:
@@ -85,6 +87,7 @@ def make_plan(config: Config) -> Plan:
         problem=problem,
         exact=exact,
         shards=None if rows is None or not ingests(config) else math.ceil(rows / ingest.samples_per_shard),
+        elsewhere=bool(config.data.shards),
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
         matched=tuple(e for e in range(1, train.epochs + 1) if "matched" in phases(config, e, steps_per_epoch)),
@@ -210,6 +213,8 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         source = f"read the manifest of {data.shards}"
     shards = "shards" if plan.shards is None else f"{plan.shards:,} shards"
     ingest = f"ingest {shards} of up to {config.ingest.samples_per_shard:,} samples"
+    if config.data.shards:
+        ingest += f" into {config.data.shards}"
     if not ingests(config):
         ingest = "ingest nothing: the shards are there"
     steps = "as many steps as the list gives" if plan.steps is None else f"{plan.steps:,} steps each"
@@ -268,7 +273,8 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ("checkpoints", f"{human_bytes(plan.checkpoint_bytes)} at a time (estimate)"),
         (
             "bytes on disk",
-            f"about {human_bytes(plan.disk_bytes)} in all" + ", without the shards" * (plan.rows is None),
+            f"about {human_bytes(plan.disk_bytes)} in all"
+            + ", without the shards" * (plan.rows is None or (plan.elsewhere and ingests(config))),
         ),
     ]
     return lines

@@ -1,23 +1,26 @@
 """Makes a verified shard exist: its files first, the manifest's record last.
 
 A kill between any two steps leaves files without a record, which are no shard: doing the part again replaces
-them.
+them. A store needs neither rename nor append for it: each file is put whole under its final name.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from ingest.fetch import Fetched
 from ingest.verify import ShardReport
-from roclip.shards import Manifest, ShardRecord, index_path, sha256_file
+from roclip.shards import Manifest, ShardRecord, index_path, put, sha256_file
 
 
 def publish(root: Path, fetched: Fetched, report: ShardReport) -> ShardRecord:
-    """Move tar, parquet and index of a part into `root`, on the same file system, and seal the shard.
+    """Move tar, parquet and index of a part into `root`, on the same file system, or put them there, if that is a store;
+    then seal the shard.
 
-    A shard that is sealed already stays as it is, and its record is returned.
+    A shard that is sealed already stays as it is, and its record is returned. Raises what a store says that cannot be
+    written to after several attempts.
     """
     manifest = Manifest(root)
     name = fetched.tar.name
@@ -34,12 +37,21 @@ def publish(root: Path, fetched: Fetched, report: ShardReport) -> ShardRecord:
         urls=report.urls,
         failed=report.failed,
     )
-    for path in (fetched.tar, fetched.parquet, index):
+    files = (fetched.tar, fetched.parquet, index)
+    if isinstance(root, Path):
+        _move(files, root)
+    else:
+        for path in files:
+            put(path, root / path.name)
+    manifest.publish(record)
+    return record
+
+
+def _move(files: Iterable[Path], root: Path) -> None:
+    for path in files:
         _sync(path)
         os.replace(path, root / path.name)
     _sync(root)
-    manifest.publish(record)
-    return record
 
 
 def _sync(path: Path) -> None:

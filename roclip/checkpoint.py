@@ -6,7 +6,7 @@ checkpoints/
     optimizer.safetensors   moments of every weight, whole: for any number of ranks and any ZeRO stage
     pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
     cursor.json             where in the data and in the schedule training stands
-    SHA256SUMS              of every file above
+    SHA256SUMS              of every file above; such a name has no folder in it
   LATEST                    the newest complete checkpoint: resume starts here
   TRUSTED                   the one that may leave the run; only the oracle moves it
 
@@ -15,14 +15,18 @@ There is no random state in it: all that is random is drawn for (seed, step, ran
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from roclip import distributed
@@ -30,9 +34,12 @@ from roclip.engine_state import load_optimizer_state, load_weights, optimizer_st
 from roclip.errors import CheckpointError
 from roclip.model import CONFIG, WEIGHTS, Towers
 from roclip.shards import sha256_file, write_atomic
+from roclip.tensor_file import write_tensors
 
 SUMS = "SHA256SUMS"
 _CURSOR = "cursor.json"
+_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)")
+"""Of SHA256SUMS; a name has no folder in it, so that none leads out of the checkpoint."""
 
 
 class Part(Protocol):
@@ -58,19 +65,30 @@ class Cursor:
     """Phase of the last step: 'matched' or 'plain'."""
 
 
+class Store(Protocol):
+    """A second place for checkpoints: `roclip/checkpoint_store.py`."""
+
+    def take(self, checkpoint: Path, outdated: Callable[[Mapping[str, Cursor]], list[str]]) -> None:
+        """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there."""
+
+
 class Writer:
     """Saves the checkpoints of a training: all ranks gather, then rank 0 writes while they train on.
+
+    The state is copied into memory that stays from one save to the next: fresh memory costs several times the copy.
 
     Args:
         folder: `checkpoints`.
         keep: The newest checkpoints that are kept.
         keep_every_epochs: Also kept are those at the end of every so manieth epoch; 0 is none. And what TRUSTED names.
+        store: Also gets them, from the same thread: a store that is slow delays the next save, not the steps before it.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every_epochs: int = 0):
-        self.folder, self.keep, self.keep_every_epochs = folder, keep, keep_every_epochs
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    def __init__(self, folder: Path, *, keep: int, keep_every_epochs: int = 0, store: Store | None = None):
+        self.folder, self.keep, self.keep_every_epochs, self.store = folder, keep, keep_every_epochs, store
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_stand_back)
         self._writing: Future[None] | None = None
+        self._memory: dict[str, Tensor] = {}
 
     def save(self, engine: Any, towers: Towers, parts: Mapping[str, Part], cursor: Cursor) -> None:
         """Copy the state, and write it in the background. Call it on all ranks.
@@ -79,10 +97,15 @@ class Writer:
         then LATEST names it. A second call waits for the first to be written, and raises what went wrong there.
         """
         self._join()
-        weights = towers.weights()
-        tensors = {"optimizer": optimizer_state(engine), **{name: part.state_dict() for name, part in parts.items()}}
-        if distributed.rank() == 0:
-            tensors |= {name: _copied(tensors[name]) for name in parts}
+        leader = distributed.rank() == 0
+        weights = towers.weights(self._copy if leader else None)
+        tensors = {"optimizer": optimizer_state(engine, self._copy)}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        if leader:
+            for part, state in states.items():
+                tensors[part] = {
+                    name: self._copy(f"{part}/{name}", value, value.dtype) for name, value in state.items()
+                }
             self._writing = self._thread.submit(self._write, towers, weights, tensors, cursor)
 
     def wait(self) -> None:
@@ -95,6 +118,12 @@ class Writer:
             self._writing.result()
             self._writing = None
 
+    def _copy(self, name: str, value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None or memory.shape != value.shape or memory.dtype != dtype:
+            memory = self._memory[name] = torch.empty(value.shape, dtype=dtype)
+        return memory.copy_(value.detach())
+
     def _write(
         self,
         towers: Towers,
@@ -106,24 +135,33 @@ class Writer:
         final, temporary = self.folder / name, self.folder / f".{name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        towers.save(temporary, weights)
+        sums = {WEIGHTS: towers.save(temporary, weights), CONFIG: sha256_file(temporary / CONFIG)}
         for part, state in tensors.items():
-            save_file(state, temporary / f"{part}.safetensors")
+            file = temporary / f"{part}.safetensors"
+            sums[file.name] = write_tensors(file, state)
         write_atomic(temporary / _CURSOR, json.dumps(asdict(cursor)))
-        _seal(temporary)
+        sums[_CURSOR] = sha256_file(temporary / _CURSOR)
+        write_atomic(temporary / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         write_atomic(self.folder / "LATEST", name)
         self._drop_old()
+        if self.store is not None:
+            self.store.take(final, self._outdated)
 
     def _drop_old(self) -> None:
-        for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            at = cursor(path)
-            epoch_end = (
-                self.keep_every_epochs and at.step_in_epoch == 0 and (at.epoch - 1) % self.keep_every_epochs == 0
-            )
-            if not epoch_end and path != named(self.folder, "TRUSTED"):
-                shutil.rmtree(path)
+        for name in self._outdated({path.name: cursor(path) for path in self.folder.glob("step-*")}):
+            shutil.rmtree(self.folder / name)
+
+    def _outdated(self, checkpoints: Mapping[str, Cursor]) -> list[str]:
+        every, pointer = self.keep_every_epochs, self.folder / "TRUSTED"
+        trusted = pointer.read_text().strip() if pointer.exists() else ""
+        return [
+            name
+            for name in sorted(checkpoints)[: -self.keep]
+            if not (every and checkpoints[name].step_in_epoch == 0 and (checkpoints[name].epoch - 1) % every == 0)
+            and name != trusted
+        ]
 
 
 def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part]) -> Cursor | None:
@@ -160,8 +198,7 @@ def verify(path: Path) -> None:
     sums = path / SUMS
     if not sums.exists():
         raise CheckpointError(f"{path}: expected {SUMS}, got none. This is not a complete checkpoint.")
-    for line in sums.read_text().splitlines():
-        expected, name = line.split("  ", 1)
+    for name, expected in parse_sums(sums.read_text(), sums).items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing from the checkpoint. Resume from another one or train again.")
@@ -175,6 +212,20 @@ def verify(path: Path) -> None:
 def cursor(path: Path) -> Cursor:
     """The cursor of a checkpoint."""
     return Cursor(**json.loads((path / _CURSOR).read_text()))
+
+
+def parse_sums(text: str, source: Path) -> dict[str, str]:
+    """File names and their sha256 out of a SHA256SUMS that anybody may have written. Raises `CheckpointError`."""
+    sums = {}
+    for line in text.splitlines():
+        found = _LINE.fullmatch(line)
+        if found is None or found[2] == SUMS:
+            raise CheckpointError(
+                f"{source}: expected lines of a sha256 and the plain name of a file beside it, got {line[:200]!r}. "
+                "It is refused: no checkpoint of ours has such a line. Use another checkpoint."
+            )
+        sums[found[2]] = found[1]
+    return sums
 
 
 def export(checkpoint: Path, out: Path) -> Path:
@@ -191,13 +242,7 @@ def export(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _seal(path: Path) -> None:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    write_atomic(path / SUMS, "".join(f"{sha256_file(file)}  {file.relative_to(path)}\n" for file in files))
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+def _stand_back() -> None:
+    """Leave the processor to the training: this thread takes what that does not use."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -5,7 +5,7 @@ together through its public accessors, weight by weight, so that a checkpoint kn
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,23 +20,25 @@ MASTER = "fp32"
 """The optimizer's own copy of a weight, where the model's is rounded to bf16."""
 
 
-def optimizer_state(engine: Any) -> dict[str, Tensor]:
+def optimizer_state(engine: Any, copy: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """`<moment>.<weight>` for each weight that learns, and `step`, on the CPU of rank 0; nothing on the others.
 
-    Call it on all ranks.
+    Before the first step there are no moments, and `step` is 0. `copy` makes fp32 copies out of a name and a tensor, where
+    the caller has memory for them. Call it on all ranks.
     """
+    copy = copy or (lambda _, value: value.detach().to("cpu", torch.float32, copy=True))
     leader, state = distributed.rank() == 0, {}
     _link(engine.optimizer)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    step = next((held["step"].cpu().clone() for held in inner.state.values() if "step" in held), None)
     if leader:
-        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        state["step"] = next(
-            (held["step"].cpu().clone() for held in inner.state.values() if "step" in held), torch.zeros(())
-        )
+        state["step"] = torch.zeros(()) if step is None else step
+    moments = () if step is None else MOMENTS
     for name, parameter in _learning(engine):
-        for key in (*MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])):
+        for key in (*moments, *([MASTER] if parameter.dtype != torch.float32 else [])):
             value = _get(engine, parameter, key)
             if leader and value is not None:
-                state[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True)
+                state[f"{key}.{name}"] = copy(f"{key}.{name}", value)
     return state
 
 
@@ -45,15 +47,17 @@ def load_optimizer_state(engine: Any, state: dict[str, Tensor]) -> None:
 
     Raises `CheckpointError` if a weight has no state.
     """
-    _make_room(engine, state["step"])
+    moments = MOMENTS if state["step"] else ()  # before the first step there are none, and the optimizer is a new one
+    if moments:
+        _make_room(engine, state["step"])
     for name, parameter in _learning(engine):
-        missing = [key for key in MOMENTS if f"{key}.{name}" not in state]
+        missing = [key for key in moments if f"{key}.{name}" not in state]
         if missing:
             raise CheckpointError(
                 f"optimizer.safetensors: expected {', '.join(missing)} of {name}, got none. Was the checkpoint made with this "
                 "weight locked? Lock the same layers, or start a new run from its weights."
             )
-        for key in MOMENTS:
+        for key in moments:
             _set(engine, parameter, key, state[f"{key}.{name}"].to(parameter.device))
         master = state.get(f"{MASTER}.{name}")
         _set(engine, parameter, MASTER, _whole(parameter) if master is None else master.to(parameter.device))

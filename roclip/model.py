@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,13 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from roclip.errors import CheckpointError, ConfigError
 from roclip.sections_train import ModelConfig
+from roclip.shards import write_atomic
+from roclip.tensor_file import write_tensors
 from roclip.tower_options import apply_options, check_options
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -131,16 +133,15 @@ class Towers(nn.Module):
         """Captions to tokens (B, L), padded and cut to the text tower's context."""
         return self.tokenizer(list(captions))
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU.
+    def weights(self, copy: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """A copy of weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU; `copy` makes it
+        out of a name and a tensor, where the caller has memory for it.
 
         Under ZeRO-3 each rank holds a part of them and this gathers the rest: call it on all ranks.
         """
+        copy = copy or (lambda _, value: value.detach().to("cpu", torch.float32, copy=True).contiguous())
         with _gathered(self.clip):
-            state = {
-                key: value.detach().to("cpu", torch.float32, copy=True).contiguous()
-                for key, value in self.clip.state_dict().items()
-            }
+            state = {key: copy(key, value) for key, value in self.clip.state_dict().items()}
         return {
             key: value.reshape(()) if key in ("logit_scale", "logit_bias") else value for key, value in state.items()
         }
@@ -153,11 +154,11 @@ class Towers(nn.Module):
         open_clip.factory._MODEL_CONFIGS[self.name] = self.cfg
         return Towers(self.name)._fill(self.weights()).to(self.mean.device)
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them.
-        `weights` is what `weights()` gave, for one rank that writes what all have gathered."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> str:
+        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them; gives the
+        sha256 of the weights' file. `weights` is what `weights()` gave, for one rank that writes what all have gathered."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.weights() if weights is None else weights, folder / WEIGHTS, metadata={"format": "pt"})
+        sha256 = write_tensors(folder / WEIGHTS, self.weights() if weights is None else weights, {"format": "pt"})
         preprocess = {
             "mean": list(open_clip.OPENAI_DATASET_MEAN),
             "std": list(open_clip.OPENAI_DATASET_STD),
@@ -165,7 +166,8 @@ class Towers(nn.Module):
             "resize_mode": "squash",
         }
         config = {"roclip_model": self.name, "model_cfg": self.cfg, "preprocess_cfg": preprocess}
-        (folder / CONFIG).write_text(json.dumps(config, indent=1))
+        write_atomic(folder / CONFIG, json.dumps(config, indent=1))
+        return sha256
 
     @classmethod
     def load(cls, folder: Path) -> "Towers":

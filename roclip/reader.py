@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from roclip.errors import DataError
-from roclip.shard_cache import ShardCache, ShardUnreadableError, patiently
+from roclip.shard_cache import ShardCache, ShardUnreadableError, read_patiently
 from roclip.shards import ShardRecord, read_index, tar_path
 
 MAX_PIXELS = 89_478_485
@@ -120,7 +120,7 @@ class ShardReader:
             if isinstance(self._tar, Path) or self.cache:
                 piece = self._from_file(offset, size)
             else:
-                piece = patiently(lambda: self._from_store(offset, size))
+                piece = read_patiently(lambda: self._from_store(offset, size))
         except ShardUnreadableError as error:
             self._problem = str(error)
             raise BadSampleError(self._problem) from error

@@ -9,7 +9,7 @@ from roclip.strict import fraction, positive
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pairs come from. Exactly one of `urls`, `images`, `scenes` is set."""
+    """Where pairs come from: one of `urls`, `images` and `scenes`, or `shards` alone, ingested before."""
 
     urls: str = ""
     """URL list to ingest: parquet, csv, tsv, jsonl or txt, any fsspec path, or a folder or glob of such files."""
@@ -28,8 +28,8 @@ class DataConfig:
     faults: bool = True
     """The embedded origin also serves dead links, redirects, broken images and slow answers."""
     shards: str = ""
-    """Folder of the shards and their manifest, here or on a store that fsspec knows (`s3://bucket/shards`); empty is
-    `<run>/shards`."""
+    """Folder of the shards and their manifest, which ingest fills and training reads, here or on a store that fsspec knows
+    (`s3://bucket/shards`); empty is `<run>/shards`."""
     caption_key: str = ""
     """Key of the json member that holds the caption, or a list of captions of which one is chosen by (seed, epoch, sample);
     empty reads the txt member."""

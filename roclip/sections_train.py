@@ -228,6 +228,9 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every_epochs: int = 0
     """Also keep the checkpoint at the end of every so manieth epoch; 0 keeps none of them."""
+    checkpoint_store: str = ""
+    """Also keep checkpoints on this store that fsspec knows (`s3://bucket/checkpoints`), in `<run>/<arm>` of it: a node
+    that is lost takes none with it; empty is the run directory only."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """What a loss or gradient that is not finite, or a spike, does before the update: end the training, leave the step out,
     or go back to the last checkpoint and leave the step out when it comes by again."""
@@ -245,6 +248,11 @@ class TrainConfig:
         positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
         if self.spike_factor and self.spike_factor <= 1:
             raise ConfigError(f"train.spike_factor: expected more than 1, or 0 for none, got {self.spike_factor}.")
+        if self.checkpoint_store and ("://" not in self.checkpoint_store or self.checkpoint_store.startswith("file:")):
+            raise ConfigError(
+                f"train.checkpoint_store: expected a store such as s3://bucket/checkpoints, got {self.checkpoint_store!r}. "
+                "For a disk of this machine, let the run directory lie on it."
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError(
                 "train.zero_stage: with train.precision=bf16 expected 1 or more, got 0: DeepSpeed's optimizer of that "

@@ -8,18 +8,14 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from roclip.errors import DataError
 from roclip.sections_run import DataConfig
-from roclip.shards import ShardRecord, tar_path
+from roclip.shards import ShardRecord, patiently, tar_path
 
-ATTEMPTS = 5
-FIRST_WAIT_S = 0.5
-"""Before the second attempt; each further wait is twice as long."""
 _PIECE = 1 << 22
 T = TypeVar("T")
 
@@ -34,23 +30,16 @@ class ShardUnreadableError(DataError):
     """A shard cannot be had; the message is the reason under which its samples are counted."""
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What `read` gives, asked again after a failure, `ATTEMPTS` times in all.
-
-    Raises `ShardUnreadableError` when none succeeded, and at once for a file that is not there.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return read()
-        except FileNotFoundError as error:
-            raise ShardUnreadableError("shard_not_there") from error
-        except Exception as error:  # each store has errors of its own
-            if attempt == ATTEMPTS:
-                if isinstance(error, ShardUnreadableError):
-                    raise
-                raise ShardUnreadableError("shard_not_readable") from error
-        time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-    raise AssertionError("the last attempt returns or raises")
+def read_patiently(read: Callable[[], T]) -> T:
+    """What `read` gives, asked again as `patiently` does. Raises `ShardUnreadableError` when it cannot be had."""
+    try:
+        return patiently(read)
+    except FileNotFoundError as error:
+        raise ShardUnreadableError("shard_not_there") from error
+    except ShardUnreadableError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise ShardUnreadableError("shard_not_readable") from error
 
 
 class ShardCache:
@@ -67,7 +56,7 @@ class ShardCache:
         """Shards that lay here when they were asked for, and those that were fetched, by this process."""
 
     def get(self, root: Path, record: ShardRecord) -> Path:
-        """The local copy of a shard whose tar lies on a store. Raises `ShardUnreadableError` after `ATTEMPTS` failed ones."""
+        """The local copy of a shard whose tar lies on a store. Raises `ShardUnreadableError`."""
         path = self.folder / f"{record.sha256}.tar"
         try:
             os.utime(path)  # used now
@@ -77,7 +66,7 @@ class ShardCache:
             pass
         self.folder.mkdir(parents=True, exist_ok=True)
         self.misses += 1
-        patiently(lambda: self._fetch(tar_path(root, record), path, record))
+        read_patiently(lambda: self._fetch(tar_path(root, record), path, record))
         self._evict(path)
         return path
 

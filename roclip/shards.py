@@ -18,23 +18,30 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roclip.errors import ShardError
+from roclip.errors import ConfigError, ShardError
 
 END = "END.json"
 PACK = 1000
 """Loose records at which they are packed."""
 SHARD_DIGITS = 5
 _AT_A_TIME = 16
-"""Files that are read from a store at the same time."""
+"""Files of a store that are read or dropped at the same time."""
+_LISTINGS = 5
+"""How often a folder is listed until every record in it can be read."""
+ATTEMPTS = 5
+FIRST_WAIT_S = 0.5
+"""Before a store is asked the second time; each further wait is twice as long."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,24 @@ class Manifest:
         self._packs: dict[str, dict[str, ShardRecord]] = {}
 
     def records(self) -> tuple[ShardRecord, ...]:
-        """All sealed shards, in the order of their names."""
-        while True:
+        """All sealed shards, in the order of their names. Raises `ShardError` for a record that cannot be read."""
+        gone = ""
+        for _ in range(_LISTINGS):
             try:
                 return self._records()
-            except FileNotFoundError:  # a record was packed after its name was listed: it stands in the pack now
-                continue
+            except FileNotFoundError as error:  # it was packed after it was listed: it stands in the pack now
+                gone = error.filename or error
+        raise ShardError(
+            f"{gone}: expected a record or a pack of shards, got a name in {self.folder} without a file behind it, "
+            f"{_LISTINGS} times. Delete that name and run ingest again: the shard is redone."
+        )
 
     def get(self, name: str) -> ShardRecord | None:
         """The record of one shard, or None."""
-        path = self._path(name)
-        if path.exists():
-            return self._read(path)
-        return {record.name: record for record in self.records()}.get(name)
+        try:
+            return self._read(self._path(name))
+        except FileNotFoundError:
+            return {record.name: record for record in self.records()}.get(name)
 
     def publish(self, record: ShardRecord) -> None:
         """Make a shard exist. The tar and its index must lie at their final names already."""
@@ -100,13 +112,12 @@ class Manifest:
         loose = [name for name in self._names() if name.endswith(".json") and name != END]
         if len(loose) < at_least:
             return
-        records = self._read_all(loose)
+        records = self._each(self._read, loose)
         rows = [{**asdict(record), "failed": list(record.failed.items())} for record in records]
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_PACK_SCHEMA), buffer)
         write_atomic(self.folder / f"pack-{digest(records)}.parquet", buffer.getvalue().to_pybytes())
-        for name in loose:
-            (self.folder / name).unlink(missing_ok=True)
+        self._each(drop, loose)
 
     def finish(self, summary: dict) -> None:
         """Say that no more shards will come; `summary` is what ingest wants to be remembered."""
@@ -115,12 +126,14 @@ class Manifest:
     @property
     def summary(self) -> dict | None:
         """What `finish` was told, or None while ingest still runs."""
-        path = self.folder / END
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(content_of(self.folder / END))
+        except FileNotFoundError:
+            return None
 
     def reopen(self) -> None:
         """Take the end mark back: more shards will come."""
-        (self.folder / END).unlink(missing_ok=True)
+        drop(self.folder / END)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{Path(name).stem}.json"
@@ -136,19 +149,20 @@ class Manifest:
                 if name not in self._packs:
                     self._packs[name] = self._read_pack(self.folder / name)
                 known.update(self._packs[name])
-        loose = self._read_all([name for name in names if name.endswith(".json") and name != END])
-        known.update((record.name, record) for record in loose)
+        loose = [name for name in names if name.endswith(".json") and name != END]
+        loose = [name for name in loose if f"{Path(name).stem}.tar" not in known]  # packed ones go away meanwhile
+        known.update((record.name, record) for record in self._each(self._read, loose))
         return tuple(known[name] for name in sorted(known))
 
-    def _read_all(self, names: Sequence[str]) -> list[ShardRecord]:
+    def _each(self, act: Callable[[Path], T], names: Sequence[str]) -> list[T]:
         paths = [self.folder / name for name in names]
         if isinstance(self.folder, Path):
-            return [self._read(path) for path in paths]
+            return [act(path) for path in paths]
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
-            return list(pool.map(self._read, paths))
+            return list(pool.map(act, paths))
 
     def _read(self, path: Path) -> ShardRecord:
-        content = path.read_text()
+        content = content_of(path)
         try:
             return ShardRecord(**json.loads(content))
         except (ValueError, TypeError) as error:
@@ -157,7 +171,7 @@ class Manifest:
             ) from error
 
     def _read_pack(self, path: Path) -> dict[str, ShardRecord]:
-        content = path.read_bytes()
+        content = content_of(path)
         try:
             table = pq.read_table(pa.BufferReader(content), schema=_PACK_SCHEMA)
         except (OSError, ValueError) as error:
@@ -191,11 +205,19 @@ _PACK_SCHEMA = pa.schema(
 
 
 def place(where: str | Path) -> Path:
-    """A folder or file on this machine, or, given `scheme://…`, on a store that fsspec knows, with the same methods."""
+    """A folder or file on this machine, or, given `scheme://…`, on a store that fsspec knows, with the same methods.
+
+    Raises `ConfigError` for a scheme that it does not know.
+    """
+    if isinstance(where, str) and where.startswith("file://"):
+        where = where.removeprefix("file://")
     if isinstance(where, str) and "://" in where:
         from upath import UPath
 
-        store: Any = UPath(where)
+        try:
+            store: Any = UPath(where)
+        except ValueError as error:
+            raise ConfigError(f"{where}: expected a store that fsspec knows, such as s3://, got {error}.") from error
         return store
     return Path(where) if isinstance(where, str) else where
 
@@ -208,9 +230,47 @@ def names_in(folder: Path) -> list[str]:
                 return [entry.name for entry in entries if not entry.name.startswith(".")]
         store: Any = folder
         store.fs.invalidate_cache()  # it remembers listings, and others publish
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in store.fs.ls(store.path, detail=False)]
+        paths = patiently(lambda: store.fs.ls(store.path, detail=False))
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
     except FileNotFoundError:
         return []
+
+
+def content_of(path: Path) -> bytes:
+    """What a file has in it, here or on a store, which is asked patiently."""
+    if isinstance(path, Path):
+        return path.read_bytes()
+    store: Any = path
+    return patiently(lambda: store.fs.cat_file(store.path))
+
+
+def drop(path: Path) -> None:
+    """Delete a file, here or on a store, which is asked patiently; one that is not there is none."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+    else:
+        patiently(lambda: path.unlink(missing_ok=True))
+
+
+def put(source: Path, target: Path) -> None:
+    """Put a file of this machine whole under a name on a store. Raises what the store said after `ATTEMPTS` failures."""
+    store: Any = target
+    patiently(lambda: store.fs.put_file(str(source), store.path))
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` gives, asked again after a failure, `ATTEMPTS` times in all.
+
+    Raises the last failure, and `FileNotFoundError` at once.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return ask()
+        except FileNotFoundError:
+            raise
+        except Exception:  # each store has errors of its own
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+    return ask()
 
 
 def index_path(root: Path, record_name: str) -> Path:
@@ -269,14 +329,16 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file such that a reader sees the old content or the new one, never a part."""
+    content = content.encode() if isinstance(content, str) else content
     if not isinstance(path, Path):  # a store puts objects whole
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        store: Any = path
+        patiently(lambda: store.fs.pipe_file(store.path, content))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from roclip.errors import DataError
 from roclip.metrics import Progress
-from roclip.shard_cache import ShardUnreadableError, patiently
+from roclip.shard_cache import ShardUnreadableError, read_patiently
 from roclip.shards import Manifest, ShardRecord, index_path, names_in, place, write_atomic
 from roclip.tar_index import IMAGE_SUFFIXES, Member, TarSample, TarScan, group
 
@@ -169,7 +169,7 @@ def _named(source: str, fs: Any, name: str) -> list[str]:
 
 def _ask(source: str, question: Callable[[], T]) -> T:
     try:
-        return patiently(question)
+        return read_patiently(question)
     except ShardUnreadableError as error:
         raise DataError(
             f"{source}: expected tars, but they cannot be listed ({error.__cause__ or error}). Check the pattern."
@@ -230,8 +230,8 @@ def _reading(tar: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
                 yield file.read, None
         else:
             store: Any = where
-            with patiently(lambda: store.fs.open(store.path, "rb", block_size=_READ_AHEAD)) as file:
-                yield lambda count: patiently(lambda: file.read(count)), getattr(file, "size", None)
+            with read_patiently(lambda: store.fs.open(store.path, "rb", block_size=_READ_AHEAD)) as file:
+                yield lambda count: read_patiently(lambda: file.read(count)), getattr(file, "size", None)
     except (OSError, ShardUnreadableError) as error:
         raise DataError(
             f"{tar}: expected a tar that can be read ({error.__cause__ or error}). Bring it back, or take it out of "
@@ -268,7 +268,7 @@ def _carry(index: pa.Table, tar: str) -> pa.Table:
     """The index with the columns of the parquet beside the tar, by key; as it is where there is no such parquet."""
     beside = place(f"{tar.removesuffix('.tar')}.parquet")
     try:
-        content = patiently(lambda: _head(beside))
+        content = read_patiently(lambda: _head(beside))
         if len(content) > MAX_PARQUET_BYTES or pq.read_metadata(pa.BufferReader(content)).num_rows > MAX_PARQUET_ROWS:
             return index
         noted = pq.read_table(pa.BufferReader(content))

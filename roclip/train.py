@@ -23,6 +23,7 @@ from torch import Tensor
 from roclip import accumulate, checkpoint, distributed
 from roclip.augment import augment
 from roclip.checkpoint import Cursor
+from roclip.checkpoint_store import bring, checkpoint_store
 from roclip.config import Config, dump_config, environment_defaults, load_config, model_file, run_directory
 from roclip.defence import Defence, Lesson
 from roclip.divergence import Divergence
@@ -105,9 +106,11 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
         edit=caption_edits(config.augment, config.seed),
     )
     # ---- resume ---------------------------------------------------------------------------------------------
+    store = checkpoint_store(config.train.checkpoint_store, folder)
+    bring(folder, store)
     cursor = checkpoint.resume(folder, engine, towers, parts) or Cursor(0, 1, 0, 0, "plain")
     writer = checkpoint.Writer(
-        folder, keep=config.train.keep_checkpoints, keep_every_epochs=config.train.keep_every_epochs
+        folder, keep=config.train.keep_checkpoints, keep_every_epochs=config.train.keep_every_epochs, store=store
     )
     displays = []
     if rank == 0:

@@ -49,7 +49,7 @@ def poisoned_samples(run: Path) -> pa.Table:
     truth = next((path for path in (run / "origin" / TRUTH, shards / TRUTH) if path.exists()), None)
     if truth is None:
         return schema.empty_table()
-    rows = pq.read_table(truth, columns=["key", *columns]).to_pylist()
+    rows = pq.read_table(pa.BufferReader(truth.read_bytes()), columns=["key", *columns]).to_pylist()
     ids: dict[str, int] = {}
     for record in Manifest(shards).records():
         index = read_index(shards, record.name, ["key", "id"])

@@ -9,6 +9,7 @@ import pytest
 from kit import REPOSITORY, TINY_MODEL
 
 from cluster.doctor import Check, doctor, exit_code, usable_cores, usable_memory_bytes
+from cluster.plan import make_plan
 from roclip.config import load_config
 
 
@@ -61,6 +62,19 @@ def test_check_fails_with_advice_when_the_config_asks_too_much(
     assert check.need
     assert advice in check.what_to_do
     assert exit_code([check]) == 7
+
+
+def test_stores_that_will_be_written_to_are_tried(preset: Path):
+    found = checks(preset, "data.shards=memory://shards", "train.checkpoint_store=nowhere://bucket")
+    assert found["data.shards"].status == "ok"
+    assert found["train.checkpoint_store"].status == "fail"
+    assert "nowhere" in found["train.checkpoint_store"].got
+
+
+def test_shards_on_a_store_need_no_disk(preset: Path):
+    here, there = (make_plan(load_config(preset, more)) for more in ([], ["data.shards=memory://shards"]))
+    assert here.shard_bytes == there.shard_bytes
+    assert here.disk_bytes - there.disk_bytes == here.shard_bytes
 
 
 def test_compiler_fails_when_it_cannot_compile(preset: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import tarfile
 
@@ -5,10 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ingest import publish as publishing
 from ingest.fetch import Fetched
 from ingest.publish import publish
 from ingest.verify import verify
-from roclip.shards import Manifest, index_path, sha256_file
+from roclip.shards import Manifest, index_path, names_in, place, sha256_file
 
 
 def _fetched(root, jpeg, attempt):
@@ -58,6 +60,33 @@ def test_shard_exists_only_after_the_last_step(tmp_path, jpeg, monkeypatch, step
     assert Manifest(tmp_path).records() == ()
     again = _fetched(tmp_path, jpeg, 1)
     _check(tmp_path, publish(tmp_path, again, verify(again.tar, again.parquet)))
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_shard_exists_on_a_store_only_after_the_last_step(tmp_path, jpeg, monkeypatch, steps):
+    root, done = place("memory://shards"), []
+
+    def put(*paths, real=publishing.put):
+        if len(done) == min(steps, 3):
+            raise KeyboardInterrupt
+        done.append(paths)
+        real(*paths)
+
+    first = _fetched(tmp_path, jpeg, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "put", put)
+        if steps == 3:
+            patch.setattr(Manifest, "publish", put)
+        with pytest.raises(KeyboardInterrupt):
+            publish(root, first, verify(first.tar, first.parquet))
+    assert len(done) == steps
+    assert Manifest(root).records() == ()
+    again = _fetched(tmp_path, jpeg, 1)
+    record = publish(root, again, verify(again.tar, again.parquet))
+    assert Manifest(root).records() == (record,)
+    assert hashlib.sha256((root / record.name).read_bytes()).hexdigest() == record.sha256
+    assert sorted(names_in(root)) == ["00003.index.parquet", "00003.parquet", "00003.tar", "manifest"]
+    root.fs.rm("/shards", recursive=True)
 
 
 def test_sealed_shard_stays_when_it_is_published_again(tmp_path, jpeg):

@@ -155,3 +155,24 @@ def test_pointer_to_a_checkpoint_that_is_gone_is_an_error(tmp_path):
     (tmp_path / "LATEST").write_text("step-00000009")
     with pytest.raises(CheckpointError, match="step-00000009"):
         checkpoint.named(tmp_path, "LATEST")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_state_before_the_first_step_is_a_new_optimizer_with_the_weights(saved, tmp_path, stage):
+    folder, *_ = saved
+
+    def engine_of(seed):
+        torch.manual_seed(seed)
+        towers = Towers("tiny", folder / "tiny.json")
+        return build_engine(towers, TrainConfig(global_batch_size=4, zero_stage=stage)), towers
+
+    engine, towers = engine_of(2)
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer.save(engine, towers, {}, Cursor(1, 1, 1, 4, "plain"))  # as when the first step is left out
+    writer.wait()
+    other, other_towers = engine_of(3)
+    assert checkpoint.resume(tmp_path, other, other_towers, {}) == Cursor(1, 1, 1, 4, "plain")
+    for ours in ((engine, towers), (other, other_towers)):
+        torch.manual_seed(0)
+        optimizer_steps(*ours, 2)
+    assert all(torch.equal(value, other_towers.weights()[name]) for name, value in towers.weights().items())

@@ -231,6 +231,13 @@ def test_readers_see_every_record_while_others_are_published_and_packed(tmp_path
     assert [len(each) for each in seen] == sorted(len(each) for each in seen)
 
 
+def test_a_record_that_is_only_a_name_is_told(tmp_path):
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "00007.json").symlink_to("nothing")
+    with pytest.raises(ShardError, match=r"00007\.json: expected a record.*without a file behind it"):
+        Manifest(tmp_path).records()
+
+
 def test_a_broken_pack_is_named(tmp_path):
     manifest = Manifest(tmp_path)
     manifest.publish(record(0))

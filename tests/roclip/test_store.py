@@ -10,7 +10,7 @@ import torch
 from kit import environment, preset, scene_samples, write_shard
 from s3 import s3_server
 
-from roclip import shard_cache
+from roclip import shards
 from roclip.metrics import read_metrics
 from roclip.reader import BadSampleError, ShardReader
 from roclip.shard_cache import ShardCache, ShardUnreadableError
@@ -29,7 +29,7 @@ def local(tmp_path):
 
 @pytest.fixture
 def server(local, monkeypatch):
-    monkeypatch.setattr(shard_cache, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(shards, "FIRST_WAIT_S", 0.01)
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         s3fs.S3FileSystem(**server.options).put(str(local), "bucket/shards", recursive=True)
@@ -122,7 +122,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_batches(local, server, r
 
 
 def test_a_shard_that_cannot_be_had_is_counted_by_reason_and_asked_for_only_once(server, remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "ATTEMPTS", 2)
+    monkeypatch.setattr(shards, "ATTEMPTS", 2)
     server.fault = lambda method, path, number: "error" if method == "GET" and path.endswith("00000.tar") else None
     bad = [reason for batch in batches(remote.root, cache=ShardCache(tmp_path / "c", 10**9)) for reason in batch.bad]
     assert {reason for _, reason in bad} == {"shard_not_readable"}
@@ -136,7 +136,7 @@ def test_a_shard_that_cannot_be_had_is_counted_by_reason_and_asked_for_only_once
 
 
 def test_a_shard_that_vanished_or_was_changed_is_told(server, remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "ATTEMPTS", 2)
+    monkeypatch.setattr(shards, "ATTEMPTS", 2)
     first, second, _ = remote.records()
     store = s3fs.S3FileSystem(**server.options)
     store.rm("bucket/shards/00000.tar")
@@ -174,8 +174,8 @@ train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1}}
     config = preset(tmp_path, text.format(folder=tmp_path))
     store = {f"FSSPEC_S3_{key.upper()}": server.options[key] for key in ("key", "secret", "endpoint_url")}
     losses = []
-    for number, shards in enumerate((local, "s3://bucket/shards")):
-        settings = [f"data.shards={shards}", f"run_dir={tmp_path}/run{number}"]
+    for number, where in enumerate((local, "s3://bucket/shards")):
+        settings = [f"data.shards={where}", f"run_dir={tmp_path}/run{number}"]
         command = [sys.executable, "-m", "roclip.train", str(config), *settings]
         done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1", **store), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
