@@ -15,7 +15,8 @@ from roclip.metrics import Progress
 from roclip.model import WEIGHTS, Encoder
 from roclip.oracle.check import SCHEMA, check
 from roclip.oracle.segmenters import CARD, TrainedSegmenter, train_segmenter
-from roclip.shards import Manifest, digest, place, sha256_file, write_atomic
+from roclip.shards import Manifest, digest, sha256_file, write_atomic
+from roclip.tar_sources import shards_root
 
 
 def oracle(
@@ -64,7 +65,7 @@ def judge(
     if (path / checkpoints.SUMS).exists() or checkpoint is None:
         checkpoints.verify(path)
     origin, out = run / "origin", run / arm / "oracle"
-    shards = place(config.data.shards) if config.data.shards else run / "shards"
+    shards = shards_root(config.data.shards, run)
     names = _labels(origin / "labels.json")
     trusted = origin / "trusted.parquet"
     if not trusted.exists():

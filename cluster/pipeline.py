@@ -29,6 +29,7 @@ from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
+from roclip.tar_sources import index_tars, is_pattern
 
 
 def run(config: Config) -> dict:
@@ -63,6 +64,7 @@ def ingest_only(config: Config) -> dict:
 def train_only(config: Config) -> dict:
     """Train every arm on the shards that are there."""
     with session(config) as here:
+        _index(here)
         if not Manifest(here.shards).records():
             raise DataError(f"{here.shards}: expected sealed shards, got none. Run `roclip ingest` first.")
         for arm in config.arms:
@@ -118,6 +120,15 @@ def fill(here: Session) -> None:
         pass
 
 
+def _index(here: Session) -> None:
+    """Index ready-made tars; nothing for a folder of shards, and for tars that are indexed."""
+    where = here.config.data.shards
+    if is_pattern(where):
+        index_tars(
+            where, here.shards, on_progress=lambda done, total, text: here.display.show("index", done, total, text)
+        )
+
+
 class _Fetching(threading.Thread):
     """Ingest beside the main thread."""
 
@@ -163,6 +174,7 @@ def _fetching(here: Session) -> Iterator[_Fetching]:
         else:
             corpus.prepare_held_out(config, origin_folder)
         fetching = _Fetching(here, urls)
+        _index(here)
         if ingests(config) and Manifest(here.shards).summary is None:
             here.need_ray()
             if not urls:

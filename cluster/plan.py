@@ -18,6 +18,7 @@ from rich.table import Table
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.errors import ConfigError, UrlListError
 from roclip.shards import Manifest
+from roclip.tar_sources import estimated_samples, is_pattern
 
 DOWNLOAD_BYTES = 130_000
 """Bytes fetched for an image: img2dataset's README measures about 130 MB/s at 1000 images/s."""
@@ -142,6 +143,8 @@ def count_rows(config: Config) -> tuple[int, bool]:
     elif data.urls or data.images:
         rows, exact = _list_rows(data.urls or data.images)
         rows = min(rows, data.limit) if data.limit else rows
+    elif is_pattern(data.shards):
+        rows, exact = estimated_samples(data.shards), False
     else:
         records = Manifest(data.shards).records()
         if not records:
@@ -210,7 +213,7 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         what = data.images or f"{data.scenes:,} rendered scenes"
         source = f"serve {what} as a URL list from a loopback origin, poisons included"
     else:
-        source = f"read the manifest of {data.shards}"
+        source = f"{'index the tars' if is_pattern(data.shards) else 'read the manifest'} of {data.shards}"
     shards = "shards" if plan.shards is None else f"{plan.shards:,} shards"
     ingest = f"ingest {shards} of up to {config.ingest.samples_per_shard:,} samples"
     if config.data.shards:

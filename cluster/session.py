@@ -19,7 +19,8 @@ import ray
 from cluster.progress import Display
 from roclip.config import Config, dump_config, environment_defaults, identity, parse_config, run_directory
 from roclip.errors import ConfigError, RunLockedError
-from roclip.shards import place, write_atomic
+from roclip.shards import write_atomic
+from roclip.tar_sources import shards_root
 
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "ray", "img2dataset", "webdataset", "faiss-gpu", "faiss-cpu")
 _SAMPLE_EVERY_S = 10.0
@@ -30,7 +31,7 @@ class Session:
 
     def __init__(self, config: Config, path: Path, display: Display):
         self.config, self.path, self.display = config, path, display
-        self.shards = place(config.data.shards) if config.data.shards else path / "shards"
+        self.shards = shards_root(config.data.shards, path)
         self.provenance = _provenance()
         self._cost_file = path / "cost.json"
         before = json.loads(self._cost_file.read_text()) if self._cost_file.exists() else {}

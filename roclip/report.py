@@ -20,7 +20,8 @@ from roclip.errors import DataError
 from roclip.evaluate import rate
 from roclip.gallery import poison_keys, poison_pictures, sample_pictures
 from roclip.metrics import read_metrics
-from roclip.shards import place, write_atomic
+from roclip.shards import write_atomic
+from roclip.tar_sources import shards_root
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SAMPLES, _POISONS, _LABELS = 12, 4, 15
@@ -66,7 +67,7 @@ def write_report(run: Path) -> Path:
     config = parse_config(config_text) if config_text else None
     arms: dict[str, dict[str, Any]] = summary.get("arms") or {}
     colors = {arm: COLORS[place % len(COLORS)] for place, arm in enumerate(arms)}
-    shards = place(config.data.shards) if config and config.data.shards else run / "shards"
+    shards = shards_root(config.data.shards if config else "", run)
     truth = run / "origin" / "poison.parquet"
     resize_mode = config.ingest.resize_mode if config else "border"
     poisons = poison_pictures(shards, truth, _POISONS, resize_mode)

@@ -29,7 +29,8 @@ class DataConfig:
     """The embedded origin also serves dead links, redirects, broken images and slow answers."""
     shards: str = ""
     """Folder of the shards and their manifest, which ingest fills and training reads, here or on a store that fsspec knows
-    (`s3://bucket/shards`); empty is `<run>/shards`."""
+    (`s3://bucket/shards`); empty is `<run>/shards`. Or ready-made tars: a folder of them, or patterns with braces and globs
+    (`cc3m/{00000..00331}.tar`), with `::` between several sources."""
     caption_key: str = ""
     """Key of the json member that holds the caption, or a list of captions of which one is chosen by (seed, epoch, sample);
     empty reads the txt member."""
@@ -73,7 +74,13 @@ class DataConfig:
                 "data: expected one source, got none. Set data.urls (a URL list), data.images (a parquet of images), "
                 "data.scenes (a number) or data.shards (a folder that was ingested before)."
             )
-        if sum(map(bool, (self.urls, self.images, self.scenes))) > 1:
+        fetched = (self.urls, self.images, self.scenes)
+        if any(fetched) and any(mark in self.shards for mark in ("::", "{", "*", "?")):
+            raise ConfigError(
+                f"data.shards: expected one folder to ingest into, got the pattern {self.shards!r}. Train on ready-made tars "
+                "without data.urls, data.images and data.scenes."
+            )
+        if sum(map(bool, fetched)) > 1:
             raise ConfigError("data: expected one of data.urls, data.images and data.scenes, got several. Keep one.")
 
 

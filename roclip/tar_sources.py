@@ -49,6 +49,19 @@ def is_pattern(where: str) -> bool:
     return "manifest" not in names and any(name.endswith(".tar") for name in names)
 
 
+def shards_root(where: str, run: Path) -> Path:
+    """Where a run's manifest and indexes lie, by its `data.shards`: there, or in the run's own folder where that names
+    nothing or ready-made tars."""
+    return run / "shards" if not where or is_pattern(where) else place(where)
+
+
+def estimated_samples(patterns: str) -> int:
+    """Samples of all tars, if each has as many as the first. Raises `DataError` as `expand` does, or for what is no tar."""
+    tars = expand(patterns)
+    with _reading(tars[0][1]) as (read, _):
+        return len(tars) * sum(1 for _ in group(TarScan(read)))
+
+
 def expand(patterns: str) -> list[tuple[str, str]]:
     """(source, tar) of each tar: sources in their order, in each the tars by name, as absolute paths or URLs.
 

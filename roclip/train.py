@@ -9,6 +9,7 @@ Letters: B local batch, G global batch, D feature width, L caption tokens.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -42,6 +43,7 @@ from roclip.shard_cache import shard_cache
 from roclip.shards import Manifest, write_atomic
 from roclip.stream import Batch, Snapshot, Stream, take_snapshot, wait_for_shards
 from roclip.suspects import write_suspects
+from roclip.tar_sources import index_tars, is_pattern, shards_root
 from roclip.truth import poisoned_samples
 
 EpochEnd = Callable[[Towers, Cursor], None]
@@ -86,7 +88,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
     folder = run / (name or arm) / "checkpoints"
     divergence = Divergence(config.train, folder.parent / "diverged.json")
     parts = {**(defence.parts if defence else {}), **({"divergence": divergence} if config.train.spike_factor else {})}
-    manifest = Manifest(config.data.shards or run / "shards")
+    manifest = _shards(config, run)
     stream = Stream(
         manifest.root,
         tokenize=towers.tokenize,
@@ -104,6 +106,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
         workers=config.data.loader_workers,
         cache=shard_cache(config.data),
         edit=caption_edits(config.augment, config.seed),
+        caption_key=config.data.caption_key,
     )
     # ---- resume ---------------------------------------------------------------------------------------------
     store = checkpoint_store(config.train.checkpoint_store, folder)
@@ -241,6 +244,21 @@ def learning_rate(config: Config, progress: float) -> float:
     return config.train.lr * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(epochs - warmup, 1e-9)))
 
 
+def _shards(config: Config, run: Path) -> Manifest:
+    """The manifest of the run's shards. Rank 0 indexes tars that somebody else made; the others wait at the file, as a
+    collective would time out."""
+    manifest = Manifest(shards_root(config.data.shards, run))
+    if is_pattern(config.data.shards):
+        if distributed.rank() == 0:
+            log = logging.getLogger(__name__)
+            index_tars(
+                config.data.shards, manifest.root, on_progress=lambda done, total, text: log.info("index %s", text)
+            )
+        while manifest.summary is None:
+            time.sleep(1.0)
+    return manifest
+
+
 def _agree_on_snapshot(config: Config, manifest: Manifest, run: Path, epoch: int) -> Snapshot:
     """Rank 0 decides which shards an epoch has and records it: a resume and the other arms see the same data."""
     names, problem = None, None
@@ -279,7 +297,8 @@ def _check_bad(batch: Batch, bad: int, step_in_epoch: int, snapshot: Snapshot, c
         raise DataError(
             f"{bad} samples of this epoch cannot be read after {step_in_epoch} steps, more than data.max_bad_frac = "
             f"{config.data.max_bad_frac} of {snapshot.samples}. The last: {named}. "
-            "Delete the manifest record of that shard and run ingest again."
+            "Bring the shard back as it was, or take its record out of the manifest (its own .json, or the pack that it is "
+            "in) and run ingest again, which redoes it; or raise data.max_bad_frac."
         )
 
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from roclip.shards import Manifest, place, read_index, sample_ids, write_atomic
+from roclip.shards import Manifest, read_index, sample_ids, write_atomic
+from roclip.tar_sources import shards_root
 
 TRUTH = "poison.parquet"
 TRUTH_SCHEMA = pa.schema(
@@ -43,7 +44,7 @@ def poisoned_samples(run: Path) -> pa.Table:
     shards = run / "shards"
     if (run / "config.yaml").exists():
         settings = OmegaConf.load(run / "config.yaml")  # one key only: the run may be another version's
-        shards = place(OmegaConf.select(settings, "data.shards") or shards)
+        shards = shards_root(OmegaConf.select(settings, "data.shards") or "", run)
     columns = ["attack", "target_label", "group"]
     schema = pa.schema([TRUTH_SCHEMA.field("id"), *(TRUTH_SCHEMA.field(name) for name in columns)])
     truth = next((path for path in (run / "origin" / TRUTH, shards / TRUTH) if path.exists()), None)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kit import scene_samples, write_shard
 from s3 import s3_server
 
-from roclip import shard_cache, tar_sources
+from roclip import tar_sources
 from roclip.errors import DataError
 from roclip.gallery import sample_pictures
 from roclip.reader import BadSampleError, ShardReader, decode
@@ -343,7 +343,7 @@ def test_suspects_are_named_by_key_and_shard(laion):
 
 @pytest.fixture
 def server(laion, monkeypatch):
-    monkeypatch.setattr(shard_cache, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("roclip.shards.FIRST_WAIT_S", 0.01)
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         s3fs.S3FileSystem(**server.options).put(str(laion / "one"), "bucket/one", recursive=True)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_or_is_left_out(config
         checkpoint.named(tmp_path / "skipped" / "clip" / "checkpoints", "LATEST") / "open_clip_model.safetensors"
     )
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_weighted_sources_of_ready_made_tars(config_file, shards, tmp_path):
+    for name, numbers in {"many": (0, 1), "few": (2,)}.items():
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            shutil.copy(shards / f"{number:05d}.tar", tmp_path / name)
+    settings = [
+        f"data.shards={tmp_path}/many/{{00000..00001}}.tar::{tmp_path}/few",
+        "data.upsampling=[0.5,2]",  # an epoch: one shard of two, and the third one twice
+        "data.last_batch=pad",
+        "train.global_batch_size=39",
+        "train.epochs=2",
+    ]
+    done = torchrun(2, "-m", "roclip.train", str(config_file), *settings)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
+    assert [(row["step"], row["samples_seen"]) for row in rows[4::5]] == [(5, 192), (10, 384)]
+    assert all(row["bad_samples"] == 0 and len(row["step_s_p50"]) == 2 for row in rows)
+    assert not list(tmp_path.glob("few/*.parquet"))
 
 
 @pytest.mark.slow
