@@ -12,6 +12,7 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.restarts import Restarts, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import RoclipError, StageError
@@ -37,7 +38,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
         _worker,
         train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=(cluster.min_workers, cluster.workers) if cluster.elastic else cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": cluster.cpus_per_worker,
@@ -49,6 +50,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[Restarts((run / name).resolve(), cluster.max_failures)],
         ),
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)
@@ -89,7 +91,12 @@ def _worker(settings: dict[str, Any]) -> None:
     from roclip.train import train
 
     config, run, name = parse_config(settings["config"]), Path(settings["run"]), settings["name"]
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if rank == 0:
+        reached = checkpoint.named(run / name / "checkpoints", "LATEST")
+        step = checkpoint.cursor(reached).step if reached else 0
+        note(run / name, f"{context.get_world_size()} ranks from step {step}")
     log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
