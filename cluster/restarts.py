@@ -1,4 +1,4 @@
-"""What befalls the ranks of a training, a line each in `log/ranks.log`: the display shows it while they train."""
+"""Ranks that end under Ray: what befalls them, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
 
 import datetime
 from pathlib import Path
@@ -6,14 +6,34 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
+from ray.train.torch import TorchConfig
 
 from roclip.errors import RoclipError
+from roclip.leaving import listen
 
-LOG = "log/ranks.log"
+LOG, CAUSE = "log/ranks.log", "failure.txt"
+
+
+class TorchThatListens(TorchConfig):
+    """Torch's process group, and SIGTERM heard in each worker: Ray trains in a thread of it, which cannot listen."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_listen)
+
+
+def _listen() -> None:
+    listen()  # the handler that it returns cannot be sent
 
 
 class Restarts(UserCallback):
-    """Ray's controller calls it when ranks end with an error: notes who, and how often the training is tried again.
+    """Ray's controller calls it when ranks end with an error: notes why, and how often the training is tried again.
 
     Args:
         folder: The training's own.
@@ -29,7 +49,9 @@ class Restarts(UserCallback):
             return
         self.failures += 1
         next_ = f"restart {self.failures} of {self.allowed}" if self.failures <= self.allowed else "no restart is left"
-        note(self.folder, f"{describe(causes)}; {next_}")
+        cause = describe(causes)
+        (self.folder / CAUSE).write_text(cause)
+        note(self.folder, f"{cause.rstrip('.')}; {next_}")
 
 
 def describe(causes: dict[int, Exception]) -> str:

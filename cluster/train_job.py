@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
-from cluster.restarts import Restarts, note
+from cluster.restarts import CAUSE, Restarts, TorchThatListens, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
-from roclip.errors import RoclipError, StageError
-
-FAILURE = "failure.txt"
+from roclip.errors import StageError
 
 
 def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
@@ -25,14 +23,14 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
 
     It lies in `<run>/<name>`, or `<run>/<arm>` without a name.
 
-    Needs a Ray that is initialised. Raises `StageError` with the worker's own words when it cannot be finished.
+    Needs a Ray that is initialised. Raises `StageError` with a worker's own words when it cannot be finished.
     """
     name = name or arm
     folder = run / name / "checkpoints"
     if (done := finished(config, folder)) is not None:
         return done
     (run / name).mkdir(parents=True, exist_ok=True)
-    (run / name / FAILURE).unlink(missing_ok=True)
+    (run / name / CAUSE).unlink(missing_ok=True)
     cluster = config.cluster
     trainer = TorchTrainer(
         _worker,
@@ -45,7 +43,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
                 **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
             },
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchThatListens(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
@@ -59,7 +57,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
         raise KeyboardInterrupt from stop
     except Exception as error:
-        said = run / name / FAILURE
+        said = run / name / CAUSE
         cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
         raise StageError(
             f"training {name}: {cause} Logs: {run / name / 'log'}. The same command resumes from the last checkpoint."
@@ -100,15 +98,10 @@ def _worker(settings: dict[str, Any]) -> None:
     log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-    try:
-        train(
-            config,
-            settings["arm"],
-            run,
-            name=name,
-            on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
-        )
-    except RoclipError as error:
-        if rank == 0:
-            (run / name / FAILURE).write_text(str(error))
-        raise
+    train(
+        config,
+        settings["arm"],
+        run,
+        name=name,
+        on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
+    )

@@ -117,6 +117,8 @@ class Writer:
         self._drop_old()
 
     def _drop_old(self) -> None:
+        for left in self.folder.glob(".*.partial"):  # of a process that was killed as it wrote
+            shutil.rmtree(left)
         for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
             at = cursor(path)
             epoch_end = (
