@@ -67,6 +67,7 @@ def test_last_override_wins_when_given_twice(preset: Path):
         ("augment.crop_scale=[0.9,0.5]", "augment.crop_scale: expected 0 < low <= high <= 1"),
         ("data.urls=urls.csv", "expected one of data.urls, data.images and data.scenes, got several"),
         ("cluster.workers=3", "expected a multiple of cluster.workers = 3, got 512. Set 510"),
+        ("cluster.min_workers=2", "cluster.min_workers: expected 0 to cluster.workers = 1, got 2"),
         ("arms=[clip,clip]", "expected one or more different arms"),
         ("arms=[siglip]", "arms"),
         ("name=a/b", "name: expected letters"),

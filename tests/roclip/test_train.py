@@ -1,5 +1,3 @@
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -7,7 +5,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kit import TINY_MODEL, environment, preset, torchrun
+from forked import trainings_of
+from kit import TINY_MODEL, environment, preset
 from safetensors.torch import load_file
 
 from roclip import checkpoint
@@ -44,21 +43,19 @@ def finish(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path, blow):
+def test_training_that_is_told_to_leave_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path):
     finish(run(config_file, f"run_dir={tmp_path}/whole"))
     killed = run(config_file, f"run_dir={tmp_path}/killed")
     metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
     while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch
         assert killed.poll() is None
         time.sleep(0.05)
-    os.kill(killed.pid, blow)
+    killed.terminate()
     _, said = killed.communicate()
-    assert killed.returncode == (143 if blow == signal.SIGTERM else -signal.SIGKILL), said
-    if blow == signal.SIGTERM:
-        reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
-        assert read_metrics(metrics)[-1]["step"] == reached
-        assert f"saved at step {reached}" in said
+    assert killed.returncode == 143, said
+    reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
+    assert read_metrics(metrics)[-1]["step"] == reached
+    assert f"saved at step {reached}" in said
     finish(run(config_file, f"run_dir={tmp_path}/killed"))
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
     for file in ("open_clip_model", "pool", "gate", "witnesses"):
@@ -89,15 +86,15 @@ def test_paper_setting_trains(config_file, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_resume(config_file, tmp_path):
-    first = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=2", "arms=[clip,roclip]")
-    assert first.returncode == 0, first.stderr
-    for arm in ("clip", "roclip"):
+    with trainings_of(config_file) as trainings:
+        first = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
+        assert [trainings.end(rank) for rank in first] == [0, 0]
+        more = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
+        assert [trainings.end(rank) for rank in more] == [0, 0]
+    for arm, steps in {"clip": 12, "roclip": 18}.items():
         rows = read_metrics(tmp_path / "run" / arm / "metrics.jsonl")
-        assert rows[-1]["step"] == 12
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert rows[-1]["loss"] < rows[0]["loss"]
-    more = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=3", "arms=[roclip]")
-    assert more.returncode == 0, more.stderr
-    assert read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")[-1]["step"] == 18
 
 
 @pytest.mark.slow
