@@ -60,7 +60,8 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
         said = run / name / CAUSE
         cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
         raise StageError(
-            f"training {name}: {cause} Logs: {run / name / 'log'}. The same command resumes from the last checkpoint."
+            f"training {name}: {cause.rstrip('.')}. Logs: {run / name / 'log'}. "
+            "The same command resumes from the last checkpoint."
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_ctrl_c)
