@@ -15,7 +15,6 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import pipeline
-from cluster.progress import training_standing
 from cluster.session import Session, keep_config, session
 from cluster.train_job import finished, train_arm
 from roclip import strict
@@ -120,8 +119,7 @@ def _train(here: Session, experiment: Experiment) -> list[str]:
 
 
 def _shown(here: Session, job: _Job) -> contextlib.AbstractContextManager[None]:
-    metrics, epochs = job.folder / "metrics.jsonl", job.training.config.train.epochs
-    return here.display.follow(job.name, lambda: training_standing(metrics, epochs))
+    return here.display.follow_training(job.name, job.folder, job.training.config.train.epochs)
 
 
 def _start(here: Session, job: _Job) -> Any:

@@ -17,7 +17,7 @@ from cluster import corpus
 from cluster.ingest_job import IngestProgress, ingest
 from cluster.oracle_job import oracle, progress_file
 from cluster.plan import ingests
-from cluster.progress import told_standing, training_standing
+from cluster.progress import told_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from ingest.origin import Origin
@@ -197,8 +197,7 @@ def _train(here: Session, arm: str) -> None:
     if finished(here.config, here.path / arm / "checkpoints"):
         return
     here.need_ray()
-    metrics = here.path / arm / "metrics.jsonl"
-    with here.display.follow(arm, lambda: training_standing(metrics, here.config.train.epochs)):
+    with here.display.follow_training(arm, here.path / arm, here.config.train.epochs):
         train_arm(here.config, arm, here.path)
 
 

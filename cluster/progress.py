@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.ingest_job import IngestProgress, describe
+from cluster.restarts import LOG
 from roclip.metrics import read_metrics
 
 _LINE_EVERY_S = 10.0
@@ -66,6 +67,19 @@ class Display:
         self.show("ingest", now.done_urls, now.total_urls, describe(now))
 
     @contextlib.contextmanager
+    def follow_training(self, name: str, folder: Path, epochs: int) -> Iterator[None]:
+        """While the block runs, show how far the training in `folder` is, and say what befalls its ranks."""
+        news = NewLines(folder / LOG)
+
+        def look() -> Standing | None:
+            for line in news():
+                self.say(f"{name:<8} {line}")
+            return training_standing(folder / "metrics.jsonl", epochs)
+
+        with self.follow(name, look):
+            yield
+
+    @contextlib.contextmanager
     def follow(self, stage: str, look: Callable[[], Standing | None], every_s: float = 0.5) -> Iterator[None]:
         """While the block runs, show what `look` finds: what another process writes down as it goes."""
         stop = threading.Event()
@@ -88,6 +102,23 @@ class Display:
         finally:
             stop.set()
             thread.join()
+
+
+class NewLines:
+    """Each call gives the lines that a log has got since the last, without their dates; first those since now."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._read_bytes = path.stat().st_size if path.exists() else 0
+
+    def __call__(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._read_bytes)
+            *whole, _ = file.read().split(b"\n")
+        self._read_bytes += sum(len(line) + 1 for line in whole)
+        return [line.decode()[len("2000-01-01 00:00:00 ") :] for line in whole]
 
 
 def training_standing(metrics: Path, epochs: int) -> Standing | None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
+from cluster.restarts import CAUSE, Restarts, TorchThatListens, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
-from roclip.errors import RoclipError, StageError
-
-FAILURE = "failure.txt"
+from roclip.errors import StageError
 
 
 def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
@@ -24,31 +23,32 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
 
     It lies in `<run>/<name>`, or `<run>/<arm>` without a name.
 
-    Needs a Ray that is initialised. Raises `StageError` with the worker's own words when it cannot be finished.
+    Needs a Ray that is initialised. Raises `StageError` with a worker's own words when it cannot be finished.
     """
     name = name or arm
     folder = run / name / "checkpoints"
     if (done := finished(config, folder)) is not None:
         return done
     (run / name).mkdir(parents=True, exist_ok=True)
-    (run / name / FAILURE).unlink(missing_ok=True)
+    (run / name / CAUSE).unlink(missing_ok=True)
     cluster = config.cluster
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=(cluster.min_workers, cluster.workers) if cluster.elastic else cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": cluster.cpus_per_worker,
                 **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
             },
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchThatListens(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[Restarts((run / name).resolve(), cluster.max_failures)],
         ),
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)
@@ -57,10 +57,11 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
         raise KeyboardInterrupt from stop
     except Exception as error:
-        said = run / name / FAILURE
+        said = run / name / CAUSE
         cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
         raise StageError(
-            f"training {name}: {cause} Logs: {run / name / 'log'}. The same command resumes from the last checkpoint."
+            f"training {name}: {cause.rstrip('.')}. Logs: {run / name / 'log'}. "
+            "The same command resumes from the last checkpoint."
         ) from error
     finally:
         signal.signal(signal.SIGINT, on_ctrl_c)
@@ -89,19 +90,19 @@ def _worker(settings: dict[str, Any]) -> None:
     from roclip.train import train
 
     config, run, name = parse_config(settings["config"]), Path(settings["run"]), settings["name"]
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if rank == 0:
+        reached = checkpoint.named(run / name / "checkpoints", "LATEST")
+        step = checkpoint.cursor(reached).step if reached else 0
+        note(run / name, f"{context.get_world_size()} ranks from step {step}")
     log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-    try:
-        train(
-            config,
-            settings["arm"],
-            run,
-            name=name,
-            on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
-        )
-    except RoclipError as error:
-        if rank == 0:
-            (run / name / FAILURE).write_text(str(error))
-        raise
+    train(
+        config,
+        settings["arm"],
+        run,
+        name=name,
+        on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
+    )

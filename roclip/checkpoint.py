@@ -150,6 +150,8 @@ class Writer:
             self.store.take(final, self._outdated)
 
     def _drop_old(self) -> None:
+        for left in self.folder.glob(".*.partial"):  # of a process that was killed as it wrote
+            shutil.rmtree(left)
         for name in self._outdated({path.name: cursor(path) for path in self.folder.glob("step-*")}):
             shutil.rmtree(self.folder / name)
 

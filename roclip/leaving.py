@@ -5,22 +5,35 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_heard = threading.Event()
+
 
 class Leaving:
-    """Within it SIGTERM only sets `asked`. Another thread than the main one cannot hear signals, and changes nothing."""
+    """Within it SIGTERM only makes `asked` true. In another thread than the main one, which alone can set a handler,
+    it is heard if the main thread has called `listen`."""
 
     def __init__(self) -> None:
-        self.asked = False
         self._before: Any = None
+
+    @property
+    def asked(self) -> bool:
+        return _heard.is_set()
 
     def __enter__(self) -> "Leaving":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            _heard.clear()
+            self._before = listen()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+
+def listen() -> Any:
+    """From now on SIGTERM is only noted. Call it in the main thread; returns the handler that was there."""
+    return signal.signal(signal.SIGTERM, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _heard.set()

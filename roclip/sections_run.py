@@ -267,6 +267,8 @@ class ClusterConfig:
     """`local` starts a Ray of its own on loopback; else the address of a running cluster."""
     workers: int = 1
     """Training ranks."""
+    min_workers: int = 0
+    """Fewest ranks that training goes on with when nodes are lost; 0 is `workers`, no fewer."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     cpus_per_ingest_task: float = 1.0
@@ -279,3 +281,12 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task")
+        if not 0 <= self.min_workers <= self.workers:
+            raise ConfigError(
+                f"cluster.min_workers: expected 0 to cluster.workers = {self.workers}, got {self.min_workers}. Set 0."
+            )
+
+    @property
+    def elastic(self) -> bool:
+        """Whether a training may go on with fewer ranks than `workers`."""
+        return 0 < self.min_workers < self.workers

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import scene_samples, write_shard
+from kit import tiny_shards
 
 from roclip.config import environment_defaults
-from roclip.shards import Manifest
 
 environment_defaults()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
@@ -39,8 +38,4 @@ def _no_inherited_world(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Three sealed shards of 64 scenes each, ingest ended."""
-    root = tmp_path / "shards"
-    for number in range(3):
-        write_shard(root, number, scene_samples(64 * number, 64))
-    Manifest(root).finish({"urls": 192})
-    return root
+    return tiny_shards(tmp_path / "shards")

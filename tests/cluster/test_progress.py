@@ -2,6 +2,7 @@ import json
 
 from cluster.ingest_job import IngestProgress
 from cluster.progress import Display, told_standing, training_standing
+from cluster.restarts import LOG, note
 
 STEP = {
     "step": 7,
@@ -32,6 +33,17 @@ def test_following_a_training_shows_its_last_step(capsys, tmp_path):
             json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished"
         )
     assert "epoch 4/4 matched  step 7  loss 1.250  scale 14.0  300 samples/s" in capsys.readouterr().out
+
+
+def test_following_a_training_says_once_what_befalls_its_ranks(capsys, tmp_path):
+    note(tmp_path, "2 ranks from step 0")
+    with Display() as display, display.follow_training("roclip", tmp_path, 4):
+        note(tmp_path, "rank 1 died; restart 1 of 2")
+        note(tmp_path, "1 ranks from step 8")
+        with (tmp_path / LOG).open("a") as file:
+            file.write("2000-01-01 00:00:00 unfinished")
+    said = capsys.readouterr().out
+    assert said.splitlines() == ["roclip   rank 1 died; restart 1 of 2", "roclip   1 ranks from step 8"]
 
 
 def test_what_a_task_tells_is_shown(tmp_path):

@@ -68,6 +68,7 @@ def test_last_override_wins_when_given_twice(preset: Path):
         ("data.urls=urls.csv", "expected one of data.urls, data.images and data.scenes, got several"),
         ("data.upsampling=[1,2]", "expected 1 numbers from 0 on"),
         ("train.spike_factor=0.5", "expected more than 1, or 0 for none, got 0.5"),
+        ("cluster.min_workers=2", "cluster.min_workers: expected 0 to cluster.workers = 1, got 2"),
         ("arms=[clip,clip]", "expected one or more different arms"),
         ("arms=[siglip]", "arms"),
         ("name=a/b", "name: expected letters"),

@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +8,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kit import TINY_MODEL, environment, preset, torchrun
+from forked import trainings_of
+from kit import TINY_MODEL, environment, preset
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
@@ -47,22 +46,27 @@ def finish(process):
     assert process.returncode == 0, errors
 
 
+def ended(config_file, *overrides, **extra):
+    """Exit code of a training in a fork, and what it said."""
+    with trainings_of(config_file) as trainings:
+        code = trainings.end(trainings.start(config_file.parent / "run", *overrides, **extra))
+    return code, (config_file.parent / "said.txt").read_text()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path, blow):
+def test_training_that_is_told_to_leave_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path):
     finish(run(config_file, f"run_dir={tmp_path}/whole"))
     killed = run(config_file, f"run_dir={tmp_path}/killed")
     metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
     while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch
         assert killed.poll() is None
         time.sleep(0.05)
-    os.kill(killed.pid, blow)
+    killed.terminate()
     _, said = killed.communicate()
-    assert killed.returncode == (143 if blow == signal.SIGTERM else -signal.SIGKILL), said
-    if blow == signal.SIGTERM:
-        reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
-        assert read_metrics(metrics)[-1]["step"] == reached
-        assert f"saved at step {reached}" in said
+    assert killed.returncode == 143, said
+    reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
+    assert read_metrics(metrics)[-1]["step"] == reached
+    assert f"saved at step {reached}" in said
     finish(run(config_file, f"run_dir={tmp_path}/killed"))
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
     for file in ("open_clip_model", "pool", "gate", "witnesses"):
@@ -83,7 +87,7 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(config_fi
 @pytest.mark.slow
 def test_paper_setting_trains(config_file, tmp_path):
     paper = ["pool.witnesses=0", "pool.gate_frac=[0,0]", "pool.match_every=2", "pool.duplicates=keep"]
-    finish(run(config_file, *paper, "pool.update=matched_only", "train.epochs=2"))
+    assert ended(config_file, *paper, "pool.update=matched_only", "train.epochs=2")[0] == 0
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert [row["phase"] for row in rows[::6]] == ["plain", "matched"]
     assert rows[6]["pool_count"] == 100
@@ -93,34 +97,32 @@ def test_paper_setting_trains(config_file, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_resume(config_file, tmp_path):
-    first = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=2", "arms=[clip,roclip]")
-    assert first.returncode == 0, first.stderr
-    for arm in ("clip", "roclip"):
+    with trainings_of(config_file) as trainings:
+        first = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
+        assert [trainings.end(rank) for rank in first] == [0, 0]
+        more = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
+        assert [trainings.end(rank) for rank in more] == [0, 0]
+    for arm, steps in {"clip": 12, "roclip": 18}.items():
         rows = read_metrics(tmp_path / "run" / arm / "metrics.jsonl")
-        assert rows[-1]["step"] == 12
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert rows[-1]["loss"] < rows[0]["loss"]
-    more = torchrun(2, "-m", "roclip.train", str(config_file), "train.epochs=3", "arms=[roclip]")
-    assert more.returncode == 0, more.stderr
-    assert read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")[-1]["step"] == 18
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_update_or_is_left_out(config_file, tmp_path):
     wild = ["arms=[clip]", "train.epochs=1", "train.lr=1e30"]
-    stopped = run(config_file, *wild)
-    _, said = stopped.communicate(timeout=600)
-    assert stopped.returncode == 6
+    code, said = ended(config_file, *wild)
+    assert code == 6
     assert re.search(r"step 2: features not finite, before the update. Samples: 0000\d.tar 0\d+, ", said)
     (told,) = json.loads((tmp_path / "run" / "clip" / "diverged.json").read_text())
     assert told["step"] == 2
     assert len(set(told["samples"])) == 32
     wild.append("train.on_divergence=skip")
-    finish(run(config_file, *wild, f"run_dir={tmp_path}/skipped"))
+    assert ended(config_file, *wild, f"run_dir={tmp_path}/skipped")[0] == 0
     rows = read_metrics(tmp_path / "skipped" / "clip" / "metrics.jsonl")
     assert [row["left_out_steps"] for row in rows] == list(range(6))
-    limited = run(config_file, *wild, "train.max_left_out=2", f"run_dir={tmp_path}/limited")
-    _, said = limited.communicate(timeout=600)
-    assert limited.returncode == 6
+    code, said = ended(config_file, *wild, "train.max_left_out=2", f"run_dir={tmp_path}/limited")
+    assert code == 6
     assert "step 4: features not finite" in said
     assert "More than train.max_left_out = 2 steps" in said
     weights = load_file(
@@ -142,8 +144,9 @@ def test_two_ranks_train_on_weighted_sources_of_ready_made_tars(config_file, sha
         "train.global_batch_size=39",
         "train.epochs=2",
     ]
-    done = torchrun(2, "-m", "roclip.train", str(config_file), *settings)
-    assert done.returncode == 0, done.stderr
+    with trainings_of(config_file) as trainings:
+        ranks = trainings.start_ranks(tmp_path / "run", 2, *settings)
+        assert [trainings.end(rank) for rank in ranks] == [0, 0]
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert [(row["step"], row["samples_seen"]) for row in rows[4::5]] == [(5, 192), (10, 384)]
     assert all(row["bad_samples"] == 0 and len(row["step_s_p50"]) == 2 for row in rows)
@@ -154,14 +157,13 @@ def test_two_ranks_train_on_weighted_sources_of_ready_made_tars(config_file, sha
 def test_training_goes_back_and_leaves_the_step_out_when_it_comes_by_again(config_file, tmp_path):
     """The first step blows the weights up, so each later one is wrong: one rollback a step."""
     wild = ["arms=[clip]", "train.epochs=1", "train.lr=1e30", "train.on_divergence=rollback", "train.spike_factor=1e9"]
-    stopped = run(config_file, *wild, "train.max_left_out=3")
-    _, said = stopped.communicate(timeout=600)
-    assert stopped.returncode == 6, said
+    code, said = ended(config_file, *wild, "train.max_left_out=3")
+    assert code == 6, said
     told = json.loads((tmp_path / "run" / "clip" / "diverged.json").read_text())
     assert [record["step"] for record in told] == [2, 3, 4, 5]
     rows = read_metrics(tmp_path / "run" / "clip" / "metrics.jsonl")
     assert [(row["step"], row["left_out_steps"]) for row in rows] == [(1, 3), (2, 3), (3, 3), (4, 3)]
-    finish(run(config_file, *wild))  # from the checkpoint of step 4
+    assert ended(config_file, *wild)[0] == 0  # from the checkpoint of step 4
     rows = read_metrics(tmp_path / "run" / "clip" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["left_out_steps"] == 5
@@ -170,14 +172,8 @@ def test_training_goes_back_and_leaves_the_step_out_when_it_comes_by_again(confi
 @pytest.mark.slow
 def test_logged_rows_say_where_the_time_goes_and_are_mirrored(config_file, tmp_path):
     mirrored = ["train.epochs=1", "data.loader_workers=1", "train.mirrors=[tensorboard,wandb]"]
-    process = subprocess.run(
-        [sys.executable, "-m", "roclip.train", str(config_file), *mirrored],
-        env=environment(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true"),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert process.returncode == 0, process.stderr
+    code, said = ended(config_file, *mirrored, WANDB_MODE="offline", WANDB_SILENT="true")
+    assert code == 0, said
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert rows[-1]["eta_s"] == 0
     assert all(row["eta_s"] > 0 for row in rows[:-1])
@@ -202,9 +198,8 @@ def scalars(folder):
 
 @pytest.mark.slow
 def test_checkpoints_are_also_made_by_the_clock(config_file, tmp_path):
-    finish(
-        run(config_file, "arms=[clip]", "train.epochs=1", "train.checkpoint_every_s=1e-6", "train.keep_checkpoints=9")
-    )
+    settings = ["train.epochs=1", "train.checkpoint_every_s=1e-6", "train.keep_checkpoints=9"]
+    assert ended(config_file, "arms=[clip]", *settings)[0] == 0
     steps = sorted(path.name for path in (tmp_path / "run" / "clip" / "checkpoints").glob("step-*"))
     assert steps == [f"step-{step:08d}" for step in range(1, 7)]
 

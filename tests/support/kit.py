@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -62,6 +63,14 @@ def scene_samples(first: int, number: int, *, seed: int = 0, size_px: int = 64) 
     return [(scenes.encode(scene.image), scene.caption) for scene in rendered]
 
 
+def tiny_shards(root: Path) -> Path:
+    """Three sealed shards of 64 scenes each, ingest ended."""
+    for number in range(3):
+        write_shard(root, number, scene_samples(64 * number, 64))
+    Manifest(root).finish({"urls": 192})
+    return root
+
+
 def preset(folder: Path, text: str) -> Path:
     """A preset in `folder` with the model `tiny` beside it."""
     (folder / "models").mkdir(parents=True, exist_ok=True)
@@ -75,6 +84,12 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a child process: this one's, with the repository importable."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {**os.environ, "PYTHONPATH": path, **extra}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def torchrun(ranks: int, *command: str, **extra: str) -> subprocess.CompletedProcess:

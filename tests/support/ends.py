@@ -1,0 +1,62 @@
+"""Runs that are killed, and what they must end with."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from roclip import checkpoint
+from roclip.metrics import read_metrics
+
+KILLED_RUN = """
+name: tiny
+arms: [roclip]
+data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
+model: {{name: tiny}}
+ingest: {{image_size: 64}}
+pool: {{size: 100, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 4}}
+train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 2, log_every_steps: 1}}
+"""
+STEPS = 24
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.0005)
+
+
+def logged(run: Path) -> int:
+    """The last step in the log."""
+    return max((row["step"] for row in read_metrics(run / "roclip" / "metrics.jsonl")), default=0)
+
+
+def saved(run: Path) -> int:
+    """Steps that LATEST holds; every file of it is read."""
+    latest = checkpoint.named(run / "roclip" / "checkpoints", "LATEST")
+    if latest is None:
+        return 0
+    checkpoint.verify(latest)
+    return checkpoint.cursor(latest).step
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """All that a checkpoint holds, bit for bit; each step once, with the same loss, so from the same samples."""
+    ends = [checkpoint.named(run / "roclip" / "checkpoints", "LATEST") for run in (one, other)]
+    parts = {path.name for path in ends[0].glob("*.safetensors")}
+    assert len(parts) == 5
+    for part in parts:
+        a, b = (load_file(end / part) for end in ends)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), part
+    rows = [read_metrics(run / "roclip" / "metrics.jsonl") for run in (one, other)]
+    assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
+    for name in ("loss", "samples_seen", "bad_samples", "pool_similarity", "suspected"):
+        assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]], name
+    suspects = [pq.read_table(run / "roclip" / "suspects.parquet") for run in (one, other)]
+    assert suspects[0].equals(suspects[1])
+    assert not list((other / "roclip" / "checkpoints").glob(".*.partial"))
