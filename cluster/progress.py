@@ -136,9 +136,9 @@ def told_standing(path: Path) -> Standing | None:
 
 
 def training_line(row: dict) -> str:
-    """Epoch, phase, loss, logit scale and rate of a logged step."""
-    left_out = f"  {row['gated']:.0f} left out" if row.get("gated") else ""
+    """Epoch and its shards, phase, loss, logit scale, rate and time left of a logged step."""
     return (
-        f"epoch {row['epoch']}/{row['epochs']} {row['phase']:<7}  step {row['step']}  loss {row['loss']:.3f}  "
-        f"scale {row['logit_scale']:.1f}  {row['samples_per_s']:.0f} samples/s{left_out}"
+        f"epoch {row['epoch']}/{row['epochs']} {row['phase']:<7} of {row['epoch_shards']} shards  step {row['step']}  "
+        f"loss {row['loss']:.3f}  scale {row['logit_scale']:.1f}  {row['samples_per_s']:.0f} samples/s, "
+        f"{row['data_wait_frac']:.0%} of it waiting for data  {row['eta_s']:.0f} s left"
     )

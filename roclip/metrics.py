@@ -31,6 +31,7 @@ METRICS: dict[str, Metric] = {
         Metric("epoch", "1", "pass over the manifest's snapshot, from 1"),
         Metric("progress", "1", "epochs done, with the fraction of the current one"),
         Metric("epochs", "1", "epochs of this training"),
+        Metric("epoch_shards", "shards", "shards of the epoch's snapshot: what ingest had sealed when it began"),
         Metric("phase", "", "'matched' or 'plain'"),
         Metric("samples_seen", "samples", "pairs that entered a step, over all ranks"),
         Metric("loss", "nats", "symmetric InfoNCE of the global batch", "mean"),

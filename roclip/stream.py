@@ -87,19 +87,21 @@ def take_snapshot(manifest: Manifest, names: Sequence[str] | None = None) -> Sna
     return Snapshot(tuple(records[name] for name in names))
 
 
-def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float) -> None:
-    """Return when the manifest names `min_shards` shards, or when ingest has ended with at least one.
+def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float, names: Sequence[str] = ()) -> None:
+    """Return when the manifest names `min_shards` shards and those of a recorded snapshot, or when ingest has ended with at
+    least one.
 
     Raises `DataError` after `wait_s` seconds, or when ingest ended without any shard.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        found, ended = len(manifest.records()), manifest.summary is not None
-        if found >= min_shards or (ended and found):
+        there, ended = {record.name for record in manifest.records()}, manifest.summary is not None
+        found = len(there)
+        if (found >= min_shards and there.issuperset(names)) or (ended and found):
             return
         if ended or time.monotonic() > deadline:
             raise DataError(
-                f"{manifest.folder}: expected {min_shards} sealed shards within {wait_s:.0f} s, got {found}. "
+                f"{manifest.folder}: expected {max(min_shards, len(names))} sealed shards within {wait_s:.0f} s, got {found}. "
                 "Look at the ingest stage's failures; `roclip ingest` runs it alone."
             )
         time.sleep(0.2)

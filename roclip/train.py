@@ -198,6 +198,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                     "epoch": epoch,
                     "progress": epoch - 1 + step_in_epoch / steps,
                     "epochs": config.train.epochs,
+                    "epoch_shards": len(snapshot.records),
                     "phase": phase,
                     "samples_seen": samples_seen,
                     "lr": lr,
@@ -267,6 +268,7 @@ def _agree_on_snapshot(config: Config, manifest: Manifest, run: Path, epoch: int
         try:
             if path.exists():
                 names = json.loads(path.read_text())["shards"]
+                wait_for_shards(manifest, 1, config.data.wait_s, names)  # a replay may be ahead of its ingest
             else:
                 wait_for_shards(manifest, config.data.min_shards, config.data.wait_s)
                 snapshot = take_snapshot(manifest)

@@ -13,6 +13,9 @@ STEP = {
     "loss": 1.25,
     "logit_scale": 14.0,
     "samples_per_s": 300.0,
+    "epoch_shards": 3,
+    "data_wait_frac": 0.02,
+    "eta_s": 65.0,
 }
 
 
@@ -32,7 +35,9 @@ def test_following_a_training_shows_its_last_step(capsys, tmp_path):
         metrics.write_text(
             json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished"
         )
-    assert "epoch 4/4 matched  step 7  loss 1.250  scale 14.0  300 samples/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "epoch 4/4 matched of 3 shards  step 7  loss 1.250  scale 14.0  300 samples/s, 2% of it waiting" in said
+    assert "65 s left" in said
 
 
 def test_following_a_training_says_once_what_befalls_its_ranks(capsys, tmp_path):
