@@ -82,9 +82,6 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Nothing is left to do: each row is on the disk."""
-
 
 def read_metrics(path: Path) -> list[dict]:
     """All complete lines of a `metrics.jsonl`; a line that is still being written is left for later."""

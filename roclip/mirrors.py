@@ -1,6 +1,7 @@
 """Other displays of `metrics.jsonl`: TensorBoard, Weights & Biases. The file stays the truth; these only show it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,13 @@ class Mirror(Protocol):
     def close(self) -> None: ...
 
 
-def mirrors(names: Sequence[str], folder: Path, resume_step: int) -> list[Mirror]:
-    """Those that a config names, for a training in `<run>/<arm>`, from the step after `resume_step` on."""
-    return [_KNOWN[name](folder, resume_step) for name in names]
+def mirrors(names: Sequence[str], folder: Path, resume_step: int, closing: ExitStack) -> list[Mirror]:
+    """Those that a config names, for a training in `<run>/<arm>`, from the step after `resume_step` on; closed with
+    `closing`."""
+    opened = [_KNOWN[name](folder, resume_step) for name in names]
+    for mirror in opened:
+        closing.callback(mirror.close)
+    return opened
 
 
 def numbers(row: dict) -> Iterator[tuple[str, float]]:

@@ -61,14 +61,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(self, "data", "min_shards", "streams", "shuffle_buffer", "wait_s")
         sources = len(self.shards.split("::"))
-        if self.upsampling and (
-            len(self.upsampling) != sources or min(self.upsampling) < 0 or not any(self.upsampling)
-        ):
+        weights = self.upsampling
+        if weights and (sources < 2 or len(weights) != sources or min(weights) < 0 or not any(weights)):
             raise ConfigError(
-                f"data.upsampling: expected {sources} numbers from 0 on, not all 0, one for each source of data.shards, "
-                f"got {list(self.upsampling)}."
+                "data.upsampling: expected a number from 0 on, not all 0, for each of several sources of data.shards "
+                f"(`::`), got {list(weights)} for {sources}."
             )
-        fraction(self, "data", "max_bad_frac")
         if sum(map(bool, (self.urls, self.images, self.scenes, self.shards))) == 0:
             raise ConfigError(
                 "data: expected one source, got none. Set data.urls (a URL list), data.images (a parquet of images), "

@@ -70,15 +70,23 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
     """
     with Leaving() as leaving:
         while True:
-            with contextlib.suppress(_RolledBackError):
-                return _train(config, arm, run, name, on_epoch_end, leaving)
+            with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
+                return _train(config, arm, run, name, on_epoch_end, leaving, closing)
 
 
 class _RolledBackError(Exception):
     """Training is to begin again at the last checkpoint."""
 
 
-def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEnd | None, leaving: Leaving) -> Path:
+def _train(
+    config: Config,
+    arm: str,
+    run: Path,
+    name: str,
+    on_epoch_end: EpochEnd | None,
+    leaving: Leaving,
+    closing: contextlib.ExitStack,
+) -> Path:
     # ---- build ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     towers = Towers(config.model.name, model_file(config), options=config.model, loss=config.train.loss)
@@ -119,7 +127,7 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
     if rank == 0:
         displays = [
             MetricsWriter(folder.parent / "metrics.jsonl", cursor.step),
-            *mirrors(config.train.mirrors, folder.parent, cursor.step),
+            *mirrors(config.train.mirrors, folder.parent, cursor.step, closing),
         ]
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
     first_epoch, phase, saved_at, meter = cursor.epoch, cursor.phase, time.monotonic(), None
@@ -150,7 +158,8 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
             phase = defended.phase if defended else "plain"
             pixels = batch.images.to(device, non_blocking=True)
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
-            buffers = [buffer.clone() for buffer in towers.buffers()] if config.train.on_divergence != "stop" else []
+            may_leave_out = config.train.on_divergence != "stop" or divergence.known(step + 1)
+            buffers = [buffer.clone() for buffer in towers.buffers()] if may_leave_out else []
             (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
                 engine,
                 pixels,
@@ -227,8 +236,6 @@ def _train(config: Config, arm: str, run: Path, name: str, on_epoch_end: EpochEn
                 )
         first_step = 0
     writer.wait()
-    for display in displays:
-        display.close()
     if defence and rank == 0:
         write_suspects(folder.parent / "suspects.parquet", defence.gate.scores, manifest)
     final = checkpoint.named(folder, "LATEST")

@@ -35,11 +35,11 @@ def whole(config, tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def training(config: Path, run: Path, *overrides: str) -> Iterator[subprocess.Popen]:
+def training(config: Path, run: Path, *overrides: str, **extra: str) -> Iterator[subprocess.Popen]:
     """`roclip train` in a process of its own; it and what it started are gone in the end."""
     command = [sys.executable, "-m", "cluster.cli", "train", str(config), f"run_dir={run}", *overrides]
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             yield process
@@ -83,7 +83,8 @@ def two_nodes() -> Iterator[Cluster]:
 
 def test_training_goes_on_with_fewer_ranks_when_a_node_is_lost(config, whole, two_nodes, tmp_path):
     where = [f"cluster.address={two_nodes.address}", "cluster.min_workers=1"]
-    with training(config, tmp_path, *where) as process:
+    patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}  # how long Ray waits for a node to come back
+    with training(config, tmp_path, *where, **patience) as process:
         until(lambda: logged(tmp_path) >= 7)
         (lost,) = two_nodes.worker_nodes
         two_nodes.remove_node(lost, allow_graceful=False)

@@ -66,7 +66,7 @@ def test_last_override_wins_when_given_twice(preset: Path):
         ("pool.gate_frac=[0.5,1.5]", "pool.gate_frac: expected two shares from 0 to 1, got (0.5, 1.5)"),
         ("augment.crop_scale=[0.9,0.5]", "augment.crop_scale: expected 0 < low <= high <= 1"),
         ("data.urls=urls.csv", "expected one of data.urls, data.images and data.scenes, got several"),
-        ("data.upsampling=[1,2]", "expected 1 numbers from 0 on"),
+        ("data.upsampling=[1,2]", "expected a number from 0 on, not all 0, for each of several sources"),
         ("train.spike_factor=0.5", "expected more than 1, or 0 for none, got 0.5"),
         ("cluster.min_workers=2", "cluster.min_workers: expected 0 to cluster.workers = 1, got 2"),
         ("arms=[clip,clip]", "expected one or more different arms"),
