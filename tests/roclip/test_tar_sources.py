@@ -3,6 +3,9 @@
 import contextlib
 import json
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow as pa
@@ -412,3 +415,22 @@ def test_any_damaged_tars_are_indexed_and_each_sample_reads_or_says_why_not(tmp_
                     pass
             reader.close()
     assert len(set(ids)) == len(ids) / 2
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_tars_of_a_web_server_that_knows_no_ranges(laion, cached):
+    """`http.server` lists no folder for fsspec and answers a range with the whole file."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(laion / "one"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            urls = f"http://127.0.0.1:{server.server_port}/{{00000..00002}}.tar"
+            remote = index_tars(urls, laion / "remote")
+            cache = ShardCache(laion / "cache", 10**9) if cached else None
+            batches = list(stream(remote.root, cache=cache)[0].epoch(take_snapshot(remote), 1))
+        finally:
+            server.shutdown()
+            serving.join()
+    assert [int(batch.valid.sum()) for batch in batches] == [6, 6]
+    assert all(batch.bad == () for batch in batches)
