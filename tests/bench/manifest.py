@@ -5,27 +5,34 @@ it was open: what training asks at each epoch.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from bench import measure
 
 from roclip.shards import PACK, Manifest, ShardRecord
 
 
 def make(root: Path, shards: int) -> None:
+    """One pack that `Manifest` made, and the others as it would have made them."""
     manifest = Manifest(root)
-    for first in range(0, shards, PACK):
-        for number in range(first, first + PACK):
-            name, sha256 = f"{number:07d}.tar", f"{number:064x}"
-            record = ShardRecord(name, 5000, 10**8, sha256, sha256, 10_000, {"http_404": 4000, "timeout": 1000})
-            (manifest.folder / f"{number:07d}.json").write_text(json.dumps(asdict(record)))
-        manifest.pack()
+    for number in range(PACK):
+        sha256 = f"{number:064x}"
+        record = ShardRecord(
+            f"{number:07d}.tar", 5000, 10**8, sha256, sha256, 10_000, {"http_404": 4000, "timeout": 1000}
+        )
+        manifest.publish(record)
+    manifest.pack()
+    (path,) = manifest.folder.iterdir()
+    table = pq.read_table(path)
+    for first in range(PACK, shards, PACK):
+        names = pa.array([f"{number:07d}.tar" for number in range(first, first + PACK)])
+        pq.write_table(table.set_column(0, "name", names), manifest.folder / f"pack-{first:016x}.parquet")
 
 
 def peak_bytes(root: Path) -> float:
@@ -46,7 +53,6 @@ if __name__ == "__main__":
     shards = 10_000 if arguments.quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "manifest").mkdir()
         make(root, shards)
         opened = Manifest(root)
         case = f"{shards:,} shards"
