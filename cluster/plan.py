@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from roclip.config import Config, dump_config, model_file, run_directory
-from roclip.errors import ConfigError, UrlListError
+from roclip.errors import ConfigError, DataError, UrlListError
 from roclip.shards import Manifest
 from roclip.tar_sources import estimated_samples, is_pattern
 
@@ -75,10 +75,11 @@ def make_plan(config: Config) -> Plan:
     rows, exact, problem = None, False, ""
     try:
         rows, exact = count_rows(config)
-    except UrlListError as error:
+    except DataError as error:
         problem = str(error)
     train, ingest = config.train, config.ingest
-    steps_per_epoch = None if rows is None else rows // train.global_batch_size
+    last = train.global_batch_size - 1 if config.data.last_batch == "pad" else 0
+    steps_per_epoch = None if rows is None else (rows + last) // train.global_batch_size
     weight_count = parameters(model)
     pool_bytes = config.pool.size * (model["embed_dim"] * 4 + 8) if "roclip" in config.arms else 0
     scale = (ingest.image_size / 256) ** 2 * FORMAT_FACTOR[ingest.encode_format]

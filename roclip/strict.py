@@ -24,11 +24,12 @@ def load(schema: type[Schema], source: str, text: str, overrides: Sequence[str] 
     except Exception as error:
         raise _explain(schema, source, error) from error
     for override in overrides:
-        _, equals, _ = override.partition("=")
+        _, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: expected key=value (such as train.lr=1e-3). Remove spaces around '='.")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            given = override if value else f"{override}''"  # nothing is the empty text: a shell eats the quotes
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([given]))
         except Exception as error:
             raise _explain(schema, override, error) from error
     try:

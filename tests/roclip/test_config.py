@@ -67,6 +67,7 @@ def test_last_override_wins_when_given_twice(preset: Path):
         ("augment.crop_scale=[0.9,0.5]", "augment.crop_scale: expected 0 < low <= high <= 1"),
         ("data.urls=urls.csv", "expected one of data.urls, data.images and data.scenes, got several"),
         ("data.upsampling=[1,2]", "expected a number from 0 on, not all 0, for each of several sources"),
+        ("data.shards=a/{0..9}.tar", "expected one folder to ingest into, got the pattern"),
         ("train.spike_factor=0.5", "expected more than 1, or 0 for none, got 0.5"),
         ("cluster.min_workers=2", "cluster.min_workers: expected 0 to cluster.workers = 1, got 2"),
         ("arms=[clip,clip]", "expected one or more different arms"),
@@ -162,3 +163,8 @@ def test_model_file_is_beside_the_preset_when_there_is_one(preset: Path):
     own.write_text("{}")
     assert model_file(load_config(preset, ["model.name=tiny"])) == own
     assert model_file(load_config(preset)) is None
+
+
+def test_nothing_after_the_equals_sign_is_the_empty_text(tmp_path):
+    (tmp_path / "preset.yaml").write_text("data: {urls: list.csv, shards: shards}")
+    assert load_config(tmp_path / "preset.yaml", ["data.urls="]).data.urls == ""
