@@ -46,7 +46,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
     this process opens URLs by `ingest.policy` only. Raises `ShardError` when img2dataset gives the shard up;
     a URL that fails is no error.
     """
-    policy.install(policy.FetchPolicy(allow_private=config.allow_private))
+    policy.install(config.policy)
     downloader_class, resizer_class, writer_class = _img2dataset()
     resizer = resizer_class(
         image_size=config.image_size,

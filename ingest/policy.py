@@ -16,33 +16,20 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from ingest.reasons import FetchError
+from roclip.config import FetchPolicy
 
 MAX_PIXELS = 64 * 2**20
 """Largest image that is decoded, here or in training."""
-REFUSED = "refused by policy"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-class RefusedError(OSError):
-    """The policy forbids this URL or address."""
-
-
-@dataclass(frozen=True)
-class FetchPolicy:
-    """What may be fetched."""
-
-    allow_private: bool = False
-    """Also connect to loopback, private, link-local and otherwise not public addresses."""
-    max_body_bytes: int = 64 * 2**20
-    """Largest body of one answer."""
-    max_body_s: float = 60.0
-    """Longest time for one body to arrive."""
-
-    def allows(self, address: str) -> bool:
-        """Whether a connection to this IP address may be made."""
-        return self.allow_private or _is_public(ipaddress.ip_address(address.partition("%")[0]))
+def allows(policy: FetchPolicy, address: str) -> bool:
+    """Whether a connection to this IP address may be made."""
+    known = ipaddress.ip_address(address.partition("%")[0])
+    return any(known in ipaddress.ip_network(network) for network in policy.allow_networks) or _is_public(known)
 
 
 def install(policy: FetchPolicy) -> None:
@@ -78,9 +65,9 @@ def _connect(policy: FetchPolicy, target: tuple[str, int], timeout: Any, source:
     """Resolve once, and connect to the first allowed address that answers."""
     host, port = target
     addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)))
-    allowed = [address for address in addresses if policy.allows(address)]
+    allowed = [address for address in addresses if allows(policy, address)]
     if not allowed:
-        raise RefusedError(f"{REFUSED}: {host} is at {', '.join(addresses)}, not a public address")
+        raise FetchError("refused_address", f"{host} is at {', '.join(addresses)}, not a public address")
     for address in allowed[:-1]:
         try:
             return socket.create_connection((address, port), timeout, source)
@@ -97,16 +84,16 @@ class _BoundedResponse(http.client.HTTPResponse):
     def read(self, amt: int | None = None) -> bytes:
         if amt is not None:
             return super().read(amt)
-        promised, limit = self.length, self.policy.max_body_bytes
-        ends_s = time.monotonic() + self.policy.max_body_s
+        promised, limit = self.length, self.policy.max_bytes
+        ends_s = time.monotonic() + self.policy.deadline_s
         pieces, size = [], 0
         while (promised is None or size < promised) and (piece := self.read1(1 << 16)):
             pieces.append(piece)
             size += len(piece)
             if max(size, promised or 0) > limit:
-                raise OSError(f"body too large: more than {limit} bytes")
+                raise FetchError("too_large", f"more than {limit} bytes")
             if time.monotonic() > ends_s:
-                raise TimeoutError(f"timed out: the body took more than {self.policy.max_body_s} s")
+                raise FetchError("too_slow", f"the body took more than {self.policy.deadline_s} s")
         if promised is not None and size < promised:
             raise http.client.IncompleteRead(b"", promised - size)
         return b"".join(pieces)
@@ -146,4 +133,4 @@ class _Https(urllib.request.HTTPSHandler):
 
 class _OtherSchemes(urllib.request.BaseHandler):
     def unknown_open(self, req: urllib.request.Request) -> NoReturn:
-        raise urllib.error.URLError(f"{REFUSED}: expected http or https, got {req.type}")
+        raise FetchError("refused_scheme", f"expected http or https, got {req.type}")

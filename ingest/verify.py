@@ -6,7 +6,6 @@ says that the row failed.
 """
 
 import io
-import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ingest.policy import MAX_PIXELS
+from ingest.reasons import REASONS, reason_of
 from roclip.tar_index import Member, TarScan
 
 INDEX_SCHEMA = pa.schema(
@@ -29,33 +29,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 IMAGES = (".jpg", ".png", ".webp")
-BAD = ("not_an_image", "too_many_pixels", "undecodable", "empty_caption", "truncated_tar", "no_record")
-"""Reasons that say: something arrived and is of no use. The others say that nothing arrived; on the web that
-is weather, so only these count against `data.max_bad_frac`."""
-
-_REASONS = (
-    # What img2dataset writes into `error_message`, first match wins.
-    (re.compile(r"refused by policy|is not allowed"), "refused_by_policy"),
-    (re.compile(r"HTTP Error (\d{3})"), r"http_\1"),
-    (re.compile(r"X-Robots-Tag"), "opted_out"),
-    (re.compile(r"timed out"), "timeout"),
-    (re.compile(r"[Cc]onnection refused"), "connection_refused"),
-    (re.compile(r"[Cc]onnection reset|Remote end closed|Broken pipe"), "connection_reset"),
-    (
-        re.compile(r"Name or service not known|name resolution|No address associated|nodename nor|getaddrinfo"),
-        "no_host",
-    ),
-    (re.compile(r"unreachable|No route to host"), "unreachable"),
-    (re.compile(r"SSL|certificate", re.IGNORECASE), "tls_error"),
-    (re.compile(r"IncompleteRead"), "truncated_image"),
-    (re.compile(r"body too large"), "too_large"),
-    (re.compile(r"CV_IO_MAX_IMAGE|image area too large"), "too_many_pixels"),
-    (re.compile(r"Image decoding error|OpenCV|cv2"), "not_an_image"),
-    (
-        re.compile(r"unknown url type|no host given|control characters|nonnumeric port|codec|Invalid"),
-        "bad_url",
-    ),
-)
+_BAD = [name for name, reason in REASONS.items() if reason.bad]
 
 
 @dataclass(frozen=True)
@@ -76,7 +50,7 @@ class ShardReport:
     @property
     def bad_frac(self) -> float:
         """Share of the rows that arrived and are no use, of all that arrived."""
-        bad = sum(self.failed.get(reason, 0) for reason in BAD)
+        bad = sum(self.failed.get(reason, 0) for reason in _BAD)
         return bad / max(1, bad + self.samples)
 
 
@@ -112,14 +86,6 @@ def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
     return ShardReport(index, urls, dict(sorted(failed.items())))
 
 
-def short_reason(message: str) -> str:
-    """The name under which an error message of img2dataset is counted, such as `http_404`; else `other`."""
-    for pattern, name in _REASONS:
-        if found := pattern.search(message):
-            return found.expand(name)
-    return "other"
-
-
 def _rows(parquet: Path) -> dict[str, str]:
     """Key -> why img2dataset (or an empty caption) rules the row out, or "" if nothing does."""
     try:
@@ -132,7 +98,7 @@ def _rows(parquet: Path) -> dict[str, str]:
 def _ruled_out(key: str, caption: str | None, status: str, error_message: str | None) -> str:
     if not (caption or "").strip():  # first, so that this count does not depend on the weather
         return "empty_caption"
-    return "" if status == "success" else short_reason(error_message or "")
+    return "" if status == "success" else reason_of(error_message or "")
 
 
 def _group(tar: Path) -> dict[str, dict[str, Member]]:

@@ -15,7 +15,9 @@ from typing import Literal
 
 from roclip import strict
 from roclip.errors import ConfigError
-from roclip.sections_run import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, IngestConfig, OracleConfig
+from roclip.sections_ingest import FetchPolicy as FetchPolicy
+from roclip.sections_ingest import IngestConfig
+from roclip.sections_run import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, OracleConfig
 from roclip.sections_train import AugmentConfig, ModelConfig, PoolConfig, TrainConfig
 
 

@@ -1,4 +1,4 @@
-"""The sections of a config around the training: data, attacks, ingest, evaluation, oracle, cluster."""
+"""The sections of a config around the training: data, attacks, evaluation, oracle, cluster."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -12,16 +12,19 @@ class DataConfig:
     """Where pairs come from: one of `urls`, `images` and `scenes`, or `shards` alone, ingested before."""
 
     urls: str = ""
-    """URL list to ingest: parquet, csv, tsv, jsonl or txt, any fsspec path, or a folder or glob of such files."""
+    """URL lists to ingest: parquet, csv, tsv, jsonl, json or txt, also as .gz and .zst; a file, a folder or a glob on any
+    store that fsspec knows; several with `::` between them."""
     images: str = ""
     """Parquet of encoded images that the embedded origin serves as a URL list (columns below)."""
     scenes: int = 0
     """Number of scenes to render and serve from the embedded origin."""
     limit: int = 0
     """Use at most this many rows of `urls` or `images`; 0 is all."""
-    url_col: str = "url"
+    url_col: str = ""
+    """Of `urls`; empty takes the first that is there of url, URL, image_url."""
     caption_col: str = "caption"
-    """Empty, for `images`: varied captions of the class are written instead (`roclip/class_captions.py`)."""
+    """Of `urls`: the first that is there of this, caption, TEXT, text. Empty, for `images`: varied captions of the class are
+    written instead (`roclip/class_captions.py`)."""
     image_col: str = "image"
     label_col: str = "label"
     """Class name of an image, where `images` has one: for attacks and evaluation, never for training."""
@@ -174,38 +177,6 @@ class AttacksConfig:
 
 
 @dataclass(frozen=True)
-class IngestConfig:
-    """How URLs become shards. Names and meanings follow img2dataset."""
-
-    samples_per_shard: int = 10_000
-    image_size: int = 256
-    """Side of the stored images, in pixels."""
-    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "border"
-    encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    encode_quality: int = 95
-    """JPEG and WebP quality; for PNG the compression level 0 to 9."""
-    threads: int = 32
-    """Concurrent downloads in one task."""
-    timeout_s: float = 10.0
-    """Longest wait for one answer of a server."""
-    retries: int = 1
-    """Further tries of one URL."""
-    max_in_flight: int = 2
-    """Shards that are fetched at the same time."""
-    shard_retries: int = 2
-    """Further tries of one shard whose task failed."""
-    allow_private: bool = False
-    """Also fetch from loopback and private addresses. The embedded origin turns it on for its own list."""
-
-    def __post_init__(self) -> None:
-        positive(self, "ingest", "samples_per_shard", "image_size", "threads", "timeout_s", "max_in_flight")
-        if self.encode_format == "png" and not 0 <= self.encode_quality <= 9:
-            raise ConfigError(
-                f"ingest.encode_quality: expected 0 to 9 for png (compression), got {self.encode_quality}. Set 6."
-            )
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
     """What a checkpoint is measured with."""
 
@@ -270,6 +241,8 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     cpus_per_ingest_task: float = 1.0
+    ingest_resource: str = ""
+    """Custom Ray resource, such as `ingest`, of the nodes that fetch: one unit a task, so that downloads stay off GPU nodes."""
     dashboard: bool = False
     """Start Ray's dashboard on loopback, for `address: local`."""
     max_failures: int = 1

@@ -23,7 +23,8 @@ name: tiny
 runs: {folder}/runs
 data: {{scenes: 160, faults: false, min_shards: 1}}
 attacks: {{targeted: {{images: 2, captions_per_image: 3}}, backdoor: {{count: 6}}}}
-ingest: {{samples_per_shard: 128, image_size: 64, encode_format: png, encode_quality: 6, allow_private: true}}
+ingest: {{samples_per_shard: 128, image_size: 64, encode_format: png, encode_quality: 6,
+  retry_passes: 0, policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 256, host_requests_per_s: 1.0e6}}}}
 model: {{name: tiny}}
 pool: {{size: 32}}
 train: {{epochs: 2, global_batch_size: 32, lr: 1e-3, log_every_steps: 1, checkpoint_every_steps: 2}}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.ingest_job import OUTAGE_URLS, WORK, IngestProgress, ingest
 from ingest.origin import Origin
-from roclip.config import ClusterConfig, Config, DataConfig, IngestConfig
+from roclip.config import ClusterConfig, Config, DataConfig, FetchPolicy, IngestConfig
 from roclip.errors import DataError, StageError
 from roclip.shards import Manifest, index_path, sample_key, sha256_file
 
@@ -59,7 +59,10 @@ def _config(shard_retries=2, max_bad_frac=0.3, samples_per_shard=PER_SHARD):
             retries=0,
             max_in_flight=2,
             shard_retries=shard_retries,
-            allow_private=True,
+            retry_passes=0,
+            policy=FetchPolicy(
+                allow_networks=("127.0.0.0/8",), robots=False, host_requests_per_s=1e6, host_connections=256
+            ),
         ),
         cluster=ClusterConfig(cpus_per_ingest_task=0.5),
     )

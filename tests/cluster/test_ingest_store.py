@@ -24,7 +24,8 @@ PRESET = """
 name: tiny
 run_dir: {folder}/run
 data: {{scenes: 100, shards: "s3://bucket/shards"}}
-ingest: {{samples_per_shard: 20, image_size: 64, allow_private: true}}
+ingest: {{samples_per_shard: 20, image_size: 64,
+  retry_passes: 0, policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 256, host_requests_per_s: 1.0e6}}}}
 model: {{name: tiny}}
 evaluate: {{size: 20}}
 oracle: {{trusted: 20}}

@@ -316,9 +316,9 @@ def test_poisoned_list_can_be_served_and_fetched(preset: Path, url_list: Path, t
         code = (
             "import sys; from pathlib import Path; from ingest.fetch import fetch; from ingest.verify import verify; "
             "from ingest.publish import publish; from ingest.sources import read_url_list, split; "
-            "from roclip.config import IngestConfig; from roclip.shards import Manifest\n"
+            "from roclip.config import FetchPolicy, IngestConfig; from roclip.shards import Manifest\n"
             "root = Path(sys.argv[2]); config = IngestConfig(samples_per_shard=64, image_size=64, retries=0, "
-            "allow_private=True, encode_format='png', encode_quality=6)\n"
+            "policy=FetchPolicy(allow_networks=('127.0.0.0/8',)), encode_format='png', encode_quality=6)\n"
             "for part in split(read_url_list(sys.argv[1]), 64):\n"
             "    work = root / f'_{part.number}'; work.mkdir(parents=True)\n"
             "    done = fetch(part, work, config); publish(root, done, verify(done.tar, done.parquet))\n"

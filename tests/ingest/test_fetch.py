@@ -16,7 +16,7 @@ from PIL import Image
 from ingest.fetch import Fetched
 from ingest.origin import Origin
 from ingest.verify import verify
-from roclip.config import IngestConfig
+from roclip.config import FetchPolicy, IngestConfig
 from roclip.shards import sample_key
 
 SCRIPT = """
@@ -24,10 +24,10 @@ import json, sys
 from pathlib import Path
 from ingest.fetch import fetch
 from ingest.sources import read_url_list, split
-from roclip.config import IngestConfig
+from roclip.config import FetchPolicy, IngestConfig
 
 urls, work, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-config = IngestConfig(**options)
+config = IngestConfig(**{**options, 'policy': FetchPolicy(**options['policy'])})
 part = split(read_url_list(urls), config.samples_per_shard)[-1]
 work.mkdir()
 fetched = fetch(part, work, config)
@@ -52,8 +52,9 @@ CAPTIONS = [*(f"caption of {row}" for row in range(9)), "", " \n", "a bomb"]
 FIRST = 100  # rows of the list before the shard: the key must count them
 
 
-def _fetch(urls, work, **options):
-    config = IngestConfig(samples_per_shard=FIRST, image_size=48, timeout_s=3.0, retries=0, **options)
+def _fetch(urls, work, policy=None):
+    policy = FetchPolicy(**(policy or {}))
+    config = IngestConfig(samples_per_shard=FIRST, image_size=48, timeout_s=3.0, retries=0, policy=policy)
     home = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(urls), str(work), json.dumps(asdict(config))],
@@ -92,7 +93,7 @@ def crawl(tmp_path_factory, jpeg):
         more = {"url": ["file:///etc/hostname", "", "no url"], "caption": ["a file", "no url", "no url"]}
         before = {"url": ["http://127.0.0.1:1/"] * FIRST, "caption": ["of an earlier shard"] * FIRST}
         pq.write_table(pa.concat_tables([pa.table(before), served, pa.table(more)]), folder / "urls.parquet")
-        return _fetch(folder / "urls.parquet", folder / "work", allow_private=True)
+        return _fetch(folder / "urls.parquet", folder / "work", policy={"allow_networks": ["127.0.0.0/8"]})
 
 
 def test_fetch_gives_every_row_its_fate(crawl):
@@ -106,7 +107,7 @@ def test_fetch_gives_every_row_its_fate(crawl):
         "http_404": 1,
         "no_host": 1,
         "not_an_image": 1,
-        "refused_by_policy": 1,
+        "refused_scheme": 1,
         "timeout": 1,
         "too_many_pixels": 1,
         "truncated_image": 1,
@@ -146,7 +147,7 @@ def test_fetch_says_nothing(crawl):
 def test_fetch_refuses_loopback_when_private_addresses_are_not_allowed(write_corpus, tmp_path):
     with Origin(write_corpus(["ok", "redirect"])) as origin:
         origin.url_list(tmp_path / "urls.parquet")
-        fetched, _, _ = _fetch(tmp_path / "urls.parquet", tmp_path / "work", allow_private=False)
+        fetched, _, _ = _fetch(tmp_path / "urls.parquet", tmp_path / "work")
     report = verify(fetched.tar, fetched.parquet)
-    assert report.failed == {"refused_by_policy": 2}
+    assert report.failed == {"refused_address": 2}
     assert report.samples == 0

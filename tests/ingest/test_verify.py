@@ -8,7 +8,8 @@ from hostile import SETTINGS, tars
 from hypothesis import given, settings
 from PIL import Image
 
-from ingest.verify import short_reason, verify
+from ingest.reasons import reason_of
+from ingest.verify import verify
 
 
 def _shard(folder, members, rows):
@@ -135,11 +136,11 @@ def test_any_damaged_tar_is_verified(tmp_path, content):
         ("<urlopen error [Errno 101] Network is unreachable>", "unreachable"),
         ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed>", "tls_error"),
         ("IncompleteRead(0 bytes read, 7 more expected)", "truncated_image"),
-        ("HTTP Error 302: Found - Redirection to url 'file:///x' is not allowed", "refused_by_policy"),
+        ("HTTP Error 302: Found - Redirection to url 'file:///x' is not allowed", "refused_scheme"),
         ("Use of image disallowed by X-Robots-Tag directive", "opted_out"),
         ("unknown url type: 'x'", "bad_url"),
         ("the moon is full", "other"),
     ],
 )
 def test_message_is_counted_under_a_short_reason(message, reason):
-    assert short_reason(message) == reason
+    assert reason_of(message) == reason
