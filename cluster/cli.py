@@ -89,7 +89,11 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
     """URL lists to sealed shards and their manifest. Running it again fetches only what is missing."""
     settings = resolve(config, overrides)
-    return _dry_run(settings, "ingest") if dry_run else _finish(settings, _pipeline().ingest_only(settings))
+    if dry_run:
+        return _dry_run(settings, "ingest")
+    from cluster.ingest_stage import ingest_only
+
+    return _finish(settings, ingest_only(settings))
 
 
 @app.command(

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster import pipeline
+from cluster.ingest_stage import fill
 from cluster.session import Session, keep_config, session
 from cluster.train_job import finished, train_arm
 from roclip import strict
@@ -45,7 +45,7 @@ def compare(experiment: Experiment, command: str) -> Path:
             for training in corpus.trainings:
                 keep_config(training.config, here.path / corpus.name / training.arm)
         for corpus in experiment.corpora:
-            pipeline.fill(Session(corpus.config, here.path / corpus.name, here.display))
+            fill(Session(corpus.config, here.path / corpus.name, here.display))
         problems = _train(here, experiment)
         here.note_cost()
         facts = {"command": command, "commits": _commits(here.path, experiment), "wall_s": here.cost["wall_s"]}

@@ -4,23 +4,16 @@ Each stage leaves its result in the run directory and is skipped when that is th
 again goes on where it stopped. Training starts as soon as the manifest names `data.min_shards`, while ingest runs.
 """
 
-import contextlib
 import json
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from cluster import corpus
-from cluster.ingest_job import IngestProgress, ingest
+from cluster.ingest_stage import fetching, index
 from cluster.oracle_job import oracle, progress_file
-from cluster.plan import ingests
 from cluster.progress import told_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
-from ingest.origin import Origin
 from roclip import checkpoint
 from roclip.config import Config
 from roclip.errors import CheckpointError, DataError
@@ -29,14 +22,13 @@ from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
-from roclip.tar_sources import index_tars, is_pattern
 
 
 def run(config: Config) -> dict:
     """Everything, from the URL list to the report. Returns the summary, which `summary.json` holds too."""
     with session(config) as here:
-        with _fetching(here) as fetching:
-            fetching.wait_for(config.data.min_shards)
+        with fetching(here) as crawl:
+            crawl.wait_for(config.data.min_shards)
             for arm in config.arms:
                 _train(here, arm)
         verdicts = {arm: _judge(here, arm) for arm in config.arms}
@@ -54,17 +46,10 @@ def run(config: Config) -> dict:
         return summary
 
 
-def ingest_only(config: Config) -> dict:
-    """Fill the shards of a run."""
-    with session(config) as here:
-        fill(here)
-        return {"ingest": Manifest(here.shards).summary}
-
-
 def train_only(config: Config) -> dict:
     """Train every arm on the shards that are there."""
     with session(config) as here:
-        _index(here)
+        index(here)
         if not Manifest(here.shards).records():
             raise DataError(f"{here.shards}: expected sealed shards, got none. Run `roclip ingest` first.")
         for arm in config.arms:
@@ -112,85 +97,6 @@ def _encoder(folder: Path) -> Encoder:
 
 
 # ---- the stages ---------------------------------------------------------------------------------------------
-
-
-def fill(here: Session) -> None:
-    """Ingest to its end; nothing when all is sealed."""
-    with _fetching(here):
-        pass
-
-
-def _index(here: Session) -> None:
-    """Index ready-made tars; nothing for a folder of shards, and for tars that are indexed."""
-    where = here.config.data.shards
-    if is_pattern(where):
-        index_tars(
-            where, here.shards, on_progress=lambda done, total, text: here.display.show("index", done, total, text)
-        )
-
-
-class _Fetching(threading.Thread):
-    """Ingest beside the main thread."""
-
-    def __init__(self, here: Session, urls: str | Path):
-        super().__init__(name="ingest")
-        self.here, self.urls, self.halt = here, urls, threading.Event()
-        self.sealed = 0
-        self.problem: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            ingest(self.here.config, self.urls, self.here.shards, on_progress=self._show, stop=self.halt)
-        except BaseException as error:  # handed to the main thread by `check`
-            self.problem = error
-
-    def wait_for(self, shards: int) -> None:
-        """Return when so many are sealed or ingest has ended; raise its error."""
-        while self.is_alive() and self.sealed < shards:
-            time.sleep(0.2)
-        self.check()
-
-    def check(self) -> None:
-        if self.problem is not None:
-            raise self.problem
-
-    def _show(self, now: IngestProgress) -> None:
-        self.sealed = now.shards
-        self.here.display.ingest(now)
-
-
-@contextlib.contextmanager
-def _fetching(here: Session) -> Iterator[_Fetching]:
-    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
-    nothing to fetch: `data.shards` is the only source."""
-    config = here.config
-    with contextlib.ExitStack() as stack:
-        urls: str | Path = config.data.urls
-        origin_folder = here.path / "origin"
-        if config.data.images or config.data.scenes:
-            if not (origin_folder / "labels.json").exists():
-                here.display.say("origin   preparing images, captions and what an attacker adds")
-            corpus.prepare(config, origin_folder)
-        else:
-            corpus.prepare_held_out(config, origin_folder)
-        fetching = _Fetching(here, urls)
-        _index(here)
-        if ingests(config) and Manifest(here.shards).summary is None:
-            here.need_ray()
-            if not urls:
-                origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
-                fetching.urls = origin_folder / "urls.parquet"
-                origin.url_list(fetching.urls)
-            fetching.start()
-        try:
-            yield fetching
-            if fetching.is_alive():
-                fetching.join()
-        finally:
-            fetching.halt.set()
-            if fetching.ident is not None:
-                fetching.join()
-        fetching.check()
 
 
 def _train(here: Session, arm: str) -> None:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.ingest_job import IngestProgress, describe
-from cluster.restarts import LOG
 from roclip.metrics import read_metrics
 
+LOG = "log/ranks.log"
+"""In a training's folder: what befell its ranks, a line each."""
 _LINE_EVERY_S = 10.0
 Standing = tuple[float, float, str]
 """Done, total, and a line of words."""

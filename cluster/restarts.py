@@ -8,10 +8,11 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
+from cluster.progress import LOG
 from roclip.errors import RoclipError
 from roclip.leaving import listen
 
-LOG, CAUSE = "log/ranks.log", "failure.txt"
+CAUSE = "failure.txt"
 
 
 class TorchThatListens(TorchConfig):

@@ -1,8 +1,8 @@
 import json
 
 from cluster.ingest_job import IngestProgress
-from cluster.progress import Display, told_standing, training_standing
-from cluster.restarts import LOG, note
+from cluster.progress import LOG, Display, told_standing, training_standing
+from cluster.restarts import note
 
 STEP = {
     "step": 7,

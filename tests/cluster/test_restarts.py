@@ -1,6 +1,7 @@
 from ray.exceptions import RayActorError
 
-from cluster.restarts import CAUSE, LOG, Restarts
+from cluster.progress import LOG
+from cluster.restarts import CAUSE, Restarts
 from roclip.errors import DataError
 
 DIED, PEER = RayActorError(), RuntimeError("Connection closed by peer\n[0] a frame")

@@ -1,0 +1,102 @@
+"""The first stage of a run: its URL list becomes shards, while other stages may begin. Loads no torch."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster import corpus
+from cluster.ingest_job import IngestProgress, ingest
+from cluster.plan import ingests
+from cluster.session import Session, session
+from ingest.origin import Origin
+from roclip.config import Config
+from roclip.shards import Manifest
+from roclip.tar_sources import index_tars, is_pattern
+
+
+def ingest_only(config: Config) -> dict:
+    """Fill the shards of a run."""
+    with session(config) as here:
+        fill(here)
+        return {"ingest": Manifest(here.shards).summary}
+
+
+def fill(here: Session) -> None:
+    """Ingest to its end; nothing when all is sealed."""
+    with fetching(here):
+        pass
+
+
+def index(here: Session) -> None:
+    """Index ready-made tars; nothing for a folder of shards, and for tars that are indexed."""
+    where = here.config.data.shards
+    if is_pattern(where):
+        index_tars(
+            where, here.shards, on_progress=lambda done, total, text: here.display.show("index", done, total, text)
+        )
+
+
+class Fetching(threading.Thread):
+    """Ingest beside the main thread."""
+
+    def __init__(self, here: Session, urls: str | Path):
+        super().__init__(name="ingest")
+        self.here, self.urls, self.halt = here, urls, threading.Event()
+        self.sealed = 0
+        self.problem: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            ingest(self.here.config, self.urls, self.here.shards, on_progress=self._show, stop=self.halt)
+        except BaseException as error:  # handed to the main thread by `check`
+            self.problem = error
+
+    def wait_for(self, shards: int) -> None:
+        """Return when so many are sealed or ingest has ended; raise its error."""
+        while self.is_alive() and self.sealed < shards:
+            time.sleep(0.2)
+        self.check()
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+    def _show(self, now: IngestProgress) -> None:
+        self.sealed = now.shards
+        self.here.display.ingest(now)
+
+
+@contextlib.contextmanager
+def fetching(here: Session) -> Iterator[Fetching]:
+    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
+    nothing to fetch: `data.shards` is the only source."""
+    config = here.config
+    with contextlib.ExitStack() as stack:
+        urls: str | Path = config.data.urls
+        origin_folder = here.path / "origin"
+        if config.data.images or config.data.scenes:
+            if not (origin_folder / "labels.json").exists():
+                here.display.say("origin   preparing images, captions and what an attacker adds")
+            corpus.prepare(config, origin_folder)
+        else:
+            corpus.prepare_held_out(config, origin_folder)
+        thread = Fetching(here, urls)
+        index(here)
+        if ingests(config) and Manifest(here.shards).summary is None:
+            here.need_ray()
+            if not urls:
+                origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
+                thread.urls = origin_folder / "urls.parquet"
+                origin.url_list(thread.urls)
+            thread.start()
+        try:
+            yield thread
+            if thread.is_alive():
+                thread.join()
+        finally:
+            thread.halt.set()
+            if thread.ident is not None:
+                thread.join()
+        thread.check()
