@@ -1,7 +1,7 @@
 """Which hosts were asked how often, and what came of it: a bounded table that merges, over any number of shards and hosts.
 
-Space-saving (Metwally, Agrawal, El Abbadi 2005) in batches: beyond twice its capacity the table keeps the hosts that were asked for
-most. A host that comes (back) in later may have been dropped before, asked for at most `missed` times; a host that is not in the
+Space-saving (Metwally, Agrawal, El Abbadi 2005) in batches: beyond twice its capacity the table keeps the hosts most asked for.
+A host that comes (back) in later may have been dropped before, asked for at most `missed` times; a host that is not in the
 table, at most `floor` times. Tables merge (Agarwal et al. 2012) with the same promise. Totals over all hosts are exact.
 """
 
