@@ -213,7 +213,12 @@ def test_failures_of_turns_that_began_before_count_once():
 
 
 def test_retry_after_is_honoured_up_to_a_limit():
-    for asked_s, pause_s in ((7.0, 7.0), (1e9, LONGEST_PAUSE_S), (math.inf, LONGEST_PAUSE_S), (math.nan, FIRST_PAUSE_S)):
+    for asked_s, pause_s in (
+        (7.0, 7.0),
+        (1e9, LONGEST_PAUSE_S),
+        (math.inf, LONGEST_PAUSE_S),
+        (math.nan, FIRST_PAUSE_S),
+    ):
         world = World()
         world.one("busy", retry_after_s=asked_s)
         ticket = world.ask(wait_s=1000)
