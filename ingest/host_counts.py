@@ -34,7 +34,7 @@ class HostCount(NamedTuple):
         return self.requests + self.refused
 
     def plus(self, other: "HostCount") -> "HostCount":
-        return HostCount(*map(operator.add, self, other))
+        return HostCount._make(map(operator.add, self, other))
 
 
 class HostCounts:

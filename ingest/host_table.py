@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FAILURES = 3
 """So many failures in a row, and a host is down."""
@@ -41,7 +41,7 @@ class Limits:
 class Decision(NamedTuple):
     """The ticket may go at `start_s`, or not at all."""
 
-    ticket: Hashable
+    ticket: Any
     start_s: float = 0.0
     refusal: Refusal | None = None
 

@@ -146,5 +146,5 @@ class Hosts:
 
     def _tell(self, decided: list[Decision]) -> None:
         for decision in decided:
-            if waiter := self._waiters.get(decision.ticket):  # type: ignore[arg-type]  # the tickets of this table are ours
+            if waiter := self._waiters.get(decision.ticket):
                 waiter.tell(decision)

@@ -40,7 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.server.asked[self.path] += 1
         status, headers, pieces = self.server.pages.get(self.path, (404, {}, [b"no"]))
         self.send_response(status)
@@ -463,10 +463,12 @@ def test_memory_is_bounded_however_many_sites_there_are():
 def test_no_bytes_and_no_url_raise_anything_else(body, path):
     robots = Robots(lambda _: (200, b"User-agent: *\nDisallow: " + body), AGENT)
     for url in (f"http://a.example/{path}", path):
+        fate = ""
         try:
-            assert robots.allows(url) in (True, False)
+            robots.allows(url)
         except FetchError as error:
-            assert reason_of(str(error)) in ("bad_url", "refused_scheme")
+            fate = reason_of(str(error))
+        assert fate in ("", "bad_url", "refused_scheme")
 
 
 @given(st.text("/ab*$?%2F.", max_size=12), st.text("/ab*$?%2F.", max_size=12))
