@@ -104,6 +104,7 @@ def host_desks(policy: FetchPolicy, name: str, number: int = 1) -> Iterator[tupl
         for name in names
     ]
     try:
+        ray.get([desk.exchange.remote("", [], []) for desk in desks])  # they are there
         yield names
     finally:
         for desk in desks:
