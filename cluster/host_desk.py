@@ -1,8 +1,9 @@
 """One limit per site for a whole cluster: an actor that gives turns at hosts, and what fetching processes ask it through.
 
 A process that fetches has `DeskHosts`, which has the interface of `ingest.hosts.Hosts`. Its threads' questions and what they
-give back travel together, a call each `BATCH_S` at most. The desk answers "in so many seconds", never with a time: clocks differ.
-The rules are `ingest.host_table`'s on both sides.
+give back travel together: after a call, a process is silent for `SILENCE` times as long as the call took, so the busier a desk
+is, the more each call carries. The desk answers "in so many seconds", never with a time: clocks differ. The rules are
+`ingest.host_table`'s on both sides.
 
 What dies: a process, whose turns expire at the desk; the desk, which Ray restarts empty. Until it answers again each process
 keeps the limits for itself alone, and says so once. Ray does not repeat calls: a turn that was given to nobody would be held.
@@ -27,8 +28,7 @@ from ingest.host_table import Decision, HostTable, Limits, Outcome, Refusal
 from ingest.hosts import Held, Hosts, Waiter
 from roclip.config import FetchPolicy
 
-BATCH_S = 0.01
-"""A process asks a desk so often at most; what its threads want meanwhile goes along."""
+SILENCE, SHORTEST_SILENCE_S, LONGEST_SILENCE_S = 10, 0.01, 0.1
 PICK_UP_S = 0.05
 """So often it looks whether a turn that it waits for has come, while nothing else is to be said."""
 ANSWER_S = 5.0
@@ -155,6 +155,7 @@ class _Line:
         self._waiters: dict[int, Waiter] = {}
         """Those whose ticket is to be sent, or was and is not decided."""
         self._away_until_s: float | None = None
+        self._silent_until_s = 0.0
         self._closed = self._has_said = False
         self._thread = threading.Thread(target=self._talk, name=name, daemon=True)
         self._thread.start()
@@ -193,8 +194,9 @@ class _Line:
 
     def _talk(self) -> None:
         while self._has_to_say():
-            time.sleep(BATCH_S)
+            time.sleep(max(self._silent_until_s - time.monotonic(), 0.0))
             asks, ends = self._collect()
+            begun_s = time.monotonic()
             try:
                 self._desk = self._desk or ray.get_actor(self._name)
                 answers = ray.get(self._desk.exchange.remote(self._client, asks, ends), timeout=ANSWER_S)
@@ -202,6 +204,9 @@ class _Line:
                 self._lose(error)
             else:
                 self._tell(answers)
+            now_s = time.monotonic()
+            silence_s = min(max(SILENCE * (now_s - begun_s), SHORTEST_SILENCE_S), LONGEST_SILENCE_S)
+            self._silent_until_s = now_s + silence_s
 
     def _has_to_say(self) -> bool:
         """Wait until there is something to say or to hear; False when the line is closed and all is said."""

@@ -73,7 +73,8 @@ class Hosts:
         self._counts = HostCounts()
 
     def enter(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
-        """Wait for a turn at a host, `name` or `name:port`. `leave` it in any case, in whichever thread.
+        """Wait for a turn at a host, `name` or `name:port`. `leave` it in any case, in whichever thread, and before the next is
+        entered: a redirect to the same host would wait for itself.
 
         Args:
             deadline_s: By the clock of `time.monotonic`.
