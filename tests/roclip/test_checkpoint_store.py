@@ -123,6 +123,24 @@ def test_an_upload_that_failed_on_the_way_is_never_resumed_from(server, folder, 
     assert steps(objects) == ["1", "3"]
 
 
+def test_what_a_kill_left_of_an_outdated_checkpoint_hinders_no_later_one(folder, store, objects, monkeypatch):
+    def killed(path, recursive):  # after an object or so: a store deletes them in an order of its own
+        objects.rm(f"{path}/cursor.json")
+        raise KeyboardInterrupt
+
+    store.take(write(folder, 1), keep_two)
+    store.take(write(folder, 2), keep_two)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store.root.fs, "rm", killed)
+        store.take(write(folder, 3), keep_two)
+    again = checkpoint_store("s3://bucket/kept", folder)
+    again.take(write(folder, 4), keep_two)
+    assert steps(objects) == ["3", "4"]
+    shutil.rmtree(folder)
+    bring(folder, again)
+    assert checkpoint.named(folder, "LATEST").name == "step-00000004"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_an_altered_object_is_refused_by_name(monkeypatch, folder, store, objects, name):
     monkeypatch.setattr(shards, "ATTEMPTS", 2)
