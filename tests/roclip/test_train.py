@@ -49,7 +49,7 @@ def finish(process):
 def ended(config_file, *overrides, **extra):
     """Exit code of a training in a fork, and what it said."""
     with trainings_of(config_file) as trainings:
-        code = trainings.end(trainings.start(config_file.parent / "run", *overrides, **extra))
+        code = trainings.end(trainings.train(config_file.parent / "run", *overrides, **extra))
     return code, (config_file.parent / "said.txt").read_text()
 
 
@@ -98,9 +98,9 @@ def test_paper_setting_trains(config_file, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_and_resume(config_file, tmp_path):
     with trainings_of(config_file) as trainings:
-        first = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
+        first = trainings.train_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
         assert [trainings.end(rank) for rank in first] == [0, 0]
-        more = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
+        more = trainings.train_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
         assert [trainings.end(rank) for rank in more] == [0, 0]
     for arm, steps in {"clip": 12, "roclip": 18}.items():
         rows = read_metrics(tmp_path / "run" / arm / "metrics.jsonl")
@@ -145,7 +145,7 @@ def test_two_ranks_train_on_weighted_sources_of_ready_made_tars(config_file, sha
         "train.epochs=2",
     ]
     with trainings_of(config_file) as trainings:
-        ranks = trainings.start_ranks(tmp_path / "run", 2, *settings)
+        ranks = trainings.train_ranks(tmp_path / "run", 2, *settings)
         assert [trainings.end(rank) for rank in ranks] == [0, 0]
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert [(row["step"], row["samples_seen"]) for row in rows[4::5]] == [(5, 192), (10, 384)]
