@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import fsspec
 import psutil
 
 TRAIN = "roclip.train"
@@ -170,6 +171,7 @@ def _become(target: str, arguments: list[str], environment: dict[str, str], said
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # which it has read before
     code = 1
     try:
         code = _run(target, arguments)
