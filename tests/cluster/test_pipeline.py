@@ -15,6 +15,7 @@ import pytest
 from kit import REPOSITORY, SHARED_DATA, environment, preset
 from tiny import TINY_RUN
 
+from cluster.cli import guarded
 from ingest.origin import Origin
 from roclip.metrics import read_metrics
 from roclip.shards import Manifest
@@ -157,8 +158,8 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process(stopped):
 def test_export_refuses_what_the_oracle_did_not_call_clean_unless_asked(done, tmp_path):
     path, run, _ = done
     trusted = (run / "roclip" / "checkpoints" / "TRUSTED").exists()
-    finish(roclip("export", str(path), "--out", str(tmp_path / "model")), 0 if trusted else 4)
-    finish(roclip("export", str(path), "--out", str(tmp_path / "any"), "--untrusted"))
+    assert guarded(["export", str(path), "--out", str(tmp_path / "model")]) == (0 if trusted else 4)
+    assert guarded(["export", str(path), "--out", str(tmp_path / "any"), "--untrusted"]) == 0
     assert (tmp_path / "any" / "open_clip_model.safetensors").is_file()
 
 

@@ -30,7 +30,7 @@ def until(condition: Callable[[], object], last_words: Callable[[], str]) -> Non
         words = last_words()
         assert not words or condition(), f"ended before it was to:\n{words}"
         assert time.monotonic() < deadline_s, "runs, and did not come so far"
-        time.sleep(0.0005)
+        time.sleep(0.005)
 
 
 def logged(run: Path) -> int:
