@@ -156,18 +156,19 @@ def _hash_column(name: str, source: str) -> Column:
 
 
 def _common_type(tables: Sequence[tuple[ListFile, pa.Schema]], name: str) -> pa.DataType:
-    fields = {file: pa.field(name, _plain(schema.field(name).type)) for file, schema in tables if name in schema.names}
-    try:
-        kind = pa.unify_schemas([pa.schema([field]) for field in fields.values()], promote_options="permissive").types[
-            0
-        ]
-    except pa.ArrowException as error:
-        file = next(file for file in fields if not types.is_null(fields[file].type))
-        other = next(other for other in fields if fields[other].type not in (fields[file].type, pa.null()))
-        raise UrlListError(
-            f"{other}: expected in the column {name} {fields[file].type}, as in {file}, got {fields[other].type}. "
-            "Write one of them otherwise, or leave it out of ingest.columns."
-        ) from error
+    """The type that holds a column's values in all files."""
+    kind: pa.DataType = pa.null()
+    for file, schema in tables:
+        here = _plain(schema.field(name).type) if name in schema.names else kind
+        try:
+            kind = pa.unify_schemas(
+                [pa.schema([(name, kind)]), pa.schema([(name, here)])], promote_options="permissive"
+            ).types[0]
+        except pa.ArrowException as error:
+            raise UrlListError(
+                f"{file}: expected in the column {name} {kind}, as in the files before, got {here}. Write one of them "
+                "otherwise, or leave it out of ingest.columns."
+            ) from error
     return pa.string() if types.is_null(kind) else kind
 
 
@@ -234,8 +235,8 @@ def _digest(array: pa.Array, size_bytes: int) -> pa.Array:
     if _is_bytes(array.type):
         values = array.to_pylist()
         array = pa.array([value.hex().encode() if value and len(value) == size_bytes else value for value in values])
-    texts = pc.utf8_lower(pc.utf8_trim_whitespace(_text(array)))
-    return pc.if_else(pc.equal(texts, ""), None, texts)
+    texts = [(text or "").strip().lower() or None for text in _text(array).to_pylist()]
+    return pa.array(texts, pa.string())
 
 
 def _phash(array: pa.Array) -> pa.Array:

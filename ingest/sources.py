@@ -156,24 +156,27 @@ class UrlList:
         done = _Walk()
         self._walks[:] = [done]
         for file, batch in self._read(done, start_row):
-            skipped = min(max(start_row - done.rows, 0), len(batch))
             if self._limit:
                 batch = batch.slice(0, self._limit - done.rows)
-            if len(batch) > skipped:
-                try:
-                    yield self._columns.conform(batch.slice(skipped))
-                except pa.ArrowException as error:
-                    raise UrlListError(
-                        f"{file}: expected values that can be carried, got others ({error}) in the {len(batch)} rows from the "
-                        f"list's row {done.rows} on. Leave their column out of ingest.columns."
-                    ) from error
+            new = batch.slice(min(max(start_row - done.rows, 0), len(batch)))
             done.rows += len(batch)
+            if len(new):
+                yield self._conform(file, new, done.rows)
             if self._limit and done.rows >= self._limit:
                 break
         if done.rows < start_row or not done.rows:
             raise UrlListError(
                 f"{self.name}: expected more than {start_row} rows, got a list of {done.rows}. Check what wrote it."
             )
+
+    def _conform(self, file: ListFile, batch: pa.RecordBatch, end_row: int) -> pa.RecordBatch:
+        try:
+            return self._columns.conform(batch)
+        except pa.ArrowException as error:
+            raise UrlListError(
+                f"{file}: expected values that can be carried, got others ({error}) in the {len(batch)} rows before the list's "
+                f"row {end_row}. Leave their column out of ingest.columns."
+            ) from error
 
     def _read(self, done: _Walk, start_row: int) -> Iterator[tuple[ListFile, pa.RecordBatch]]:
         """Rows as the files have them; those of whole files and row groups before `start_row` are left out and counted."""
@@ -183,10 +186,10 @@ class UrlList:
 
         size = 0
         for file, head in self._files:
-            groups = head.groups_before(start_row - done.rows)
-            if head.rows is not None and done.rows + head.rows <= start_row:
+            if head.rows is not None and (not head.rows or done.rows + head.rows <= start_row):
                 done.rows += head.rows
             else:
+                groups = head.groups_before(start_row - done.rows)
                 done.rows += sum(head.groups[:groups])
                 for batch in read_rows(file, head, self._columns.sources, count, groups):
                     yield file, batch
