@@ -22,7 +22,7 @@ from ingest import json_rows
 from ingest.list_files import ROW_BYTES, ListFile, lines_of, open_bytes, open_text
 from roclip.errors import UrlListError
 
-BATCH_ROWS = 1024
+BATCH_ROWS = 4096
 BLOCK_BYTES = ROW_BYTES
 """What the csv reader takes at a time: a row must fit."""
 _HEADER_BYTES = 2**20

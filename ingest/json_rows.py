@@ -170,11 +170,12 @@ class _Values:
 
 
 def _line(line: bytes | None) -> Row | None:
+    text = (line or b"").decode()
     try:
-        row = _DECODER.decode((line or b"").decode())
+        row, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and end == len(text) else None
 
 
 def _side_by_side(named: list[Iterator[tuple[str | int, Any]]], columns: list[str]) -> Iterator[tuple[Row, int]]:

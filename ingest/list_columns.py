@@ -145,7 +145,7 @@ def _check(file: ListFile, schema: pa.Schema, chosen: Columns) -> None:
 
 
 def _text_column(name: str, source: str | None) -> Column:
-    return Column(name, source, pa.string(), lambda array: pc.fill_null(_text(array), ""))
+    return Column(name, source, pa.string(), _filled_text)
 
 
 def _hash_column(name: str, source: str) -> Column:
@@ -214,16 +214,24 @@ def _decoded(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if types.is_dictionary(array.type) else array
 
 
+def _filled_text(array: pa.Array) -> pa.Array:
+    texts = _text(array)
+    return pc.fill_null(texts, "") if texts.null_count else texts
+
+
 def _text(array: pa.Array) -> pa.Array:
     """Values as text; bytes that are no UTF-8, which a parquet may call a string, are replaced."""
     array = _decoded(array)
     if not _is_text(array.type):
         return array.cast(pa.string())
-    values = array.cast(pa.binary())
     try:
-        return values.cast(pa.string())
+        if array.type == pa.string():
+            array.validate(full=True)  # whether it is UTF-8, too
+            return array
+        return array.cast(pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:
-        texts = [None if value is None else value.decode("utf-8", "replace") for value in values.to_pylist()]
+        values = array.cast(pa.binary()).to_pylist()
+        texts = [None if value is None else value.decode("utf-8", "replace") for value in values]
         return pa.array(texts, pa.string())
 
 
