@@ -63,8 +63,8 @@ def read(response: HTTPResponse, wire: Wire, max_bytes: int, memory: Memory, pat
 
     Raises `FetchError`: `too_large`, `truncated_image`, `bad_encoding`, `bad_response`; `NoRoomError` where no memory came free.
     """
-    known = response.length if not _encoding(response) else None
-    most = max_bytes if known is None else known
+    known = -1 if response.length is None or _encoding(response) else response.length
+    most = max_bytes if known < 0 else known
     sink = io.BytesIO()
     reserved = 0
     try:

@@ -122,6 +122,7 @@ def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     host, colon, digits = authority.rpartition(":")
     if not colon or "]" in digits:
         host, digits = authority, ""
+    host = canonical_host(host)
     if not (digits.isascii() and digits.isdigit()) and digits:
         raise _bad(authority, "the port is no number")
     port = int(digits[-6:]) if digits else default_port  # six digits are enough to be too many
@@ -129,7 +130,7 @@ def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
         raise _bad(authority, "no such port")
     if port in BAD_PORTS:
         raise FetchError("refused_port", f"port {port} is not of a web server")
-    return canonical_host(host), port
+    return host, port
 
 
 def _ascii(name: str) -> str:

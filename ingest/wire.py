@@ -50,7 +50,7 @@ class Wire(io.RawIOBase):
     def __init__(self, sock: socket.socket, patience: Patience, max_header_bytes: int):
         super().__init__()
         self._sock = sock
-        self._sock_timeout_s = -1.0
+        self._sock_timeout_s = sock.gettimeout()
         self._patience = patience
         self._max_header_bytes = max_header_bytes
         self._head_left: int | None = max_header_bytes
