@@ -41,7 +41,7 @@ MAX_ROBOTS_BYTES = 2**19
 MAX_RETRY_AFTER_S = 86_400.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({429, 503})
-_HOST_FAILED = frozenset({"no_host", "timeout", "connection_refused", "connection_reset", "unreachable", "tls_error"})
+_HOST_FAILED = frozenset({"no_host", "timeout", "connection_refused", "connection_reset", "unreachable"})
 _NOT_AT_ONCE = frozenset({"no_host", "timeout", "too_slow", "host_busy", "host_down", "http_429", "http_503"})
 """Failures that a second try right away would only repeat, or that ask for patience: a later pass is for them."""
 _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL})
@@ -49,13 +49,15 @@ Taken = TypeVar("Taken")
 
 
 class Hosts(Protocol):
-    """Whose turn it is at a host."""
+    """Whose turn it is at a host, which is `name` or `name:port`."""
 
-    def enter(self, host: str, deadline_s: float) -> None:
+    def enter(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
         """Wait for the turn, until a moment of the monotonic clock; raises `FetchError`: `host_busy` or `host_down`."""
         ...
 
-    def leave(self, host: str, *, failed: bool = False, busy: bool = False, retry_after_s: float = 0.0) -> None:
+    def leave(
+        self, host: str, *, failed: bool = False, busy: bool = False, retry_after_s: float = 0.0, size_bytes: int = 0
+    ) -> None:
         """End the turn, and say how it went."""
         ...
 
@@ -63,8 +65,12 @@ class Hosts(Protocol):
 class Robots(Protocol):
     """What robots.txt says."""
 
-    def allows(self, url: str) -> bool:
+    def allows(self, url: str, deadline_s: float) -> bool:
         """Whether the site lets us fetch this URL. A `FetchError` becomes the URL's own."""
+        ...
+
+    def crawl_delay_s(self, url: str, deadline_s: float) -> float:
+        """The time that the site wants between two requests."""
         ...
 
 
@@ -120,15 +126,15 @@ class Opener(urllib.request.OpenerDirector):
         self.retries = retries
         self.hosts = hosts
         self.robots = robots
-        self.resolver = _resolver(rules.nameservers, rules.dns_lookups)
+        self.resolver = _resolver(tuple(rules.nameservers), rules.dns_lookups)
         self._memory = body.Memory(body.LARGE_BODIES * max(rules.max_bytes, body.SMALL_BYTES))
         self._proxy = policy.proxy(rules)
         self._headers = (
             f"User-Agent: {policy.user_agent(rules)}\r\n"
             "Accept: image/*, */*;q=0.5\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n"
         )
-        policy.host_list(rules.allow_hosts)
-        policy.host_list(rules.deny_hosts)
+        policy.host_list(tuple(rules.allow_hosts))
+        policy.host_list(tuple(rules.deny_hosts))
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         """GET a URL (text or `Request`, of which only the URL is used) and read its body: an `Answer`.
@@ -174,20 +180,27 @@ class Opener(urllib.request.OpenerDirector):
             if url in seen:
                 raise FetchError("too_many_redirects", "a loop")
             seen.add(url)
-            if robots and not robots.allows(url):
-                raise FetchError("robots_txt", f"{target.host} forbids it")
-            got = self._visit(target, patience, take)
+            crawl_delay_s = 0.0
+            if robots:
+                if not robots.allows(url, patience.ends_s):
+                    raise FetchError("robots_txt", f"{target.netloc} forbids it")
+                crawl_delay_s = robots.crawl_delay_s(url, patience.ends_s)
+                patience.wait_s()  # the site's first URL waits for robots.txt, which has a deadline of its own
+            got = self._visit(target, patience, take, crawl_delay_s)
             if not isinstance(got, _Moved):
                 return got
             url = urls.join(url, got)
         raise FetchError("too_many_redirects", f"more than {self.rules.max_redirects}")
 
-    def _visit(self, target: Target, patience: Patience, take: Callable[..., Taken]) -> Taken | _Moved:
+    def _visit(
+        self, target: Target, patience: Patience, take: Callable[..., Taken], crawl_delay_s: float
+    ) -> Taken | _Moved:
         """One request, within the host's turn."""
         if self.hosts:
-            self.hosts.enter(target.host, patience.ends_s)
+            self.hosts.enter(target.netloc, patience.ends_s, crawl_delay_s=crawl_delay_s)
         began_s = time.monotonic()
         outcome: dict[str, Any] = {}
+        wire = None
         try:
             addresses = policy.vetted(self.rules, target.host, self._addresses(target, patience))
             proxy = self._proxy and (self._addresses(self._proxy, patience), self._proxy.port)
@@ -211,7 +224,7 @@ class Opener(urllib.request.OpenerDirector):
             raise named from error
         finally:
             if self.hosts:
-                self.hosts.leave(target.host, **outcome)
+                self.hosts.leave(target.netloc, size_bytes=wire.received_bytes if wire else 0, **outcome)
 
     def _addresses(self, target: Target, patience: Patience) -> tuple[str, ...]:
         return (target.host,) if target.is_address else self.resolver.addresses(target.host, patience.ends_s)

@@ -43,7 +43,7 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 
 def allows(policy: FetchPolicy, address: str) -> bool:
     """Whether a connection to this IP address (with or without a zone) may be made."""
-    return _allowed(policy.allow_networks, address)
+    return _allowed(tuple(policy.allow_networks), address)
 
 
 def check(policy: FetchPolicy, url: str) -> Target:
@@ -53,9 +53,9 @@ def check(policy: FetchPolicy, url: str) -> Target:
     """
     target = urls.parse(url)
     host = target.host
-    if policy.allow_hosts and not _listed(host, host_list(policy.allow_hosts)):
+    if policy.allow_hosts and not _listed(host, host_list(tuple(policy.allow_hosts))):
         raise FetchError("refused_host", f"{host} is not in ingest.policy.allow_hosts")
-    if policy.deny_hosts and _listed(host, host_list(policy.deny_hosts)):
+    if policy.deny_hosts and _listed(host, host_list(tuple(policy.deny_hosts))):
         raise FetchError("refused_host", f"{host} is in ingest.policy.deny_hosts")
     if target.is_address:
         vetted(policy, host, (host,))

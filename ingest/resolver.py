@@ -183,8 +183,8 @@ def _server(text: str) -> tuple[str, int]:
     """Address and port of a DNS server."""
     address, port = text, "53"
     if text.startswith("["):
-        address, _, port = text[1:].partition("]")
-        port = port.removeprefix(":") or "53"
+        address, bracket, port = text[1:].partition("]")
+        port = port.removeprefix(":") or ("53" if bracket else "")
     elif text.count(":") == 1:
         address, _, port = text.partition(":")
     try:

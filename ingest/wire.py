@@ -54,6 +54,7 @@ class Wire(io.RawIOBase):
         self._patience = patience
         self._max_header_bytes = max_header_bytes
         self._head_left: int | None = max_header_bytes
+        self.received_bytes = 0
         self.ended = False
         """The server has closed its side."""
 
@@ -85,6 +86,7 @@ class Wire(io.RawIOBase):
         size = self._sock.recv_into(room)
         if self._head_left is not None:
             self._head_left -= size
+        self.received_bytes += size
         self.ended = not size
         return size
 
