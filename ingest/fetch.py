@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.feather
 
-from ingest import policy
+from ingest import connection, policy
 from ingest.sources import Part
 from roclip.config import IngestConfig, environment_defaults
 from roclip.errors import ShardError
@@ -46,7 +46,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
     this process opens URLs by `ingest.policy` only. Raises `ShardError` when img2dataset gives the shard up;
     a URL that fails is no error.
     """
-    policy.install(config.policy)
+    connection.install(config.policy, timeout_s=config.timeout_s, retries=config.retries)
     downloader_class, resizer_class, writer_class = _img2dataset()
     resizer = resizer_class(
         image_size=config.image_size,
@@ -69,7 +69,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format=config.encode_format,
-        retries=config.retries,
+        retries=0,  # the opener's business
         user_agent_token=USER_AGENT_TOKEN,
         disallowed_header_directives=list(OPT_OUT),
     )
