@@ -33,14 +33,20 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("roclip_ingest_images", "counter", "Images that are in sealed shards", "images"),
-        Metric("roclip_ingest_urls", "counter", "Rows of the list that sealed shards stand for, once for each pass", "rows"),
+        Metric(
+            "roclip_ingest_urls", "counter", "Rows of the list that sealed shards stand for, once for each pass", "rows"
+        ),
         Metric("roclip_ingest_failed", "counter", "Rows that gave no sample, each time", "rows", ("reason",)),
         Metric("roclip_ingest_refused", "counter", "Those of them that a rule refused", "rows", ("rule",)),
         Metric("roclip_ingest_bytes", "counter", "Size of the sealed tars", "bytes"),
-        Metric("roclip_ingest_duplicates", "counter", "Samples that are the same as an earlier one", "samples", ("by",)),
+        Metric(
+            "roclip_ingest_duplicates", "counter", "Samples that are the same as an earlier one", "samples", ("by",)
+        ),
         Metric("roclip_ingest_shards", "counter", "Shards that were sealed", "shards"),
         Metric("roclip_ingest_task_failures", "counter", "Tasks that ended without a shard", "tasks", ("how",)),
-        Metric("roclip_ingest_host_errors", "counter", "Rows that failed, of the hosts with the most", "rows", ("host",)),
+        Metric(
+            "roclip_ingest_host_errors", "counter", "Rows that failed, of the hosts with the most", "rows", ("host",)
+        ),
         Metric("roclip_ingest_backlog", "gauge", "Rows that are left, as far as that is known", "rows"),
         Metric("roclip_ingest_images_per_s", "gauge", "Images since this call began, a second", "images/s"),
         Metric("roclip_ingest_in_flight", "gauge", "Tasks that run or wait for a node", "tasks"),

@@ -107,16 +107,6 @@ def probe(order: Order) -> None:
         verify(fetched.tar, fetched.parquet, urls=fetched.urls)
 
 
-def rows_sha256(table: pa.Table, columns: tuple[str, ...]) -> str:
-    """Names the rows of a part by what these columns hold."""
-    state = hashlib.sha256()
-    for row in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
-        for value in row:
-            content = (value or "").encode("utf-8", "surrogatepass")
-            state.update(len(content).to_bytes(8, "little") + content)
-    return state.hexdigest()
-
-
 def copied(table: pa.Table) -> pa.Table:
     """The same rows in memory of their own: pickled as it is, a slice would take the whole list along."""
     return table.take(pa.array(range(len(table)), pa.int64()))

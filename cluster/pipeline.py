@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from cluster import corpus
-from cluster.ingest_job import IngestProgress, ingest
+from cluster.ingest_job import ended, ingest
+from cluster.ingest_progress import IngestProgress
 from cluster.oracle_job import oracle, progress_file
 from cluster.plan import ingests
 from cluster.progress import told_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
+from cluster.url_list import open_list
 from ingest.origin import Origin
 from roclip import checkpoint
 from roclip.config import Config
@@ -115,8 +117,8 @@ def _encoder(folder: Path) -> Encoder:
 
 
 def fill(here: Session) -> None:
-    """Ingest to its end; nothing when all is sealed."""
-    with _fetching(here):
+    """Ingest to its end, also what a list of the user's own has got since; nothing when all is sealed."""
+    with _fetching(here, grown=True):
         pass
 
 
@@ -155,14 +157,15 @@ class _Fetching(threading.Thread):
             raise self.problem
 
     def _show(self, now: IngestProgress) -> None:
-        self.sealed = now.shards
+        self.sealed = now.published
         self.here.display.ingest(now)
 
 
 @contextlib.contextmanager
-def _fetching(here: Session) -> Iterator[_Fetching]:
+def _fetching(here: Session, *, grown: bool = False) -> Iterator[_Fetching]:
     """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
-    nothing to fetch: `data.shards` is the only source."""
+    nothing to fetch: `data.shards` is the only source. With `grown`, an ingest that has ended goes on with the rows that
+    the list has got since."""
     config = here.config
     with contextlib.ExitStack() as stack:
         urls: str | Path = config.data.urls
@@ -175,7 +178,10 @@ def _fetching(here: Session) -> Iterator[_Fetching]:
             corpus.prepare_held_out(config, origin_folder)
         fetching = _Fetching(here, urls)
         _index(here)
-        if ingests(config) and Manifest(here.shards).summary is None:
+        over = Manifest(here.shards).summary is not None
+        if over and grown and urls:
+            over = ended(config, open_list(config, urls), here.shards) is not None
+        if ingests(config) and not over:
             here.need_ray()
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))

@@ -55,6 +55,8 @@ class Owner:
     """When the process began, in seconds since 1970."""
     since_s: float
     beat_s: float
+    expiry_s: float
+    """Silent for longer, it has lost the lease."""
     released: bool = False
 
     def gone(self) -> bool:
@@ -105,7 +107,7 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         now_s, me = time.time(), psutil.Process()
-        self._owner = Owner(uuid.uuid4().hex, _machine(), socket.gethostname(), me.pid, me.create_time(), now_s, now_s)
+        self._owner = Owner(uuid.uuid4().hex, _machine(), socket.gethostname(), me.pid, me.create_time(), now_s, now_s, self._expiry_s)
         held = _newest(self.root)
         if held:
             self._refuse_if_held(Ticket(self.root, held))
@@ -160,7 +162,7 @@ class Lease:
             other = _read(ticket)
         except (ValueError, TypeError):  # cut short: only a power failure does that
             return
-        if not other.gone() and time.time() - other.beat_s <= self._expiry_s:
+        if not other.gone() and time.time() - other.beat_s <= other.expiry_s:
             raise self._refusal(other)
 
     def _refusal(self, other: Owner) -> RunLockedError:
@@ -169,7 +171,7 @@ class Lease:
         return RunLockedError(
             f"{self.root}: process {other.pid} on {other.host} has been filling these shards since {since} (last heard "
             f"of {silent_s:.0f} s ago). Wait for it or stop it. If it is dead, run this again in "
-            f"{max(1.0, self._expiry_s - silent_s):.0f} s."
+            f"{max(1.0, other.expiry_s - silent_s):.0f} s."
         )
 
 

@@ -36,7 +36,7 @@ class Segment:
     """For a pass: the reasons of the rows that it fetches again."""
     rows: int | None = None
     """None as long as the list has not been read to its end."""
-    list: str = ""
+    list_name: str = ""
     digest: str = ""
     """Of the list as it was last seen."""
 
@@ -107,7 +107,7 @@ class Ledger:
 
     def seen(self, segment: Segment, name: str, digest: str) -> Segment:
         """Write down which list was found to have the rows of a segment."""
-        return self._replace(segment, replace(segment, list=name, digest=digest))
+        return self._replace(segment, replace(segment, list_name=name, digest=digest))
 
     def _replace(self, old: Segment, new: Segment) -> Segment:
         if new != old:

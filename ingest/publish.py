@@ -88,7 +88,9 @@ def _put(path: Path, target: Path, ticket: Ticket | None) -> None:
         if ticket:
             ticket.check()
         drop(target)
-    raise ShardError(f"{target}: expected to put it there, but another file came back {ATTEMPTS} times. Who writes there?")
+    raise ShardError(
+        f"{target}: expected to put it there, but another file came back {ATTEMPTS} times. Who writes there?"
+    )
 
 
 def _move(files: Iterable[Path], root: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.ingest_job import OUTAGE_URLS, WORK, IngestProgress, ingest
+from cluster.ingest_job import ingest
+from cluster.ingest_progress import IngestProgress
+from cluster.ingest_task import OUTAGE_URLS, WORK
 from ingest.origin import Origin
 from roclip.config import ClusterConfig, Config, DataConfig, FetchPolicy, IngestConfig
 from roclip.errors import DataError, StageError
@@ -36,6 +38,7 @@ def local_ray():
     """A Ray with room for four tasks, so that only `max_in_flight` holds them back."""
     home = str(Path(__file__).parents[2])
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
