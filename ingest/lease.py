@@ -107,7 +107,9 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         now_s, me = time.time(), psutil.Process()
-        self._owner = Owner(uuid.uuid4().hex, _machine(), socket.gethostname(), me.pid, me.create_time(), now_s, now_s, self._expiry_s)
+        self._owner = Owner(
+            uuid.uuid4().hex, _machine(), socket.gethostname(), me.pid, me.create_time(), now_s, now_s, self._expiry_s
+        )
         held = _newest(self.root)
         if held:
             self._refuse_if_held(Ticket(self.root, held))
