@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from cluster.ingest_job import IngestProgress
+from cluster.ingest_progress import IngestProgress
 from cluster.ingest_tally import SIZES_PX, USABLE, Tally
 from ingest.reasons import REASONS, is_passing
 from roclip.charts import GRID, STYLE, figure_svg

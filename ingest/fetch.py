@@ -62,7 +62,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
         save_caption=True,
         extract_exif=False,
         output_folder=str(work),
-        column_list=["url", "caption"],
+        column_list=part.table.column_names,
         timeout=config.timeout_s,
         number_sample_per_shard=config.samples_per_shard,
         oom_shard_count=SHARD_DIGITS,
