@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.doctor_dns import WHAT_TO_DO, measure_names
 from cluster.plan import Plan, human_bytes, ingests, make_plan
 from roclip.config import Config, run_directory
 from roclip.errors import RoclipError, StageError
@@ -76,7 +77,20 @@ def doctor(config: Config | None) -> list[Check]:
         "train.checkpoint_store": config.train.checkpoint_store,
     }
     checks += [_object_store(key, where) for key, where in stores.items() if "://" in where]
+    if config.data.urls:
+        checks.append(_names(config))
     return [*checks, _memory(config, plan), _shared_memory(config), _disk(config, plan), _data(plan)]
+
+
+def _names(config: Config) -> Check:
+    try:
+        per_s, needed, missing = measure_names(config)
+    except RoclipError as error:
+        return Check("names", "fail", str(error), "a URL list", "Correct data.urls.")
+    got = f"{per_s:,.0f} names/s, {missing:.0%} not found"
+    return _judge(
+        "names", per_s >= needed and missing < 0.5, got, f"{needed:,.0f} names/s", WHAT_TO_DO, otherwise="warn"
+    )
 
 
 def exit_code(checks: list[Check]) -> int:

@@ -24,12 +24,12 @@ from cluster.ingest_metrics import count
 from cluster.ingest_progress import IngestProgress, Tally
 from cluster.ingest_task import OUTAGE_URLS, Order, copied, work_folder
 from cluster.ingest_tasks import Stopped, Tasks
-from cluster.url_list import UrlList, open_list
+from cluster.url_list import open_list
 from ingest.again import parts_again, passing_reasons, rows_again
 from ingest.lease import Lease
 from ingest.ledger import Ledger, Segment
 from ingest.same_list import check_same, rows_sha256
-from ingest.sources import Part
+from ingest.sources import Part, UrlList
 from roclip.config import Config
 from roclip.errors import ConfigError, DataError
 from roclip.shards import HELD, Manifest, ShardRecord, drop, names_in

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kit import REPOSITORY, TINY_MODEL
+from name_server import NameServer
 
 from cluster.doctor import Check, doctor, exit_code, usable_cores, usable_memory_bytes
 from cluster.plan import make_plan
@@ -119,3 +120,26 @@ def test_command_ends_with_7_and_says_what_to_do_when_a_check_fails(preset: Path
     assert done.returncode == 7
     assert "cores: Set cluster.workers=" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.fixture
+def listed(preset: Path, tmp_path: Path) -> Path:
+    """The preset on a list of 30 hosts."""
+    hosts = "".join(f"http://host{row}.example/{row}.jpg\n" for row in range(30))
+    (tmp_path / "urls.txt").write_text(hosts)
+    preset.write_text(preset.read_text().replace("scenes: 1000", f"urls: {tmp_path / 'urls.txt'}"))
+    return preset
+
+
+def test_resolver_is_measured_on_the_hosts_of_the_list(listed: Path):
+    with NameServer({f"host{row}.example": [["127.0.0.1"]] for row in range(30)}) as server:
+        check = checks(listed, f"ingest.policy.nameservers=[{server.address}]")["names"]
+        assert sum(server.asked.values()) == 30
+    assert check.got.endswith("names/s, 0% not found")
+
+
+def test_advice_is_to_run_a_resolver_when_names_are_not_found(listed: Path):
+    with NameServer({}) as server:
+        check = checks(listed, f"ingest.policy.nameservers=[{server.address}]")["names"]
+    assert (check.status, check.got.partition(", ")[2]) == ("warn", "100% not found")
+    assert "ingest.policy.nameservers=[127.0.0.1]" in check.what_to_do
