@@ -107,8 +107,8 @@ class Opener(urllib.request.OpenerDirector):
     """Opens URLs under a policy. Safe to use from many threads.
 
     `timeout_s` is the longest wait for a server, unless `open` is told another; `retries` are further tries at once, within
-    the same deadline. Without `hosts` no turn is waited for; without `robots` no robots.txt is asked. Raises `ConfigError`
-    where host lists, contact, proxy or nameservers cannot be used.
+    the same deadline. Without `hosts` no turn is waited for; without `robots`, or where the policy says so, no robots.txt is
+    asked. Raises `ConfigError` where host lists, contact, proxy or nameservers cannot be used.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Opener(urllib.request.OpenerDirector):
         self.timeout_s = timeout_s
         self.retries = retries
         self.hosts = hosts
-        self.robots = robots
+        self.robots = robots if rules.robots else None
         self.resolver = _resolver(tuple(rules.nameservers), rules.dns_lookups)
         self._memory = body.Memory(body.LARGE_BODIES * max(rules.max_bytes, body.SMALL_BYTES))
         self._proxy = policy.proxy(rules)

@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
     this process opens URLs by `ingest.policy` only. Raises `ShardError` when img2dataset gives the shard up;
     a URL that fails is no error.
     """
-    connection.install(config.policy, timeout_s=config.timeout_s, retries=config.retries)
+    opener = connection.install(config.policy, timeout_s=config.timeout_s, retries=config.retries)
     downloader_class, resizer_class, writer_class = _img2dataset()
     resizer = resizer_class(
         image_size=config.image_size,
@@ -57,7 +57,7 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
     )
     downloader = downloader_class(
         sample_writer_class=writer_class,
-        resizer=resizer,
+        resizer=_handing_back(resizer, opener),
         thread_count=config.threads,
         save_caption=True,
         extract_exif=False,
@@ -86,6 +86,16 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
         )
     stem = work / f"{part.number:0{SHARD_DIGITS}d}"
     return Fetched(stem.with_suffix(".tar"), stem.with_suffix(".parquet"), len(part.table))
+
+
+def _handing_back(resizer: Callable, opener: connection.Opener) -> Callable:
+    def resize(stream: io.BytesIO, boxes: list | None) -> tuple:
+        try:
+            return resizer(stream, boxes)
+        finally:
+            opener.handled(stream.getbuffer().nbytes)
+
+    return resize
 
 
 def _img2dataset() -> tuple[type, type, type]:

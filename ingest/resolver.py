@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import dns.exception
@@ -31,8 +31,8 @@ FAILED_TTL_S = 60.0
 """How long a name without an address is not asked for again."""
 LOOKUP_S = 8.0
 """Longest time for one question to `nameservers`."""
-MAX_NAMES = 1 << 16
-MAX_ADDRESSES = 16
+MAX_NAMES = 1 << 15
+MAX_ADDRESSES = 8
 _IDLE_S = 5.0
 
 
@@ -60,10 +60,15 @@ class Counts:
     """Time that the lookups took, all together."""
 
 
-@dataclass
 class _Known:
-    answer: concurrent.futures.Future[Lookup] = field(default_factory=concurrent.futures.Future)
-    expires_s: float = float("inf")
+    """A name that is being looked up, until `found` is set; then there is no more to wait for."""
+
+    __slots__ = ("coming", "expires_s", "found")
+
+    def __init__(self) -> None:
+        self.coming: concurrent.futures.Future[Lookup] | None = concurrent.futures.Future()
+        self.found: Lookup | None = None
+        self.expires_s = float("inf")
 
 
 class Resolver:
@@ -99,13 +104,16 @@ class Resolver:
             else:
                 self._hits += 1
             self._names.move_to_end(host)
-        try:
-            answer = known.answer.result(max(0.0, deadline_s - time.monotonic()))
-        except concurrent.futures.TimeoutError:
-            raise FetchError("too_slow", f"{host} was not found within the deadline") from None
-        if not answer.addresses:
-            raise FetchError("no_host", f"{host}: {answer.said}")
-        return answer.addresses
+            found, coming = known.found, known.coming
+        if coming:
+            try:
+                found = coming.result(max(0.0, deadline_s - time.monotonic()))
+            except concurrent.futures.TimeoutError:
+                raise FetchError("too_slow", f"{host} was not found within the deadline") from None
+        assert found
+        if not found.addresses:
+            raise FetchError("no_host", f"{host}: {found.said}")
+        return found.addresses
 
     def counts(self) -> Counts:
         """What has been done so far."""
@@ -135,16 +143,18 @@ class Resolver:
                 continue
             began_s = time.monotonic()
             try:
-                answer = self._look_up(host)
+                found = self._look_up(host)
             except Exception as error:  # whatever a hostile answer made of the library: the askers wait for this
-                answer = Lookup((), f"{type(error).__name__}: {error}"[:200], FAILED_TTL_S)
+                found = Lookup((), f"{type(error).__name__}: {error}"[:200], FAILED_TTL_S)
             with self._lock:
                 self._open -= 1
                 self._lookups += 1
-                self._failures += not answer.addresses
+                self._failures += not found.addresses
                 self._seconds += time.monotonic() - began_s
-                known.expires_s = self._clock() + answer.ttl_s
-            known.answer.set_result(answer)
+                coming, known.coming = known.coming, None
+                known.found, known.expires_s = found, self._clock() + found.ttl_s
+            assert coming
+            coming.set_result(found)
 
 
 def _from_system(host: str) -> Lookup:

@@ -33,6 +33,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _AUTHORITY = re.compile(r"//([^/?#]*)")
 _NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}")
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
+_PORT = re.compile(r"[0-9]{1,16}")
 _KEPT = "".join(set(string.punctuation) - set('"<>\\^`{|}'))
 
 
@@ -115,7 +116,7 @@ def canonical_host(host: str) -> str:
     return _ipv4(name) if _NUMBER.fullmatch(last) else name
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 12)
 def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     if "@" in authority:
         raise FetchError("refused_credentials", "a user or password in the URL")
@@ -123,10 +124,10 @@ def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     if not colon or "]" in digits:
         host, digits = authority, ""
     host = canonical_host(host)
-    if not (digits.isascii() and digits.isdigit()) and digits:
-        raise _bad(authority, "the port is no number")
-    port = int(digits[-6:]) if digits else default_port  # six digits are enough to be too many
-    if len(digits.lstrip("0")) > 5 or port > 65535:
+    if digits and not _PORT.fullmatch(digits):
+        raise _bad(authority, "no such port")
+    port = int(digits) if digits else default_port
+    if port > 65535:
         raise _bad(authority, "no such port")
     if port in BAD_PORTS:
         raise FetchError("refused_port", f"port {port} is not of a web server")

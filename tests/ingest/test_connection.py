@@ -293,6 +293,14 @@ def test_each_hop_takes_its_own_turn_and_asks_its_own_robots_txt():
     ]
 
 
+def test_robots_txt_is_not_asked_when_the_policy_says_so():
+    with Server([ok(b"/")], PUBLIC) as server:
+        rules = FetchPolicy(**RULES, robots=False)
+        asked = Rules(Opener(rules, timeout_s=5.0).fetch_robots)
+        assert Opener(rules, timeout_s=5.0, robots=asked).open(server.url()).read() == b"/"
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("pieces", "said"),
     [
