@@ -109,7 +109,7 @@ def _read_parquet(file: ListFile, head: Head, columns: list[str], groups: int) -
         if parquet.metadata.num_rows != head.rows:
             raise OSError(f"it had {head.rows} rows when ingest began and has {parquet.metadata.num_rows} now")
         left = list(range(groups, len(head.groups)))
-        yield from parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=left, columns=columns, use_threads=False)
+        yield from parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=left, columns=columns)
 
 
 def _delimiter(file: ListFile) -> str:
