@@ -10,5 +10,9 @@ The path of one URL:
     publish.py   tar, parquet and index move to their final names
     publish.py   last of all the manifest names the shard: from then on, and only then, it exists
 
+Around it: ledger.py says which shard number stands for which rows, same_list.py whether a list is the one that was
+ingested before, again.py what is fetched in a later pass, lease.py who may fill a folder, exclusive.py how one of several
+writers wins.
+
 `origin.py` is no part of this path: it is a small web server for the demo and the tests.
 """

@@ -106,10 +106,8 @@ class Lease:
         self._problem: RunLockedError | None = None
 
     def __enter__(self) -> "Lease":
-        now_s, me = time.time(), psutil.Process()
-        self._owner = Owner(
-            uuid.uuid4().hex, _machine(), socket.gethostname(), me.pid, me.create_time(), now_s, now_s, self._expiry_s
-        )
+        now_s, me, host = time.time(), psutil.Process(), socket.gethostname()
+        self._owner = Owner(uuid.uuid4().hex, _machine(), host, me.pid, me.create_time(), now_s, now_s, self._expiry_s)
         held = _newest(self.root)
         if held:
             self._refuse_if_held(Ticket(self.root, held))

@@ -247,6 +247,8 @@ def test_what_failed_in_passing_is_fetched_again_into_new_shards(local_ray, tmp_
     assert [sum(record.retried.values()) for record in records] == [0] * 8 + [6, 6, 1, 2]
     assert records[8].retried == {"connection_refused": 6}
     assert records[11].failed == {"connection_refused": 2}
+    rows = pq.read_table(root / "00011.parquet").to_pylist()
+    assert sorted(row["retry_of"] for row in rows) == [sample_key(row, 6) for row in sorted(never)]
     assert seen[-1].done_urls == seen[-1].total_urls == 48
     assert {now.pass_number for now in seen} == {0, 1, 2}
     assert "pass 1: 6/13 again" in {describe(now).split("  ")[2] for now in seen if now.pass_number}
@@ -257,7 +259,7 @@ def test_rows_that_kill_their_worker_are_found_and_left_out(local_ray, tmp_path,
     root = tmp_path / "shards"
     with _serve(tmp_path, behaviours, deadly=(1, 4)) as origin:
         origin.url_list(tmp_path / "urls.parquet")
-        summary = ingest(config(6, shard_retries=0), tmp_path / "urls.parquet", root)
+        summary = ingest(config(6, shard_retries=0, max_bad_frac=0.5), tmp_path / "urls.parquet", root)
     assert summary["failed"] == {"kills_worker": 2}
     assert sealed_captions(root) == [f"caption {row}" for row in range(12) if row not in (1, 4)]
     rows = pq.read_table(root / "00000.parquet").sort_by("key").to_pylist()

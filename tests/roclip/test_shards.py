@@ -27,7 +27,7 @@ from roclip.shards import (
     write_atomic,
 )
 
-NEW = ["tar", "source"]
+NEW = ["tar", "source", "rows_sha256", "retried"]
 
 
 def record(number: int, **changes) -> ShardRecord:
@@ -176,7 +176,7 @@ def test_reader_sees_whole_contents_when_two_processes_write(tmp_path: Path):
 
 def test_packed_records_are_the_same_records(tmp_path):
     manifest = Manifest(tmp_path)
-    records = tuple(record(number) for number in range(5))
+    records = (*map(record, range(4)), record(4, rows_sha256="ab", retried={"timeout": 3, "no_host": 1}))
     for each in records:
         manifest.publish(each)
     manifest.pack(at_least=6)
