@@ -56,6 +56,7 @@ class Looks:
 
     def __init__(self, linked: np.ndarray, look: np.ndarray, left_out: int = 0, windowed: int = 0):
         self.linked, self._look = linked, look
+        self.roots = np.unique(look)
         self.left_out, self.windowed = left_out, windowed
 
     def __call__(self, phash: np.ndarray) -> np.ndarray:
