@@ -135,21 +135,24 @@ class Spill:
         for piece in self._pieces(path):
             for value, count in zip(*map(np.ndarray.tolist, np.unique(piece["hash"], return_counts=True)), strict=True):
                 sizes[value] = sizes.get(value, 0) + count
-        seen = dict.fromkeys(sizes, 0)
-        for wanted in sorted(sizes):
-            if sizes[wanted] < at_least:
-                continue
+        for wanted in sorted(value for value, size in sizes.items() if size >= at_least):
+            seen, held = 0, np.zeros(0, self.dtype)
             for piece in self._pieces(path):
-                rows = piece[piece["hash"] == wanted]
-                if len(rows):
-                    rank = np.arange(len(rows)) + seen[wanted]
-                    seen[wanted] += len(rows)
-                    yield Groups(rows, np.full(len(rows), sizes[wanted]), rank)
+                held = np.concatenate([held, piece[piece["hash"] == wanted]])
+                if len(held) >= self._most_rows:
+                    yield _part(held, sizes[wanted], seen)
+                    seen, held = seen + len(held), held[:0]
+            if len(held):
+                yield _part(held, sizes[wanted], seen)
 
     def _pieces(self, path: Path) -> Iterator[np.ndarray]:
         with path.open("rb") as file:
             while len(piece := np.fromfile(file, self.dtype, self._most_rows)):
                 yield piece
+
+
+def _part(rows: np.ndarray, size: int, first: int) -> Groups:
+    return Groups(rows, np.full(len(rows), size), np.arange(first, first + len(rows)))
 
 
 def _runs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

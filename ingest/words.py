@@ -129,13 +129,18 @@ def words(normal: pa.Array) -> Words:
     )
 
 
+def short(hashes: np.ndarray) -> np.ndarray:
+    """The 32 bits of each hash that a sketch has, never 0."""
+    return (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+
+
 def sketches(said: Words, captions: int, width: int = 8) -> np.ndarray:
     """(B, width) uint32: the smallest hashes of each caption's different content words, then zeros.
 
     Two captions' shares of equal ones are those of their words: exactly, where both have at most `width`.
     """
     caption, word = said.distinct_content()
-    value = (said.hash[word] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    value = short(said.hash)[word]
     order = np.lexsort((value, caption))
     caption, value = caption[order], value[order]
     rank = np.arange(len(caption)) - np.searchsorted(caption, caption)
