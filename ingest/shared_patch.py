@@ -13,11 +13,13 @@ It cannot find what is not copied: fresh noise, a blend over the whole image, a 
 hold what is behind it. Letters: N windows, C places, L images that look different.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.compute as pc
@@ -101,7 +103,8 @@ class PatchSearch:
         with path.open("wb") as file, ThreadPoolExecutor(threads) as pool:
             for shard, record in enumerate(records):
                 first, last = np.searchsorted(images["shard"], [shard, shard + 1]).tolist()
-                for number, found in enumerate(pool.map(_windows, _encoded(root, record, images["key"][first:last])), first):
+                encoded = _encoded(root, record, images["key"][first:last])
+                for number, found in enumerate(_each(pool, encoded), first):
                     self.images += 1
                     self.unreadable += found is None
                     if found is not None:
@@ -263,30 +266,41 @@ def _within(places: np.ndarray, numbers: np.ndarray, radius: float) -> np.ndarra
     return _distance(places, numbers) < radius**2
 
 
+def _each(pool: ThreadPoolExecutor, encoded: Iterator[bytes | None]) -> Iterator[patches.Windows | None]:
+    while some := list(islice(encoded, _AT_A_TIME)):
+        yield from pool.map(_windows, some)
+
+
 def _windows(encoded: bytes | None) -> patches.Windows | None:
     image = patches.decode(encoded) if encoded else None
     return None if image is None else patches.windows(image)
 
 
 def _encoded(root: Path, record: ShardRecord, keys: np.ndarray) -> Iterator[bytes | None]:
-    """The stored images of some samples, in the order of `keys`; None where the tar does not have all of it."""
+    """The stored images of some samples, in the order of `keys`; None where the tar does not have all of one."""
     if not len(keys):
         return
     index = read_index(root, record.name, ["key", "image_offset", "image_size"])
     at = dict(zip(map(int, index["key"].to_pylist()), range(len(index)), strict=True))
     offsets, sizes = index["image_offset"].to_pylist(), index["image_size"].to_pylist()
     tar: Any = tar_path(root, record)
-    places = [(offsets[at[key]], sizes[at[key]]) for key in keys.tolist()]
-    if isinstance(tar, Path):
-        with tar.open("rb") as file:
-            for offset, size in places:
-                file.seek(offset)
-                piece = file.read(size)
-                yield piece if len(piece) == size else None
-    else:
-        for offset, size in places:
-            piece = patiently(lambda offset=offset, size=size: tar.fs.cat_file(tar.path, start=offset, end=offset + size))
-            yield piece if len(piece) == size else None
+    given = 0
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tar.open("rb")) if isinstance(tar, Path) else None
+            for key in keys.tolist():
+                piece = _piece(tar, file, offsets[at[key]], sizes[at[key]])
+                given += 1
+                yield piece if len(piece) == sizes[at[key]] else None
+        except FileNotFoundError:
+            yield from [None] * (len(keys) - given)
+
+
+def _piece(tar: Any, file: BinaryIO | None, offset: int, size: int) -> bytes:
+    if file is None:
+        return patiently(lambda: tar.fs.cat_file(tar.path, start=offset, end=offset + size))
+    file.seek(offset)
+    return file.read(size)
 
 
 def _common_word(inside: np.ndarray, everywhere: np.ndarray) -> tuple[int, float, float]:

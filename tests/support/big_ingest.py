@@ -51,9 +51,11 @@ def main() -> None:
         make(root, number)
         return
     from ingest.duplicates import find_duplicates
+    from ingest.suspicion import suspect
 
     before, started = _peak_mib(), time.monotonic()
-    found = find_duplicates(root, root.parent / "work")
+    look = {"duplicates": find_duplicates, "suspect": lambda *where: suspect(*where, images=0)}[act]
+    found = look(root, root.parent / "work")
     print(json.dumps({"seconds": time.monotonic() - started, "before": before, "after": _peak_mib(), "samples": found.samples}))
 
 
