@@ -261,6 +261,8 @@ class _Ingest:
         assert self.release is not None
         known = {record.name for record in self.manifest.records()}
         for record in self.release(self.root, held):
+            self.tally.correct(self.sealed[number_of(record)], record)
+            self.sealed[number_of(record)] = record
             if record.name not in known:
                 self.lease.check()
                 self.manifest.publish(record)

@@ -76,6 +76,12 @@ class Tally:
         """Count a shard that was just sealed."""
         self._count(record)
 
+    def correct(self, record: ShardRecord, by: ShardRecord) -> None:
+        """Count a shard otherwise, of which samples were taken out."""
+        self.samples += by.samples - record.samples
+        self.failed.update(by.failed)
+        self.failed.subtract(record.failed)
+
     @property
     def wall_s(self) -> float:
         return time.monotonic() - self._started_s

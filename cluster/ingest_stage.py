@@ -9,6 +9,8 @@ from pathlib import Path
 from cluster import corpus
 from cluster.ingest_job import ended, ingest
 from cluster.ingest_progress import IngestProgress
+from cluster.ingest_report import IngestPage
+from cluster.ingest_signals import look, release
 from cluster.plan import ingests
 from cluster.session import Session, session
 from cluster.url_list import open_list
@@ -41,19 +43,31 @@ def index(here: Session) -> None:
 
 
 class Fetching(threading.Thread):
-    """Ingest beside the main thread."""
+    """Ingest beside the main thread, what it says of itself, and its page."""
 
     def __init__(self, here: Session, urls: str | Path):
         super().__init__(name="ingest")
         self.here, self.urls, self.halt = here, urls, threading.Event()
         self.sealed = 0
         self.problem: BaseException | None = None
+        self.folder = here.path / "ingest"
+        self.page = IngestPage(self.folder, here.shards, here.config.name)
 
     def run(self) -> None:
         try:
-            ingest(self.here.config, self.urls, self.here.shards, on_progress=self._show, stop=self.halt)
+            self._ingest()
+        except _HaltedError:
+            pass
         except BaseException as error:  # handed to the main thread by `check`
             self.problem = error
+
+    def _ingest(self) -> None:
+        config, shards = self.here.config, self.here.shards
+        letting_go = release(config.ingest, self.folder, self._say)
+        ingest(config, self.urls, shards, on_progress=self._show, stop=self.halt, release=letting_go)
+        if Manifest(shards).summary is not None:
+            look(config.ingest, shards, self.folder, Manifest(shards).records(), self._say)
+        self.page.write()
 
     def wait_for(self, shards: int) -> None:
         """Return when so many are sealed or ingest has ended; raise its error."""
@@ -68,6 +82,16 @@ class Fetching(threading.Thread):
     def _show(self, now: IngestProgress) -> None:
         self.sealed = now.published
         self.here.display.ingest(now)
+        self.page.show(now)
+
+    def _say(self, done: int, total: int, text: str) -> None:
+        if self.halt.is_set():
+            raise _HaltedError
+        self.here.display.show("signals", done, total, text)
+
+
+class _HaltedError(Exception):
+    """The main thread does not wait for what the ingest says of itself."""
 
 
 @contextlib.contextmanager

@@ -66,14 +66,19 @@ class Duplicates:
 
 
 def find_duplicates(
-    root: str | Path, work: str | Path, *, memory_bytes: int = MEMORY_BYTES, on_progress: Progress | None = None
+    root: str | Path,
+    work: str | Path,
+    *,
+    records: Sequence[ShardRecord] | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    on_progress: Progress | None = None,
 ) -> Duplicates:
     """Find the duplicates among the sealed shards of `root` and write `duplicates.parquet` into the folder `work`.
 
-    Both may be on a store. Raises `ShardError` for a shard that cannot be read.
+    Both may be on a store. `records` are the shards to look at, by name; without, all that are published. Raises `ShardError` for a shard that cannot be read.
     """
     manifest, work = Manifest(root), place(work)
-    records = manifest.records()
+    records = manifest.records() if records is None else records
     with scratch(work) as folder:
         finder = _Finder(records, folder, memory_bytes)
         finder.read(manifest.root, on_progress or (lambda done, total, text: None))

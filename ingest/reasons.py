@@ -67,6 +67,7 @@ REASONS: dict[str, Reason] = {
         Reason("empty_caption", "no caption", bad=True),
         Reason("caption_too_long", "a caption that no caption is", bad=True),
         Reason("hash_mismatch", "other bytes than the list promises", refused=True),
+        Reason("quarantined", "suspected, and kept from training by ingest.quarantine", refused=True),
         Reason("kills_worker", "the process that handled this row died each time", bad=True),
         Reason("truncated_tar", "the shard's tar was cut short", bad=True),
         Reason("no_record", "the row is in neither tar nor parquet", bad=True),

@@ -103,6 +103,7 @@ def suspect(
     root: str | Path,
     work: str | Path,
     *,
+    records: Sequence[ShardRecord] | None = None,
     looks: Looks | None = None,
     images: int = 200_000,
     threads: int = 1,
@@ -113,6 +114,7 @@ def suspect(
     `suspicion_groups.parquet` into the folder `work`. Both may be on a store.
 
     Args:
+        records: The shards to look at, in the order of their names; without, all that are published.
         looks: What `find_duplicates` found; without it, it is found again.
         images: How many images are decoded and searched for shared patches, a random sample by key; 0 is none.
         threads: That decode images.
@@ -121,7 +123,7 @@ def suspect(
     Raises `ShardError` for a shard that cannot be read.
     """
     manifest, work = Manifest(root), place(work)
-    records = manifest.records()
+    records = manifest.records() if records is None else records
     with scratch(work) as folder:
         look = _Look(manifest.root, records, folder, memory_bytes, images, on_progress)
         look.first_pass(looks)
