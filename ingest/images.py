@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from ingest.reasons import FetchError
 from roclip.config import IngestConfig
@@ -57,6 +57,8 @@ class Facts:
     height: int
     orientation: int
     """EXIF's, 1 to 8."""
+    scans: int
+    """How often a JPEG goes over its pixels; 1 where that is decided by its size in bytes."""
     keep: bool
     """`ingest.skip_reencode` may store these very bytes: format and pixels are right, and nothing follows the image's end."""
     flags: tuple[str, ...]
@@ -96,7 +98,7 @@ def inspect(content: bytes, config: IngestConfig) -> Facts:
         raise FetchError("too_many_pixels", str(error)) from error
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged bytes
         raise FetchError("undecodable", f"a header that is damaged ({type(error).__name__})") from error
-    _judge(facts, content, config)
+    _judge(facts, config)
     return facts
 
 
@@ -116,7 +118,7 @@ def decode(content: bytes, facts: Facts) -> np.ndarray:
     return turn(pixels) if turn else pixels
 
 
-def _facts(image: Image.Image, content: bytes, config: IngestConfig) -> Facts:
+def _facts(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> Facts:
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # with a preview or a depth map behind it
     animated = kind != "JPEG" and getattr(image, "is_animated", False)
     sixteen_bit = kind == "PNG" and content[24] == 16
@@ -130,7 +132,15 @@ def _facts(image: Image.Image, content: bytes, config: IngestConfig) -> Facts:
         and not any(flags.values())
         and _ends(image, content)
     )
-    return Facts(kind, image.width, image.height, orientation, keep, tuple(name for name, on in flags.items() if on))
+    return Facts(
+        format=kind,
+        width=image.width,
+        height=image.height,
+        orientation=orientation,
+        scans=content.count(b"\xff\xda") if image.info.get("progressive") else 1,
+        keep=keep,
+        flags=tuple(name for name, on in flags.items() if on),
+    )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -142,7 +152,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _ends(image: Image.Image, content: bytes) -> bool:
+def _ends(image: ImageFile.ImageFile, content: bytes) -> bool:
     """Whether nothing follows the end of the image."""
     if image.format == "PNG":
         return content.find(_IEND) == len(content) - len(_IEND)
@@ -152,7 +162,7 @@ def _ends(image: Image.Image, content: bytes) -> bool:
     return content.find(b"\xff\xd9", first_scan) == len(content) - 2
 
 
-def _judge(facts: Facts, content: bytes, config: IngestConfig) -> None:
+def _judge(facts: Facts, config: IngestConfig) -> None:
     """Raises `FetchError` where the config does not want such an image, or nobody should decode it."""
     short, long = sorted((facts.width, facts.height))
     pixels, most = facts.width * facts.height, config.policy.max_pixels
@@ -161,8 +171,8 @@ def _judge(facts: Facts, content: bytes, config: IngestConfig) -> None:
         raise FetchError("undecodable", size)
     if pixels > most:
         raise FetchError("too_many_pixels", f"{size}, more than {most} in all")
-    if facts.format == "JPEG" and (scans := content.count(b"\xff\xda")) * pixels > USUAL_SCANS * most:
-        raise FetchError("too_many_pixels", f"{size}, gone over {scans} times")
+    if facts.scans * pixels > USUAL_SCANS * most:
+        raise FetchError("too_many_pixels", f"{size}, gone over {facts.scans} times")
     by_shorter_side = config.resize_mode in ("keep_ratio", "center_crop") and not config.resize_only_if_bigger
     if by_shorter_side and config.image_size**2 * long > most * short:
         raise FetchError("too_many_pixels", f"{size}, resized by its shorter side")

@@ -1,13 +1,14 @@
 """Resizes and encodes by img2dataset's own `Resizer`, whose code runs here with three names of its module replaced.
 
-    cv2.imdecode           gives the pixels that `ingest.images` has decoded already
-    albumentations         keeps the transforms it made: to make one takes longer than to use it
-    SuppressStdoutStderr   does nothing: it turns this process's file descriptors 1 and 2 away for every image
+cv2.imdecode           gives the pixels that `ingest.images` has decoded already
+albumentations         keeps the transforms it made: to make one takes longer than to use it
+SuppressStdoutStderr   does nothing: it turns this process's file descriptors 1 and 2 away for every image
 """
 
 import contextlib
 import io
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,7 +79,9 @@ class _Kept:
         def make(**options: Any) -> Any:
             key = name, repr(options)
             if key not in self._made:
-                self._made[key] = getattr(self._module, name)(**options)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that img2dataset uses options which albumentations has renamed
+                    self._made[key] = getattr(self._module, name)(**options)
             return self._made[key]
 
         return make

@@ -69,6 +69,8 @@ class Rows:
         columns = {name: _valid(table[name]) for name in table.column_names}
         columns["caption"] = pa.array([caption.text for caption in captions], pa.string())
         self.table = pa.table(columns)
+        """As given, with clean texts."""
+        self._columns = dict(zip(self.table.column_names, self.table.columns, strict=True))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -81,18 +83,18 @@ class Rows:
 
     def text(self, name: str, row: int) -> str:
         """A value of a text column; nothing is ""."""
-        return self.table[name][row].as_py() or ""
+        return self._columns[name][row].as_py() or ""
 
     def expected(self, row: int) -> dict[str, Any]:
         """`md5`, `sha256`, `phash` -> what the list expects of this row, where it does."""
-        found = {name: self.table[name][row].as_py() for name in EXPECTED if name in self.table.column_names}
+        found = {name: self._columns[name][row].as_py() for name in EXPECTED if name in self._columns}
         found = {name.removeprefix("expected_"): value for name, value in found.items() if value not in (None, "")}
         return {name: value.strip().lower() if isinstance(value, str) else value for name, value in found.items()}
 
     @property
     def digests(self) -> tuple[str, ...]:
         """Hashes of an answer's bytes that are needed: sha256, and md5 where the list has it."""
-        return ("sha256", "md5") if "expected_md5" in self.table.column_names else ("sha256",)
+        return ("sha256", "md5") if "expected_md5" in self._columns else ("sha256",)
 
     def urls(self) -> pa.Table:
         """The one column `url`, with nothing in it where a row is not fetched."""
@@ -103,7 +105,7 @@ class Rows:
 
     def note(self, row: int, fate: Fate, *, exif: bool) -> bytes:
         """The json member of a sample: the keys of img2dataset, then `phash` in hexadecimal and `flags`."""
-        given = {name: _plain(self.table[name], row) for name in self.table.column_names}
+        given = {name: _plain(column, row) for name, column in self._columns.items()}
         known = {**vars(fate), "phash": None if fate.phash is None else f"{fate.phash:016x}"}
         if not exif:
             del known["exif"]
@@ -111,7 +113,11 @@ class Rows:
 
     def write(self, parquet: Path, fates: Sequence[Fate], *, exif: bool) -> None:
         """Write the fate of each row, in the order of the rows: the same fates give the same bytes."""
-        fields = [*self.table.schema, pa.field("key", pa.string()), *(field for field in _FATE if exif or field.name != "exif")]
+        fields = [
+            *self.table.schema,
+            pa.field("key", pa.string()),
+            *(field for field in _FATE if exif or field.name != "exif"),
+        ]
         columns = [*self.table.columns, pa.array([self.key(row) for row in range(len(self))], pa.string())]
         for field in fields[len(columns) :]:
             columns.append(pa.array([getattr(fate, field.name) for fate in fates], field.type))
