@@ -1,64 +1,42 @@
-"""Ingest on Ray: one task a shard, few in flight, tried again when it fails. The manifest is the only memory.
+"""Ingest on Ray: a list of URLs becomes sealed shards. This file is the order of things; read it first.
 
-A task is fetch -> verify -> publish. What is sealed when this process dies stays sealed; calling `ingest`
-again does the rest. Shards never pass through Ray's object store: tasks write to the folder, which all nodes
-must see, or put them on a store.
+    lease      one ingest at a time fills a folder                                    ingest/lease.py
+    list       its parts are streamed, those that are not sealed are fetched          ingest/ledger.py, cluster/ingest_tasks.py
+    passes     what failed in a passing way is fetched again, into new shards         ingest/again.py
+    more       rows that the list has got since it was last read are its next parts
+    release    shards that `ingest.quarantine` held back are published
+    end        the manifest says that no more will come
+
+What is sealed when this process dies stays sealed; calling `ingest` again does the rest. Shards never pass through Ray's
+object store: tasks write to the folder, which all nodes must see, or put them on a store.
 """
 
-import hashlib
-import os
+import itertools
 import shutil
-import tempfile
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.exceptions import RayError
 
-from ingest.sources import Part, read_url_list, split
-from roclip.config import Config, IngestConfig, environment_defaults
-from roclip.errors import DataError, StageError
-from roclip.shards import SHARD_DIGITS, Manifest, ShardRecord
+from cluster.ingest_metrics import count
+from cluster.ingest_progress import IngestProgress, Tally
+from cluster.ingest_task import OUTAGE_URLS, Order, copied, work_folder
+from cluster.ingest_tasks import Stopped, Tasks
+from cluster.url_list import UrlList, open_list
+from ingest.again import parts_again, passing_reasons, rows_again
+from ingest.lease import Lease
+from ingest.ledger import Ledger, Segment
+from ingest.same_list import check_same, rows_sha256
+from ingest.sources import Part
+from roclip.config import Config
+from roclip.errors import ConfigError, DataError
+from roclip.shards import HELD, Manifest, ShardRecord, drop, names_in
 
-WORK = "_work"
-"""Folder of unfinished shards beside the sealed ones; `<shard>-pid<process>-<random>` in it is one task's. Those of a
-store lie in the node's folder for temporary files instead."""
-OUTAGE_URLS = 100
-"""A shard of so many URLs or more of which none arrived is an outage, not a shard: it is not sealed."""
-_POLL_S = 0.25
-
-
-@dataclass(frozen=True)
-class IngestProgress:
-    """Where an ingest stands. Counts are of sealed shards, rates of what this call has sealed."""
-
-    done_urls: int
-    total_urls: int
-    succeeded: int
-    """Usable samples."""
-    failed: dict[str, int]
-    """Other rows, by reason."""
-    shards: int
-    total_shards: int
-    images_per_s: float
-    eta_s: float | None
-    """Seconds left at this rate; None as long as there is none."""
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a task says of its shard. Without a record, the shard was not sealed."""
-
-    record: ShardRecord | None
-    samples: int
-    failed: dict[str, int]
-    bad_frac: float
+Release = Callable[[Path, tuple[ShardRecord, ...]], Iterable[ShardRecord]]
+"""(shards, held records) -> the records to publish in their place. It may write smaller indexes, each atomically; it is
+called again for the same records when it, or what comes after it, was cut short."""
 
 
 def ingest(
@@ -68,233 +46,290 @@ def ingest(
     *,
     on_progress: Callable[[IngestProgress], None] | None = None,
     stop: threading.Event | None = None,
+    release: Release | None = None,
 ) -> dict:
     """Turn a URL list into sealed shards under `shards`, and return the summary that the manifest ends with.
 
     Needs a Ray that is initialised. `shards` is a folder that all nodes see, or a place on a store. The list's columns
     and limit are those of `config.data` where that names a URL list; a list that the embedded origin wrote has the
-    columns `url` and `caption` and is taken whole.
+    columns `url` and `caption` and is taken whole. A list whose beginning is what was ingested before gives new shards
+    for the rest; an ingest that has ended, of a list that has not changed, does nothing.
 
     Returns `{"urls", "succeeded", "failed": {reason: rows}, "shards", "images_per_s", "wall_s"}`: counts over
-    all sealed shards, rate and time of this call. When `stop` is set, tasks are cancelled and the summary of
-    what is sealed by then is returned; the manifest is not ended.
+    all sealed shards, rate and time of this call. A row that was fetched again counts once, as it ended. When `stop` is
+    set, tasks are cancelled and the summary of what is sealed by then is returned; the manifest is not ended.
 
     Raises `DataError` for a shard in which more than `data.max_bad_frac` of what arrived is of no use, or
     when `shards` holds the shards of another list; `StageError` when a shard fails more than
-    `ingest.shard_retries` times. What is sealed stays sealed.
+    `ingest.shard_retries` times; `RunLockedError` when another ingest fills `shards`. What is sealed stays sealed.
     """
+    if config.ingest.quarantine and release is None:
+        raise ConfigError("ingest.quarantine: expected a way to release what is held back, got none. Set it to [].")
     if isinstance(shards, Path):
         shards = shards.resolve()  # a worker may stand in another folder
-    source = config.data if config.data.urls else None
-    table = read_url_list(
-        str(urls),
-        url_col=source.url_col if source else "url",
-        caption_col=source.caption_col if source else "caption",
-        limit=source.limit if source else 0,
-    )
-    parts = split(table, config.ingest.samples_per_shard)
-    job = _Job(config, shards, parts)
-    if not job.todo and job.manifest.summary is not None:
-        _tell(on_progress, job)
-        return job.manifest.summary
-    job.manifest.reopen()
-    work = _work_folder(shards)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        while job.todo or job.in_flight:
-            if stop is not None and stop.is_set():
-                return job.summary()
-            job.step()
-            _tell(on_progress, job)
-    finally:
-        job.cancel()
+    source = open_list(config, urls)
+    if (summary := ended(config, source, shards)) is not None:
+        return summary
+    with Lease(shards) as lease:
+        return _Ingest(config, source, shards, lease, on_progress, stop or threading.Event(), release).run()
+
+
+def ended(config: Config, source: UrlList, shards: Path) -> dict | None:
+    """The summary of an ingest that has nothing to do."""
+    summary, ledger = Manifest(shards).summary, Ledger(shards)
+    if summary is None or not ledger.segments or any(segment.digest != source.digest for segment in ledger.lists):
+        return None
+    passes_left = ledger.segments[-1].pass_number < config.ingest.retry_passes and summary.get("passing", 1)
+    return None if passes_left else summary
+
+
+class _Ingest:
+    """One call, under the lease."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: UrlList,
+        root: Path,
+        lease: Lease,
+        on_progress: Callable[[IngestProgress], None] | None,
+        stop: threading.Event,
+        release: Release | None,
+    ):
+        self.config, self.source, self.root, self.lease = config, source, root, lease
+        self.on_progress, self.stop, self.release = on_progress, stop, release
+        self.per_shard = config.ingest.samples_per_shard
+        self.manifest, self.held = Manifest(root), Manifest(root, HELD)
+        published = self.manifest.records()
+        self.published = len(published)
+        self.sealed = {number_of(record): record for record in (*self.held.records(), *published)}
+        self.tally = Tally(tuple(self.sealed.values()))
+        self.ledger = Ledger(root, lease.ticket.check)
+        self.segment: Segment | None = None
+        self.again_done = self.rows_read = 0
+        # Of a list that the embedded origin wrote, the URLs change with its port.
+        self.identity = ("url", "caption") if config.data.urls else ("caption",)
+        self.tasks = Tasks(config, source.name, lease, self.stop, on_sealed=self._seal, on_step=self._tell)
+
+    def run(self) -> dict:
+        """All of it, from where it stands."""
+        self._check_list()
+        self.manifest.reopen()
+        work = work_folder(self.root)
         shutil.rmtree(work, ignore_errors=True)
-    summary = job.summary()
-    job.manifest.finish(summary)
-    _tell(on_progress, job)
-    return summary
+        work.mkdir(parents=True)
+        try:
+            for segment in self._segments():
+                self.segment = segment
+                self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
+                self.tasks.run(self._orders(segment))
+            self._publish_held()
+        except Stopped:
+            return self.tally.summary()
+        finally:
+            self.tasks.cancel()
+            shutil.rmtree(work, ignore_errors=True)
+        summary = {**self.tally.summary(), "passing": self._passing_left()}
+        self.lease.ticket.check()
+        self.manifest.finish(summary)
+        self._tell()
+        return summary
 
+    def _check_list(self) -> None:
+        """Raise `DataError` when the sealed shards are not of this list."""
+        if not self.ledger.segments:
+            fresh = Segment(
+                0, self.per_shard, list_name=self.source.name, digest="" if self.sealed else self.source.digest
+            )
+            self.ledger.add(fresh)
+        if (before := self.ledger.segments[0].samples_per_shard) != self.per_shard:
+            raise DataError(
+                f"{self.root}: expected ingest.samples_per_shard={before}, with which this ingest began, got "
+                f"{self.per_shard}. Use another folder for another number."
+            )
+        for segment in self.ledger.lists:
+            numbers = segment.numbers(self.sealed)
+            if segment.rows is None and numbers and (urls := self.sealed[numbers[-1]].urls) < self.per_shard:
+                rows = (numbers[-1] - segment.first_shard) * self.per_shard + urls  # only the last part is short
+                segment = self.ledger.end(segment, rows)
+            if segment.digest != self.source.digest:
+                check_same(self.source, segment, self.sealed, self.identity, self.root)
+                self.ledger.seen(segment, self.source.name, self.source.digest)
 
-def describe(now: IngestProgress) -> str:
-    """Counts, rate, success and the most frequent failures, in a line."""
-    rate = now.succeeded / now.done_urls if now.done_urls else 0.0
-    reasons = ", ".join(f"{name} {rows}" for name, rows in Counter(now.failed).most_common(3))
-    left = f"  {now.eta_s:.0f} s left" if now.eta_s and now.done_urls < now.total_urls else ""
-    return (
-        f"{now.done_urls}/{now.total_urls} URLs  {now.shards}/{now.total_shards} shards  "
-        f"{now.images_per_s:.0f} images/s  {rate:.1%} usable{f' ({reasons})' if reasons else ''}{left}"
-    )
+    def _segments(self) -> Iterator[Segment]:
+        """The segments to be worked on, one after another: each is asked for when the one before it is sealed."""
+        yield self.ledger.segments[-1]
+        while True:
+            while (again := self._next_pass()) is not None:
+                yield again
+            if (grown := self._rows_since()) is None:
+                return
+            yield grown
 
-
-def _tell(on_progress: Callable[[IngestProgress], None] | None, job: "_Job") -> None:
-    if on_progress is not None:
-        on_progress(job.progress())
-
-
-class _Job:
-    """The shards of one call: to do, in flight, sealed."""
-
-    def __init__(self, config: Config, root: Path, parts: list[Part]):
-        self.config, self.root = config, root
-        self.manifest = Manifest(root)
-        self.urls = sum(len(part.table) for part in parts)
-        self.shards = len(parts)
-        self.sealed = self._find_sealed(parts)
-        self.found = sum(record.urls for record in self.sealed.values())
-        self.found_samples = sum(record.samples for record in self.sealed.values())
-        self.todo = deque((part, 1) for part in parts if _name(part) not in self.sealed)
-        self.in_flight: dict[Any, tuple[Part, int]] = {}
-        self.started_s = time.monotonic()
-
-    def step(self) -> None:
-        """Fill the window, wait a moment, take in what is done."""
-        while self.todo and len(self.in_flight) < self.config.ingest.max_in_flight:
-            part, attempt = self.todo.popleft()
-            self.in_flight[self._submit(part)] = part, attempt
-        ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=_POLL_S)
-        for task in ready:
-            part, attempt = self.in_flight.pop(task)
-            try:
-                outcome = ray.get(task)
-            except RayError as error:
-                self._again(part, attempt, _cause(error))
-                continue
-            self._take_in(part, attempt, outcome)
-
-    def cancel(self) -> None:
-        """End the tasks that are still in flight; returns when they have ended."""
-        tasks = list(self.in_flight)
-        self.in_flight.clear()
-        if not tasks or not ray.is_initialized():
-            return
-        for task in tasks:
-            ray.cancel(task, force=True)
-        ray.wait(tasks, num_returns=len(tasks), timeout=30)
-
-    def progress(self) -> IngestProgress:
-        summary = self.summary()
-        done = sum(record.urls for record in self.sealed.values())
-        urls_per_s = (done - self.found) / max(summary["wall_s"], 1e-9)
-        return IngestProgress(
-            done_urls=done,
-            total_urls=self.urls,
-            succeeded=summary["succeeded"],
-            failed=summary["failed"],
-            shards=len(self.sealed),
-            total_shards=self.shards,
-            images_per_s=summary["images_per_s"],
-            eta_s=(self.urls - done) / urls_per_s if urls_per_s else None,
+    def _next_pass(self) -> Segment | None:
+        """The pass after the last segment, written down; None when there is nothing to fetch again, or enough was tried."""
+        last = self.ledger.segments[-1]
+        records = [self.sealed[number] for number in last.numbers(self.sealed)]
+        reasons = passing_reasons(records)
+        rows = sum(rows_again(record, reasons) for record in records)
+        if last.pass_number >= self.config.ingest.retry_passes or not rows:
+            return None
+        number = last.pass_number + 1
+        return self.ledger.add(
+            Segment(self.ledger.next_shard, self.per_shard, pass_number=number, reasons=reasons, rows=rows)
         )
 
-    def summary(self) -> dict:
-        """Counts of the sealed shards, rate and time of this call."""
-        records = self.sealed.values()
-        failed: Counter[str] = Counter()
-        for record in records:
-            failed.update(record.failed)
-        samples = sum(record.samples for record in records)
-        wall_s = time.monotonic() - self.started_s
-        return {
-            "urls": sum(record.urls for record in records),
-            "succeeded": samples,
-            "failed": dict(failed.most_common()),
-            "shards": len(records),
-            "images_per_s": round((samples - self.found_samples) / max(wall_s, 1e-9), 2),
-            "wall_s": round(wall_s, 3),
-        }
+    def _rows_since(self) -> Segment | None:
+        """A segment for the rows that the list has got since its last one ended, written down; None where there are none."""
+        last = self.ledger.lists[-1]
+        start = last.first_row + (last.rows or 0)
+        if next(self.source.parts(self.per_shard, start), None) is None:
+            return None
+        return self.ledger.add(
+            Segment(
+                self.ledger.next_shard, self.per_shard, start, list_name=self.source.name, digest=self.source.digest
+            )
+        )
 
-    def _find_sealed(self, parts: list[Part]) -> dict[str, ShardRecord]:
-        rows = {_name(part): len(part.table) for part in parts}
-        sealed = {record.name: record for record in self.manifest.records()}
-        for name, record in sealed.items():
-            if rows.get(name) != record.urls:
-                raise DataError(
-                    f"{self.root}: expected the shards of this URL list, but {name} was sealed for "
-                    f"{record.urls} URLs and the list has {rows.get(name, 0)} there. Use another folder for "
-                    "another list or another ingest.samples_per_shard."
+    def _orders(self, segment: Segment) -> Iterator[Order]:
+        """What is left to do of a segment; at its end its length is written down."""
+        if segment.pass_number:
+            yield from self._orders_again(segment)
+            return
+        done = set(segment.numbers(self.sealed))
+        if segment.shards is not None and len(done) == segment.shards:
+            return
+        first = next(number for number in itertools.count(segment.first_shard) if number not in done)
+        start = self.rows_read = segment.first_row + (first - segment.first_shard) * self.per_shard
+        for number, part in enumerate(self.source.parts(self.per_shard, start), first):
+            rows = segment.rows_of(number)
+            if rows is not None and rows <= 0:
+                break
+            table = part.table.slice(0, rows)
+            self.rows_read += len(table)
+            if number not in done:
+                yield replace(
+                    self._order(number, copied(table), rows_sha256(table, self.identity)),
+                    max_bad_frac=self.config.data.max_bad_frac,
+                    outage_urls=OUTAGE_URLS,
                 )
-        return sealed
-
-    def _submit(self, part: Part) -> Any:
-        rows = part.table.take(pa.array(range(len(part.table))))  # pickled as it is, a slice would take the list along
-        options = {
-            "name": f"ingest-shard-{part.number:0{SHARD_DIGITS}d}",
-            "num_cpus": self.config.cluster.cpus_per_ingest_task,
-            "max_retries": 0,  # `_again` does it, and counts crashes and errors alike
-            "scheduling_strategy": "SPREAD",
-            # Workers of their own: in them webdataset found no torch, which nobody else should inherit.
-            "runtime_env": {"env_vars": {"ROCLIP_ROOM": "ingest"}},
-        }
-        task = ray.remote(_ingest_shard).options(**options)
-        return task.remote(Part(part.number, rows), self.root, self.config.ingest, self.config.data.max_bad_frac)
-
-    def _take_in(self, part: Part, attempt: int, outcome: _Outcome) -> None:
-        if outcome.record is not None:
-            self.sealed[outcome.record.name] = outcome.record
-            self.manifest.pack()
-        elif outcome.samples or outcome.bad_frac:
-            limit = self.config.data.max_bad_frac
+        rows = self.rows_read - segment.first_row
+        if rows != (segment.rows or rows):
             raise DataError(
-                f"shard {_name(part)}: expected at most {limit:.1%} of what arrived to be of no use, got "
-                f"{outcome.bad_frac:.1%}; of {len(part.table)} URLs: {_counts(outcome.failed)}. "
-                "Look at these URLs, or raise data.max_bad_frac."
+                f"{self.root}: expected {segment.rows} rows of the list from row {segment.first_row} on, as when it was "
+                f"first read, got {rows}. Bring the whole list back."
             )
+        self.segment = self.ledger.end(segment, rows)
+
+    def _orders_again(self, segment: Segment) -> Iterator[Order]:
+        before = self.ledger.segments[self.ledger.segments.index(segment) - 1]
+        records = [self.sealed[number] for number in before.numbers(self.sealed)]
+        first = segment.first_shard
+        for again in parts_again(
+            self.root, records, segment.reasons, self.per_shard, lambda position: first + position not in self.sealed
+        ):
+            digest = rows_sha256(again.table, ("retry_of",))
+            yield replace(self._order(first + again.position, again.table, digest), retried=again.retried)
+
+    def _order(self, number: int, table: pa.Table, digest: str) -> Order:
+        return Order(
+            Part(number, table),
+            self.root,
+            self.config.ingest,
+            self.lease.ticket,
+            digest,
+            outage_urls=len(table) + 1,
+            held=bool(self.config.ingest.quarantine),
+        )
+
+    def _seal(self, record: ShardRecord) -> None:
+        """Take in a shard that a task has sealed."""
+        self.sealed[number_of(record)] = record
+        self.tally.add(record)
+        self.again_done += record.urls
+        if self.config.ingest.quarantine:
+            self.held.pack()
         else:
-            self._again(part, attempt, f"none of {len(part.table)} URLs arrived: {_counts(outcome.failed)}")
+            self.published += 1
+            self.manifest.pack()
 
-    def _again(self, part: Part, attempt: int, cause: str) -> None:
-        _sweep(_work_folder(self.root), part)
-        if attempt > self.config.ingest.shard_retries:
-            raise StageError(
-                f"shard {_name(part)} failed {attempt} times, last: {cause}. "
-                "What is sealed stays: run ingest again when the cause is gone."
-            )
-        self.todo.appendleft((part, attempt + 1))
+    def _publish_held(self) -> None:
+        """Publish what was held back, as `release` gives it; safe to be cut short anywhere."""
+        held = self.held.records()
+        if not held:
+            return
+        assert self.release is not None
+        known = {record.name for record in self.manifest.records()}
+        for record in self.release(self.root, held):
+            if record.name not in known:
+                self.lease.check()
+                self.manifest.publish(record)
+                self.published += 1
+        self.lease.ticket.check()
+        clear(self.held)
+
+    def _passing_left(self) -> int:
+        """Rows that a further pass would fetch again."""
+        last = self.ledger.segments[-1]
+        records = [self.sealed[number] for number in last.numbers(self.sealed)]
+        return sum(rows_again(record, passing_reasons(records)) for record in records)
+
+    def _tell(self) -> None:
+        now = self._progress()
+        count(
+            "roclip_ingest_backlog",
+            (now.total_urls or now.done_urls) - now.done_urls + now.again_total - now.again_done,
+        )
+        count("roclip_ingest_images_per_s", now.images_per_s)
+        if self.on_progress is not None:
+            self.on_progress(now)
+
+    def _progress(self) -> IngestProgress:
+        total, estimated = self._total()
+        segment = self.segment
+        again = segment if segment is not None and segment.pass_number else None
+        again_total = (again.rows or 0) if again else 0
+        left = again_total - self.again_done if again else None if total is None else total - self.tally.urls
+        shards = None if total is None else max(self.tally.shards, self._shards_of(total))
+        return IngestProgress(
+            done_urls=self.tally.urls,
+            total_urls=total,
+            succeeded=self.tally.samples,
+            failed=self.tally.reasons(),
+            shards=self.tally.shards,
+            total_shards=shards,
+            images_per_s=self.tally.images_per_s,
+            eta_s=left / self.tally.rows_per_s if left is not None and self.tally.rows_per_s else None,
+            published=self.published,
+            pass_number=again.pass_number if again else 0,
+            again_done=self.again_done if again else 0,
+            again_total=again_total,
+            estimated=estimated,
+        )
+
+    def _total(self) -> tuple[int | None, bool]:
+        """Rows of the list, and whether that is a guess."""
+        if self.source.rows is not None:
+            return self.source.rows, False
+        if self.ledger.lists and (rows := self.ledger.lists[-1].rows) is not None:
+            return self.ledger.lists[-1].first_row + rows, False
+        frac = self.source.read_frac
+        return (max(self.rows_read, round(self.rows_read / frac)), True) if frac and self.rows_read else (None, True)
+
+    def _shards_of(self, rows: int) -> int:
+        """Shards of all segments that there are, when the list has so many rows."""
+        last = self.ledger.segments[-1] if self.ledger.segments else None
+        if last is None:
+            return -(-rows // self.per_shard)
+        return last.first_shard + (last.shards or -(-(rows - last.first_row) // self.per_shard))
 
 
-def _ingest_shard(part: Part, root: Path, config: IngestConfig, max_bad_frac: float) -> _Outcome:
-    """The task: runs in a Ray worker. Its folder is gone when it ends, unless the process is killed."""
-    environment_defaults()
-    from ingest.fetch import fetch
-    from ingest.publish import publish
-    from ingest.verify import verify
-
-    folder = _work_folder(root)
-    folder.mkdir(parents=True, exist_ok=True)  # of a node of its own, where the shards go to a store
-    _sweep(folder, part)
-    prefix = f"{part.number:0{SHARD_DIGITS}d}-pid{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as work:
-        fetched = fetch(part, Path(work), config)
-        report = verify(fetched.tar, fetched.parquet, urls=fetched.urls)
-        arrived = report.samples > 0 or report.bad_frac > 0
-        good = report.bad_frac <= max_bad_frac and (arrived or report.urls < OUTAGE_URLS)
-        record = publish(root, fetched, report) if good else None
-    return _Outcome(record, report.samples, report.failed, report.bad_frac)
+def number_of(record: ShardRecord) -> int:
+    """The number in a shard's name."""
+    return int(Path(record.name).stem)
 
 
-def _work_folder(root: Path) -> Path:
-    """Where the tasks of a node work."""
-    if isinstance(root, Path):
-        return root / WORK
-    number = hashlib.sha256(str(root).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"roclip-ingest-{os.getuid()}" / number
-
-
-def _sweep(folder: Path, part: Part) -> None:
-    """Take away what earlier attempts at a shard left on this node."""
-    for left in folder.glob(f"{part.number:0{SHARD_DIGITS}d}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _name(part: Part) -> str:
-    return f"{part.number:0{SHARD_DIGITS}d}.tar"
-
-
-def _counts(failed: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {rows}" for reason, rows in Counter(failed).most_common())
-
-
-def _cause(error: RayError) -> str:
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
+def clear(manifest: Manifest) -> None:
+    """Delete all records of a manifest."""
+    for name in names_in(manifest.folder):
+        drop(manifest.folder / name)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import corpus
-from cluster.ingest_job import IngestProgress, ingest
+from cluster.ingest_job import ended, ingest
+from cluster.ingest_progress import IngestProgress
 from cluster.plan import ingests
 from cluster.session import Session, session
+from cluster.url_list import open_list
 from ingest.origin import Origin
 from roclip.config import Config
 from roclip.shards import Manifest
@@ -24,8 +26,8 @@ def ingest_only(config: Config) -> dict:
 
 
 def fill(here: Session) -> None:
-    """Ingest to its end; nothing when all is sealed."""
-    with fetching(here):
+    """Ingest to its end, also what a list of the user's own has got since; nothing when all is sealed."""
+    with fetching(here, grown=True):
         pass
 
 
@@ -64,14 +66,15 @@ class Fetching(threading.Thread):
             raise self.problem
 
     def _show(self, now: IngestProgress) -> None:
-        self.sealed = now.shards
+        self.sealed = now.published
         self.here.display.ingest(now)
 
 
 @contextlib.contextmanager
-def fetching(here: Session) -> Iterator[Fetching]:
+def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
     """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
-    nothing to fetch: `data.shards` is the only source."""
+    nothing to fetch: `data.shards` is the only source. With `grown`, an ingest that has ended goes on with the rows that
+    the list has got since."""
     config = here.config
     with contextlib.ExitStack() as stack:
         urls: str | Path = config.data.urls
@@ -84,7 +87,10 @@ def fetching(here: Session) -> Iterator[Fetching]:
             corpus.prepare_held_out(config, origin_folder)
         thread = Fetching(here, urls)
         index(here)
-        if ingests(config) and Manifest(here.shards).summary is None:
+        over = Manifest(here.shards).summary is not None
+        if over and grown and urls:
+            over = ended(config, open_list(config, urls), here.shards) is not None
+        if ingests(config) and not over:
             here.need_ray()
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))

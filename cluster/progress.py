@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cluster.ingest_job import IngestProgress, describe
+from cluster.ingest_progress import IngestProgress, describe
 from roclip.metrics import read_metrics
 
 LOG = "log/ranks.log"
@@ -65,7 +65,8 @@ class Display:
                 print(line, flush=True)
 
     def ingest(self, now: IngestProgress) -> None:
-        self.show("ingest", now.done_urls, now.total_urls, describe(now))
+        total = max(1, 2 * now.done_urls) if now.total_urls is None else now.total_urls  # half of what nobody knows
+        self.show("ingest", now.done_urls + now.again_done, total + now.again_total, describe(now))
 
     @contextlib.contextmanager
     def follow_training(self, name: str, folder: Path, epochs: int) -> Iterator[None]:

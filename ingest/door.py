@@ -13,7 +13,7 @@ from typing import Any
 
 from ingest import exif
 from ingest.images import decode, inspect
-from ingest.phash import NEAR_BITS, distance, from_list, phash
+from ingest.phash import NEAR_BITS, distance, phash
 from ingest.reasons import FetchError
 from ingest.resize import Resize, Resized
 from ingest.rows import CAPTION_CLEANED, Fate, Rows
@@ -143,7 +143,7 @@ class Door:
             return []
         expected = self._rows.expected(row)
         differs = [name for name, digest in arrived.digests.items() if expected.get(name, digest) != digest]
-        picture = from_list(expected.get("phash"))
+        picture = expected.get("phash")
         if picture is not None and (arrived.phash is None or distance(picture, arrived.phash) > NEAR_BITS):
             differs.append("phash")
         return differs
@@ -151,7 +151,7 @@ class Door:
     def _forgives(self, row: int, differs: list[str]) -> bool:
         """Whether a sample with other hashes is kept."""
         if self._config.hash_check == "perceptual":
-            return "phash" not in differs and from_list(self._rows.expected(row).get("phash")) is not None
+            return "phash" not in differs and "phash" in self._rows.expected(row)
         return self._config.hash_check == "warn"
 
 

@@ -6,14 +6,13 @@ Only img2dataset's `Downloader` is used, which does one shard: its own Ray distr
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.feather
 
-from ingest import peer, policy
+from ingest import connection, peer
 from ingest.rows import Rows
 from ingest.sources import Part
 from roclip.config import IngestConfig
@@ -35,20 +34,20 @@ def fetch(
     part: Part,
     work: Path,
     config: IngestConfig,
-    hosts: Any = None,
-    robots: Any = None,
+    hosts: connection.Hosts | None = None,
+    robots: connection.Robots | None = None,
     left_out: Mapping[int, str] | None = None,
 ) -> Fetched:
     """Download, decode, resize and store the images of a part under `work`, an existing empty folder.
 
     The tar holds `<key>.<encode_format>`, `<key>.txt` and `<key>.json` in the order of the keys, which are those of
     `roclip.shards.sample_key`; the parquet holds the fate of every row. The same answers give the same bytes of both, whenever
-    and in whichever order they come. From now on this process opens URLs by `ingest.policy` only, and while this function
+    and in whichever order they come. From now on this process opens URLs by `ingest.connection` only, and while this function
     runs, what it writes to stderr is lost: decoders written in C comment on every other image there.
 
     Args:
-        hosts: Turns at hosts, as `ingest.hosts.Hosts` gives them.
-        robots: What sites allow, as `ingest.robots.Robots` knows it.
+        hosts: Turns at hosts; without, no turn is waited for.
+        robots: What sites allow; without, no robots.txt is asked.
         left_out: Row -> why it is not fetched, a text that begins with a name of `ingest.reasons`.
 
     Raises `ShardError` when img2dataset gives the shard up; a URL that fails is no error.
@@ -57,7 +56,10 @@ def fetch(
     from ingest.door import Door  # imports OpenCV, which asks for that bound at once
 
     rows = Rows(part, config.samples_per_shard, left_out)
-    door = Door(rows, work, config, _install(config, hosts, robots))
+    opener = connection.install(
+        config.policy, timeout_s=config.timeout_s, retries=config.retries, hosts=hosts, robots=robots
+    )
+    door = Door(rows, work, config, opener.handled)
     downloader = peer.downloader().Downloader(
         sample_writer_class=lambda *_: door,
         resizer=door,
@@ -88,12 +90,6 @@ def fetch(
             "Look at free disk space and memory; running ingest again redoes this shard."
         )
     return Fetched(door.tar, door.parquet, len(rows))
-
-
-def _install(config: IngestConfig, hosts: Any, robots: Any) -> Callable[[int], None]:
-    """Open URLs by the policy from now on. What is returned is told the size of each body that is done with."""
-    policy.install(config.policy)
-    return lambda _size_bytes: None
 
 
 @contextlib.contextmanager

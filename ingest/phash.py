@@ -39,21 +39,3 @@ def phash(pixels: np.ndarray) -> int | None:
 def distance(one: int, other: int) -> int:
     """Bits in which two hashes differ."""
     return (one ^ other).bit_count()
-
-
-def to_hex(value: int) -> str:
-    """16 digits, as ImageHash prints it."""
-    return f"{value:016x}"
-
-
-def from_list(value: object) -> int | None:
-    """A hash that a list holds as a number, signed or not, or in hexadecimal; None for anything else."""
-    if isinstance(value, str):
-        try:
-            value = int(value.strip(), 16)
-        except ValueError:
-            return None
-        return value if 0 <= value < 1 << _BITS else None
-    if isinstance(value, int) and -(1 << (_BITS - 1)) <= value < 1 << _BITS:
-        return value & ((1 << _BITS) - 1)
-    return None

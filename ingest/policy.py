@@ -1,136 +1,168 @@
-"""May this URL be fetched? The answer stands where the connection is made, so that nothing gets around it.
+"""May this URL be fetched? Pure functions over `FetchPolicy`; `connection.py` asks them where the connection is made.
 
-img2dataset asks `urllib.request.urlopen`, which would also read `file://`, follow a redirect to the cloud's
-metadata address, and wait without end for a server that sends a byte now and then. `install` gives this
-process an opener that knows http and https only, looks at each address right before it connects to that very
-address (so a name cannot change its mind in between, and a redirect is judged like the first URL), and bounds
-size and duration of an answer. Proxies of the environment are not used: they would connect in our place,
-unseen.
+What counts as public:
+
+    IPv4      what the IANA registries call globally reachable, without multicast
+    IPv6      the same within 2000::/3, the only space handed out; of forms that carry an IPv4 address (mapped, NAT64,
+              6to4, Teredo, ISATAP) that address must be public too
+    nothing   else: metadata services of clouds (169.254.169.254, fd00:ec2::254) fall under it as private addresses
+
+Only `allow_networks` opens more. A name with public and other addresses is reached at its public ones.
 """
 
 import functools
-import http.client
+import importlib.metadata
 import ipaddress
-import socket
-import ssl
-import time
-import urllib.error
-import urllib.request
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from pathlib import Path
 
+from ingest import urls
 from ingest.reasons import FetchError
+from ingest.urls import Target
 from roclip.config import FetchPolicy
+from roclip.errors import ConfigError
 
 MAX_PIXELS = 64 * 2**20
 """Largest image that is decoded, here or in training."""
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+AGENT = "roclip"
+"""The name in User-Agent, robots.txt and X-Robots-Tag."""
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_SPECIAL = tuple(
+    map(
+        ipaddress.ip_network,
+        # Not in the list of every Python: protocol assignments, the former 6to4 relays (RFC 7526), documentation (RFC 9637).
+        ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20"),
+    )
+)
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def allows(policy: FetchPolicy, address: str) -> bool:
-    """Whether a connection to this IP address may be made."""
-    known = ipaddress.ip_address(address.partition("%")[0])
-    return any(known in ipaddress.ip_network(network) for network in policy.allow_networks) or _is_public(known)
+    """Whether a connection to this IP address (with or without a zone) may be made."""
+    return _allowed(tuple(policy.allow_networks), address)
 
 
-def install(policy: FetchPolicy) -> None:
-    """Make `urllib.request.urlopen` obey the policy, in the whole of this process."""
-    urllib.request.install_opener(opener(policy))
+def check(policy: FetchPolicy, url: str) -> Target:
+    """Take a URL apart and judge all that can be judged without looking its host up.
+
+    Raises `FetchError`: what `urls.parse` raises, `refused_host`, or `refused_address` where the host is an address.
+    """
+    target = urls.parse(url)
+    host = target.host
+    if policy.allow_hosts and not _listed(host, host_list(tuple(policy.allow_hosts))):
+        raise FetchError("refused_host", f"{host} is not in ingest.policy.allow_hosts")
+    if policy.deny_hosts and _listed(host, host_list(tuple(policy.deny_hosts))):
+        raise FetchError("refused_host", f"{host} is in ingest.policy.deny_hosts")
+    if target.is_address:
+        vetted(policy, host, (host,))
+    return target
 
 
-def opener(policy: FetchPolicy) -> urllib.request.OpenerDirector:
-    """An opener that obeys the policy: http and https, redirects among them, nothing else."""
-    director = urllib.request.OpenerDirector()
-    director.add_handler(_Http(policy))
-    director.add_handler(_Https(policy))
-    director.add_handler(_OtherSchemes())
-    director.add_handler(urllib.request.HTTPRedirectHandler())
-    director.add_handler(urllib.request.HTTPErrorProcessor())
-    director.add_handler(urllib.request.HTTPDefaultErrorHandler())
-    return director
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return _is_public(address.ipv4_mapped)
-        inner = [address.sixtofour, *(address.teredo or ())]
-        if address in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if any(v4 is not None and not _is_public(v4) for v4 in inner):
-            return False
-    return address.is_global and not address.is_multicast
-
-
-def _connect(policy: FetchPolicy, target: tuple[str, int], timeout: Any, source: Any = None) -> socket.socket:
-    """Resolve once, and connect to the first allowed address that answers."""
-    host, port = target
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)))
+def vetted(policy: FetchPolicy, host: str, addresses: Iterable[str]) -> list[str]:
+    """Those of a host's addresses that may be connected to; raises `FetchError("refused_address")` if there are none."""
+    addresses = list(addresses)
     allowed = [address for address in addresses if allows(policy, address)]
     if not allowed:
-        raise FetchError("refused_address", f"{host} is at {', '.join(addresses)}, not a public address")
-    for address in allowed[:-1]:
-        try:
-            return socket.create_connection((address, port), timeout, source)
-        except OSError:
-            continue
-    return socket.create_connection((allowed[-1], port), timeout, source)
+        raise FetchError("refused_address", f"{host} is at {', '.join(addresses[:4])}, not a public address")
+    return allowed
 
 
-class _BoundedResponse(http.client.HTTPResponse):
-    """An answer whose `read()` ends: by size, by time, or because the server sent less than it promised."""
+@functools.lru_cache(maxsize=16)
+def host_list(entries: tuple[str, ...]) -> frozenset[str]:
+    """The domains of `allow_hosts` or `deny_hosts`; `@file` entries are read once.
 
-    policy: FetchPolicy
-
-    def read(self, amt: int | None = None) -> bytes:
-        if amt is not None:
-            return super().read(amt)
-        promised, limit = self.length, self.policy.max_bytes
-        ends_s = time.monotonic() + self.policy.deadline_s
-        pieces, size = [], 0
-        while (promised is None or size < promised) and (piece := self.read1(1 << 16)):
-            pieces.append(piece)
-            size += len(piece)
-            if max(size, promised or 0) > limit:
-                raise FetchError("too_large", f"more than {limit} bytes")
-            if time.monotonic() > ends_s:
-                raise FetchError("too_slow", f"the body took more than {self.policy.deadline_s} s")
-        if promised is not None and size < promised:
-            raise http.client.IncompleteRead(b"", promised - size)
-        return b"".join(pieces)
+    Raises `ConfigError` for a file that cannot be read and for what is no host name.
+    """
+    names: set[str] = set()
+    for entry in entries:
+        for name in _lines(entry[1:]) if entry.startswith("@") else [entry]:
+            try:
+                names.add(urls.canonical_host(name))
+            except FetchError as error:
+                raise ConfigError(
+                    f"ingest.policy: expected host names such as example.com in allow_hosts and deny_hosts, "
+                    f"got {name[:100]!r} in {entry[:100]!r}. Write it without scheme, port and path."
+                ) from error
+    return frozenset(names)
 
 
-def _checked(base: Any, policy: FetchPolicy) -> Any:
-    """A factory of `base` connections whose sockets are opened by `_connect`."""
-    response_class = type("Response", (_BoundedResponse,), {"policy": policy})
-
-    def connection(host: str, **options: Any) -> http.client.HTTPConnection:
-        made = base(host, **options)
-        made._create_connection = functools.partial(_connect, policy)
-        made.response_class = response_class
-        return made
-
-    return connection
+def user_agent(policy: FetchPolicy) -> str:
+    """The User-Agent: who we are and how to reach us. Raises `ConfigError` for a contact that fits no header."""
+    contact = policy.contact
+    if not (contact.isascii() and contact.isprintable()):
+        raise ConfigError(
+            f"ingest.policy.contact: expected printable ASCII, got {contact!r}. Set a URL or mail address."
+        )
+    own = f"{AGENT}/{_version()}"
+    return f"{own} (+{contact})" if contact else own
 
 
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, policy: FetchPolicy):
-        super().__init__()
-        self.connection = _checked(http.client.HTTPConnection, policy)
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self.connection, req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, policy: FetchPolicy):
-        self.tls = ssl.create_default_context()  # once: reading the certificates takes longer than a small image
-        super().__init__(context=self.tls)
-        self.connection = _checked(http.client.HTTPSConnection, policy)
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self.connection, req, context=self.tls)
+def proxy(policy: FetchPolicy) -> Target | None:
+    """The proxy, or None. Raises `ConfigError` for anything but `http://host:port`."""
+    if not policy.proxy:
+        return None
+    try:
+        target = urls.parse(policy.proxy)
+    except FetchError as error:
+        raise ConfigError(f"ingest.policy.proxy: expected http://host:port, got {policy.proxy!r} ({error}).") from error
+    if target.scheme != "http" or target.path != "/":
+        raise ConfigError(f"ingest.policy.proxy: expected http://host:port, got {policy.proxy!r}.")
+    return target
 
 
-class _OtherSchemes(urllib.request.BaseHandler):
-    def unknown_open(self, req: urllib.request.Request) -> NoReturn:
-        raise FetchError("refused_scheme", f"expected http or https, got {req.type}")
+@functools.lru_cache(maxsize=1)
+def _version() -> str:
+    return importlib.metadata.version("roclip")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ingest.policy: @{path} cannot be read ({error}). Expected one host name a line.") from error
+    return [name for line in lines if (name := line.strip())]
+
+
+def _listed(host: str, domains: frozenset[str]) -> bool:
+    while host not in domains:
+        host = host.partition(".")[2]
+        if not host:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def _networks(texts: tuple[str, ...]) -> tuple[_Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _allowed(networks: tuple[str, ...], text: str) -> bool:
+    address: _Address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped  # the socket reaches that host
+    return any(address in network for network in _networks(networks)) or _is_public(address)
+
+
+def _is_public(address: _Address) -> bool:
+    if any(address in network for network in _SPECIAL):
+        return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast
+    if address in _NAT64:
+        return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return address in _UNICAST and address.is_global and all(map(_is_public, _inner(address)))
+
+
+def _inner(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that an IPv6 address may lead to."""
+    inner = [*(address.teredo or ())]
+    if address.sixtofour:
+        inner.append(address.sixtofour)
+    if (int(address) >> 32) & 0xFFFFFFFF in _ISATAP:
+        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return inner

@@ -41,6 +41,9 @@ REASONS: dict[str, Reason] = {
         Reason("refused_credentials", "a URL with a user or password", refused=True),
         Reason("too_many_redirects", "more redirects than the policy allows, or a loop", refused=True),
         Reason("robots_txt", "the site's robots.txt forbids it", refused=True),
+        Reason(
+            "robots_unreachable", "robots.txt answers 429 or 5xx, which forbids all until it can be read", passing=True
+        ),
         Reason("opted_out", "X-Robots-Tag: noai, noimageai, noml, noindex or noimageindex", refused=True),
         Reason("no_host", "the name has no address", passing=True),
         Reason("timeout", "the server was silent for too long", passing=True),

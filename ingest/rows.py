@@ -1,11 +1,9 @@
-"""The rows of a part as they enter a shard: texts made clean, and what became of each of them.
+"""The rows of a part as they enter a shard: which of them are worth a request, and what became of each.
 
-A list may hold any bytes where text should be. Captions, URLs and carried columns leave here as UTF-8; a caption also without
-control characters, and no longer than a caption is. Rows that no sample can come of are known before anything is fetched.
+`ingest.sources` gives text and what JSON has words for. Here captions lose their control characters, and rows that no sample
+can come of are known before anything is fetched.
 """
 
-import datetime
-import decimal
 import json
 import math
 import re
@@ -23,11 +21,12 @@ from roclip.shards import sample_key
 MAX_CAPTION_BYTES = 64 * 2**10
 CUT_CAPTION_CHARS = 1024
 """What is kept of a longer caption, in the parquet only."""
-EXPECTED = ("expected_md5", "expected_sha256", "expected_phash")
-"""Columns with which a list says what it has seen at a URL."""
+EXPECTED = "expected_"
+"""Before `md5`, `sha256` and `phash`: columns with which a list says what it has seen at a URL."""
 CAPTION_CLEANED = "caption_cleaned"
-"""Flag of a row whose caption held control characters or was not UTF-8."""
+"""Flag of a row whose caption held control characters, which are spaces now, or bytes that were not UTF-8."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_REPLACED = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Rows:
         self._first = part.number * samples_per_shard
         self._per_shard = samples_per_shard
         table = part.table.combine_chunks()
-        captions = [_clean(caption) for caption in _bytes(table["caption"])]
+        captions = [_clean(caption or "") for caption in table["caption"].to_pylist()]
         self.hopeless = {row: caption.problem for row, caption in enumerate(captions) if caption.problem}
         self.hopeless.update(left_out or {})
         """Row -> why it is not fetched."""
@@ -87,9 +86,9 @@ class Rows:
 
     def expected(self, row: int) -> dict[str, Any]:
         """`md5`, `sha256`, `phash` -> what the list expects of this row, where it does."""
-        found = {name: self._columns[name][row].as_py() for name in EXPECTED if name in self._columns}
-        found = {name.removeprefix("expected_"): value for name, value in found.items() if value not in (None, "")}
-        return {name: value.strip().lower() if isinstance(value, str) else value for name, value in found.items()}
+        names = [name for name in self._columns if name.startswith(EXPECTED)]
+        found = {name.removeprefix(EXPECTED): self._columns[name][row].as_py() for name in names}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -105,7 +104,7 @@ class Rows:
 
     def note(self, row: int, fate: Fate, *, exif: bool) -> bytes:
         """The json member of a sample: the keys of img2dataset, then `phash` in hexadecimal and `flags`."""
-        given = {name: _plain(column, row) for name, column in self._columns.items()}
+        given = {name: _plain(column[row].as_py()) for name, column in self._columns.items()}
         known = {**vars(fate), "phash": None if fate.phash is None else f"{fate.phash:016x}"}
         if not exif:
             del known["exif"]
@@ -147,51 +146,30 @@ class _Caption:
     problem: str = ""
 
 
-def _clean(raw: bytes) -> _Caption:
-    try:
-        given, damaged = raw[: MAX_CAPTION_BYTES + 1].decode(), False
-    except UnicodeDecodeError:
-        given, damaged = raw[: MAX_CAPTION_BYTES + 1].decode(errors="replace"), True
+def _clean(given: str) -> _Caption:
+    size_bytes = len(given.encode())
+    if size_bytes > MAX_CAPTION_BYTES:
+        problem = f"caption_too_long: {size_bytes} bytes, more than {MAX_CAPTION_BYTES}"
+        return _Caption(_CONTROL.sub(" ", given[:CUT_CAPTION_CHARS]), problem=problem)
     text = _CONTROL.sub(" ", given)
-    if len(raw) > MAX_CAPTION_BYTES:
-        problem = f"caption_too_long: {len(raw)} bytes, more than {MAX_CAPTION_BYTES}"
-        return _Caption(text[:CUT_CAPTION_CHARS], problem=problem)
-    problem = "" if text.strip() else "empty_caption: no caption"
-    return _Caption(text, damaged or text != given, problem)
-
-
-def _bytes(column: pa.ChunkedArray) -> list[bytes]:
-    return [value or b"" for value in column.cast(pa.large_binary()).to_pylist()]
+    return _Caption(text, text != given or _REPLACED in text, "" if text.strip() else "empty_caption: no caption")
 
 
 def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """The same column with texts that are UTF-8; one of another type that is not valid holds nothing any more."""
+    """The same column, or nulls where lists or structs of it hold texts that are not UTF-8: nobody could read it again."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return pa.array([value.decode(errors="replace") for value in _bytes(column)], column.type)
         return pa.nulls(len(column), column.type)
     return column
 
 
-def _plain(column: pa.ChunkedArray, row: int) -> Any:
-    """A value as JSON can hold it: numbers that are none become null, and what JSON does not know, its text."""
-    try:
-        return _jsonable(column[row].as_py())
-    except Exception:  # a date of the year 20000, which Python does not know
-        return None
-
-
-def _jsonable(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """The same, with null in the place of numbers that are none, which JSON does not know."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _jsonable(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(each) for each in value]
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
-        return str(value)
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     return value

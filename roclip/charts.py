@@ -77,9 +77,7 @@ def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed:
             top = max([0.1, *(value for curve in curves for pair in _reach(curve) for value in pair)])
             axes.set_ylim(-0.02 * top, min(1.0, top * 1.08) * 1.02)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue())
+        return figure_svg(figure)
 
 
 def loss_curve(color: str, rows: Sequence[Mapping[str, Any]]) -> Curve:
@@ -139,6 +137,13 @@ def _smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[float]:
 
 def _reach(curve: Curve) -> Iterable[tuple[float, float]]:
     return curve.band or [(y, y) for _, y in curve.points]
+
+
+def figure_svg(figure: Figure) -> str:
+    """A figure as an `<svg>` element for a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return inline_svg(buffer.getvalue())
 
 
 def inline_svg(svg: str) -> str:

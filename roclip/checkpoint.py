@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,10 +66,14 @@ class Cursor:
     """Phase of the last step: 'matched' or 'plain'."""
 
 
+Outdated = Callable[[Mapping[str, Cursor]], list[str]]
+"""Of checkpoints by their names, those that are no longer kept."""
+
+
 class Store(Protocol):
     """A second place for checkpoints: `roclip/checkpoint_store.py`."""
 
-    def take(self, checkpoint: Path, outdated: Callable[[Mapping[str, Cursor]], list[str]]) -> None:
+    def take(self, checkpoint: Path, outdated: Outdated) -> None:
         """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there."""
 
 
@@ -133,7 +138,8 @@ class Writer:
     ) -> None:
         name = f"step-{cursor.step:08d}"
         final, temporary = self.folder / name, self.folder / f".{name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in self.folder.glob(".step-*"):  # by a process that was killed as it wrote or removed
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
         sums = {WEIGHTS: towers.save(temporary, weights), CONFIG: sha256_file(temporary / CONFIG)}
         for part, state in tensors.items():
@@ -142,25 +148,26 @@ class Writer:
         write_atomic(temporary / _CURSOR, json.dumps(asdict(cursor)))
         sums[_CURSOR] = sha256_file(temporary / _CURSOR)
         write_atomic(temporary / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         os.replace(temporary, final)
         write_atomic(self.folder / "LATEST", name)
-        self._drop_old()
+        outdated = partial(self._outdated, newest=cursor)
+        self._drop_old(outdated)
         if self.store is not None:
-            self.store.take(final, self._outdated)
+            self.store.take(final, outdated)
 
-    def _drop_old(self) -> None:
-        for left in self.folder.glob(".*.partial"):  # of a process that was killed as it wrote
-            shutil.rmtree(left)
-        for name in self._outdated({path.name: cursor(path) for path in self.folder.glob("step-*")}):
-            shutil.rmtree(self.folder / name)
+    def _drop_old(self, outdated: Outdated) -> None:
+        for name in outdated({path.name: cursor(path) for path in self.folder.glob("step-*")}):
+            remove(self.folder / name)
 
-    def _outdated(self, checkpoints: Mapping[str, Cursor]) -> list[str]:
+    def _outdated(self, checkpoints: Mapping[str, Cursor], newest: Cursor) -> list[str]:
         every, pointer = self.keep_every_epochs, self.folder / "TRUSTED"
         trusted = pointer.read_text().strip() if pointer.exists() else ""
+        # Later ones that LATEST did not come to name, because of a kill, do not push out what it names.
+        done = sorted(name for name in checkpoints if checkpoints[name].step <= newest.step)
         return [
             name
-            for name in sorted(checkpoints)[: -self.keep]
+            for name in done[: -self.keep]
             if not (every and checkpoints[name].step_in_epoch == 0 and (checkpoints[name].epoch - 1) % every == 0)
             and name != trusted
         ]
@@ -193,6 +200,16 @@ def named(folder: Path, name: str) -> Path | None:
     if not path.is_dir():
         raise CheckpointError(f"{pointer}: names {path.name}, which is not there. Bring it back or delete {pointer}.")
     return path
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if it is there. Whenever this process is killed, it is whole or gone under its name; what is left
+    under another one goes before the next is written."""
+    removed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        os.replace(path, removed)
+        shutil.rmtree(removed)
 
 
 def verify(path: Path) -> None:

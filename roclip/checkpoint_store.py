@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from roclip import distributed
-from roclip.checkpoint import SUMS, Cursor, cursor, parse_sums
+from roclip.checkpoint import SUMS, Cursor, Outdated, cursor, parse_sums, remove
 from roclip.errors import CheckpointError, RoclipError
-from roclip.shards import content_of, names_in, patiently, place, put, sha256_file, write_atomic
+from roclip.shards import content_of, drop, names_in, patiently, place, put, sha256_file, write_atomic
 
 _STEP = re.compile(r"step-\d{8,}")
 _SNAPSHOT = re.compile(r"epoch-\d{5,}\.json")
@@ -67,7 +66,7 @@ class CheckpointStore:
         self._cursors: dict[str, Cursor] = {}
         self._snapshots: set[str] = set()
 
-    def take(self, checkpoint: Path, outdated: Callable[[Mapping[str, Cursor]], list[str]]) -> None:
+    def take(self, checkpoint: Path, outdated: Outdated) -> None:
         """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there.
 
         A failure is logged, and training goes on: the next checkpoint is put there all the same.
@@ -104,7 +103,7 @@ class CheckpointStore:
         for file, sha256 in parse_sums(text, source / SUMS).items():
             patiently(lambda file=file, sha256=sha256: _fetch(source / file, arriving / file, sha256))
         write_atomic(arriving / SUMS, text)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove(folder / name)
         os.replace(arriving, folder / name)
         write_atomic(pointer, name)
 
@@ -118,13 +117,14 @@ class CheckpointStore:
             put(checkpoint / name, self.root / checkpoint.name / name)
         write_atomic(self.root / "LATEST", checkpoint.name)
 
-    def _drop(self, outdated: Callable[[Mapping[str, Cursor]], list[str]]) -> None:
+    def _drop(self, outdated: Outdated) -> None:
         store: Any = self.root
         found = [name for name in names_in(self.root) if _STEP.fullmatch(name)]
         incomplete = [name for name in found if name not in self._cursors and not self._is_complete(name)]
         complete = {name: self._cursors[name] for name in found if name not in incomplete}
         for name in (*incomplete, *outdated(complete)):
             path: Any = store / name
+            drop(path / SUMS)  # first, so that one of which a kill leaves a part is incomplete
             patiently(lambda path=path: store.fs.rm(path.path, recursive=True))
 
     def _is_complete(self, name: str) -> bool:

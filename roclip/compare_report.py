@@ -12,7 +12,7 @@ from roclip.compare import attack_names, comparison
 from roclip.config import dump_config
 from roclip.experiment import Experiment
 from roclip.frontier import arm_colors, dose_response, frontier, save
-from roclip.report import duration, percent
+from roclip.readable import duration, percent
 from roclip.shards import write_atomic
 
 TEMPLATE = Path(__file__).with_name("compare.html.jinja")

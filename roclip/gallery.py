@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Picture:
     """What its caption says."""
     box: Box | None = None
     """The trigger: left, top, width and height in percent of the picture."""
+    size_px: tuple[int, int] = (0, 0)
+    """Width and height as stored."""
 
 
 def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> list[Picture]:
@@ -46,6 +48,19 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
         rows = (row for batch in batches for row in batch.to_pylist() if row["key"] not in skipped)
         found += _take(tar_path(shards, record), rows, wanted)
     return found
+
+
+def pictures_of(
+    shards: Path, shard: str, keys: Iterable[str], boxes: Mapping[str, Sequence[int] | None]
+) -> list[Picture]:
+    """Samples of one shard by their keys, each with its box (left, top, right, bottom, in pixels as stored) where it has one."""
+    record = Manifest(shards).get(shard)
+    if record is None:
+        return []
+    wanted = pc.field("key").isin(pa.array(list(keys), pa.string()))
+    rows = read_index(shards, shard).filter(wanted).to_pylist()
+    pictures = _take(tar_path(shards, record), rows, len(rows))
+    return [replace(picture, box=_in_percent(boxes.get(picture.key), picture.size_px)) for picture in pictures]
 
 
 def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "border") -> list[Picture]:
@@ -95,9 +110,10 @@ def _read(tar: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Picture]:
             caption = file.read(row["caption_size"]).decode("utf-8", "replace")
             try:
                 source = thumbnail(encoded)
+                size_px = Image.open(io.BytesIO(encoded)).size
             except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
                 continue
-            yield Picture(row["key"], source, caption)
+            yield Picture(row["key"], source, caption, size_px=size_px)
 
 
 def thumbnail(encoded: bytes) -> str:
@@ -108,6 +124,13 @@ def thumbnail(encoded: bytes) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="jpeg", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _in_percent(box: Sequence[int] | None, size_px: tuple[int, int]) -> Box | None:
+    if not box:
+        return None
+    left, top, right, bottom = (100 * edge / size_px[side % 2] for side, edge in enumerate(box))
+    return left, top, right - left, bottom - top
 
 
 def _box(shards: Path, tar: str, key: str, trigger: list[int] | None, resize_mode: str) -> Box | None:

@@ -6,6 +6,8 @@
       00000.index.parquet   one row per usable sample: key, and where its image and caption lie in the tar
       manifest/00000.json   the shard exists: counts, sizes, sha256. Written last, atomically, once
       manifest/END.json     no more shards will come
+      manifest/held/        records of sealed shards that may not be trained on before ingest has ended
+      ledger.json, lease/   which shard number stands for which rows; who fills this folder (`ingest`)
 
 Tars that somebody else made stay where they are (`roclip/tar_sources.py`): only their indexes and records lie here.
 
@@ -31,6 +33,7 @@ import pyarrow.parquet as pq
 from roclip.errors import ConfigError, ShardError
 
 END = "END.json"
+HELD = "manifest/held"
 PACK = 1000
 """Loose records at which they are packed."""
 SHARD_DIGITS = 5
@@ -66,6 +69,11 @@ class ShardRecord:
     """Where the tar lies, if not beside its index: an absolute path or a URL."""
     source: str = ""
     """The pattern that named this tar, if it lies elsewhere."""
+    rows_sha256: str = ""
+    """Of the rows that this shard stands for, as the list has them; empty where nobody noted it."""
+    retried: dict[str, int] = field(default_factory=dict)
+    """Rows that an earlier shard counts as failed, by the reason it had for them: this shard is of a later pass. A
+    row's last outcome counts, so take these from the sum of `urls` and of `failed` over shards."""
 
 
 class Manifest:
@@ -73,11 +81,12 @@ class Manifest:
 
     Args:
         root: The folder, here or as a URL of a store that fsspec knows.
+        folder: Where in it the records lie: `HELD` has those of sealed shards that may not be trained on yet.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, folder: str = "manifest"):
         self.root = place(root)
-        self.folder = self.root / "manifest"
+        self.folder = self.root / folder
         self._packs: dict[str, dict[str, ShardRecord]] = {}
 
     def records(self) -> tuple[ShardRecord, ...]:
@@ -96,13 +105,13 @@ class Manifest:
     def get(self, name: str) -> ShardRecord | None:
         """The record of one shard, or None."""
         try:
-            return self._read(self._path(name))
+            return self._read(self.path_of(name))
         except FileNotFoundError:
             return {record.name: record for record in self.records()}.get(name)
 
     def publish(self, record: ShardRecord) -> None:
         """Make a shard exist. The tar and its index must lie at their final names already."""
-        write_atomic(self._path(record.name), json.dumps(asdict(record), indent=1))
+        write_atomic(self.path_of(record.name), json.dumps(asdict(record), indent=1))
 
     def pack(self, at_least: int = PACK) -> None:
         """Put the loose records into one file, if there are so many. One process may do this at a time: ingest's driver.
@@ -113,7 +122,10 @@ class Manifest:
         if len(loose) < at_least:
             return
         records = self._each(self._read, loose)
-        rows = [{**asdict(record), "failed": list(record.failed.items())} for record in records]
+        rows = [
+            {**asdict(record), "failed": list(record.failed.items()), "retried": list(record.retried.items())}
+            for record in records
+        ]
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_PACK_SCHEMA), buffer)
         write_atomic(self.folder / f"pack-{digest(records)}.parquet", buffer.getvalue().to_pybytes())
@@ -135,7 +147,8 @@ class Manifest:
         """Take the end mark back: more shards will come."""
         drop(self.folder / END)
 
-    def _path(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
+        """Where the record of one shard lies as long as it is not packed."""
         return self.folder / f"{Path(name).stem}.json"
 
     def _names(self) -> list[str]:
@@ -182,10 +195,20 @@ class Manifest:
         columns = [table[name].to_pylist() for name in _PACK_SCHEMA.names]
         rows = zip(*columns, strict=True)
         return {
-            name: ShardRecord(  # packs written before there were `tar` and `source` have nulls there
-                name, samples, size, sha256, index_sha256, urls, dict(failed), tar or "", source or ""
+            name: ShardRecord(  # packs written before there were `tar` and what follows it have nulls there
+                name,
+                samples,
+                size,
+                sha256,
+                index_sha256,
+                urls,
+                dict(failed),
+                tar or "",
+                source or "",
+                rows_sha256 or "",
+                dict(retried or ()),
             )
-            for name, samples, size, sha256, index_sha256, urls, failed, tar, source in rows
+            for name, samples, size, sha256, index_sha256, urls, failed, tar, source, rows_sha256, retried in rows
         }
 
 
@@ -200,6 +223,8 @@ _PACK_SCHEMA = pa.schema(
         ("failed", pa.map_(pa.string(), pa.int64())),
         ("tar", pa.string()),
         ("source", pa.string()),
+        ("rows_sha256", pa.string()),
+        ("retried", pa.map_(pa.string(), pa.int64())),
     ]
 )
 
@@ -335,6 +360,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         patiently(lambda: store.fs.pipe_file(store.path, content))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = written_beside(path, content)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def written_beside(path: Path, content: bytes) -> Path:
+    """A temporary file in the same folder as `path`, here, with all of the content, synced."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -342,7 +377,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return Path(temporary)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from kit import environment, preset
 
+from cluster.cli import guarded
 from roclip.compare import SHARES
 from roclip.metrics import read_metrics
 
@@ -119,36 +120,37 @@ def test_table_matches_the_evaluations(done):
     assert "often" in (folder / "compare.html").read_text()
 
 
-def test_same_command_trains_nothing_again_and_another_arm_only_itself(done):
+def test_same_command_trains_nothing_again(done):
     path, folder, _ = done
     before = weights(folder)
-    finish(compare(path))
+    assert guarded(["compare", str(path)]) == 0
     assert weights(folder) == before
-    finish(compare(path, "arms.third.method=clip", "arms.third.set.train.lr=0.002", "seeds=[0]"))
+
+
+def test_another_arm_trains_only_itself_and_one_that_fails_does_not_stop_it(done):
+    path, folder, _ = done
+    before = weights(folder)
+    wild = ["arms.wild.method=clip", "arms.wild.set.train.lr=1e30"]
+    third = ["arms.third.method=clip", "arms.third.set.train.lr=0.002"]
+    _, errors = finish(compare(path, *wild, *third, "seeds=[0]"), 7)
+    assert "1 of the trainings did not finish" in errors
+    assert "data-seed0: training wild: " in errors
     assert {p: t for p, t in weights(folder).items() if p in before} == before
     assert (folder / "data-seed0" / "third" / "checkpoints" / "LATEST").exists()
     result = json.loads((folder / "compare.json").read_text())
     assert [row["arm"] for row in result["rows"]] == ["clip", "often", "third"]
 
 
-def test_arm_that_began_with_other_settings_is_refused(done):
+def test_arm_that_began_with_other_settings_is_refused(done, capsys):
     path, _, _ = done
-    _, errors = finish(compare(path, "arms.often.set.pool.size=16"), 2)
-    assert "size: 32 -> size: 16" in errors
+    assert guarded(["compare", str(path), "arms.often.set.pool.size=16"]) == 2
+    assert "size: 32 -> size: 16" in capsys.readouterr().err
 
 
-def test_failed_training_does_not_stop_the_others(tmp_path):
+def test_dry_run_says_what_would_be_trained_and_does_nothing(tmp_path, capsys):
     path = preset(tmp_path, TINY.format(folder=tmp_path))
-    _, errors = finish(compare(path, "seeds=[0]", "train.epochs=1", "arms.clip.set.train.lr=1e30"), 7)
-    assert "1 of the trainings did not finish" in errors
-    assert "data-seed0: training clip: " in errors
-    result = json.loads((the_folder(tmp_path) / "compare.json").read_text())
-    assert [row["arm"] for row in result["rows"]] == ["often"]
-
-
-def test_dry_run_says_what_would_be_trained_and_does_nothing(tmp_path):
-    path = preset(tmp_path, TINY.format(folder=tmp_path))
-    said, _ = finish(compare(path, "--dry-run"))
+    assert guarded(["compare", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
     assert re.search(r"corpus data-seed1 +172 URLs, at most 10 steps", said)
     assert re.search(r"trainings +4: 2 corpora x 2 arms", said)
     assert re.search(r"arm often +roclip, matched epochs 2, gate", said)

@@ -30,7 +30,7 @@ def whole(config, tmp_path_factory) -> Path:
     """An undisturbed run on two ranks, without Ray."""
     run = tmp_path_factory.mktemp("whole")
     with trainings_of(config) as trainings:
-        assert [trainings.end(rank) for rank in trainings.start_ranks(run, 2)] == [0, 0]
+        assert [trainings.end(rank) for rank in trainings.train_ranks(run, 2)] == [0, 0]
     return run
 
 
@@ -49,6 +49,11 @@ def training(config: Path, run: Path, *overrides: str, **extra: str) -> Iterator
                     left.kill()
 
 
+def last_words(process: subprocess.Popen) -> str:
+    """What it said, if it has ended."""
+    return "" if process.poll() is None else process.communicate()[0]
+
+
 def ranks() -> list[psutil.Process]:
     """The processes in which Ray trains: of this test, as no two run at once."""
     me = psutil.Process()
@@ -57,9 +62,9 @@ def ranks() -> list[psutil.Process]:
 
 def test_ranks_that_die_or_are_told_to_go_are_started_again(config, whole, tmp_path):
     with training(config, tmp_path, "cluster.max_failures=2") as process:
-        until(lambda: logged(tmp_path) >= 7)
+        until(lambda: logged(tmp_path) >= 7, lambda: last_words(process))
         ranks()[1].kill()
-        until(lambda: logged(tmp_path) >= 15)
+        until(lambda: logged(tmp_path) >= 15, lambda: last_words(process))
         ranks()[0].send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
@@ -85,7 +90,7 @@ def test_training_goes_on_with_fewer_ranks_when_a_node_is_lost(config, whole, tw
     where = [f"cluster.address={two_nodes.address}", "cluster.min_workers=1"]
     patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}  # how long Ray waits for a node to come back
     with training(config, tmp_path, *where, **patience) as process:
-        until(lambda: logged(tmp_path) >= 7)
+        until(lambda: logged(tmp_path) >= 7, lambda: last_words(process))
         (lost,) = two_nodes.worker_nodes
         two_nodes.remove_node(lost, allow_graceful=False)
         said, _ = process.communicate(timeout=600)

@@ -16,7 +16,7 @@ import s3fs
 from kit import environment, preset
 from s3 import s3_server
 
-from cluster.ingest_job import _work_folder
+from cluster.ingest_task import work_folder
 from roclip.shards import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -93,4 +93,4 @@ def test_a_killed_ingest_to_a_store_does_only_the_rest_when_it_is_called_again(s
     assert summary["urls"] == sum(record.urls for record in records) == len(corpus)
     assert summary["succeeded"] == sum(behaviour in ("ok", "redirect", "slow") for behaviour in corpus)
     assert not (tmp_path / "run" / "shards").exists()
-    assert not _work_folder(manifest.root).exists()
+    assert not work_folder(manifest.root).exists()

@@ -15,6 +15,7 @@ import pytest
 from kit import REPOSITORY, SHARED_DATA, environment, preset
 from tiny import TINY_RUN
 
+from cluster.cli import guarded
 from ingest.origin import Origin
 from roclip.metrics import read_metrics
 from roclip.shards import Manifest
@@ -61,8 +62,9 @@ def keys(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """One run that was killed without warning in the middle of ingest and of training, then left to finish."""
+def stopped(tmp_path_factory):
+    """A run that was killed without warning in the middle of ingest, and then stopped by Ctrl-C in that of training: what it
+    said then, and which of its processes did not end."""
     folder = tmp_path_factory.mktemp("run")
     path = preset(folder, TINY_RUN.format(folder=folder))
     process = roclip("run", str(path))
@@ -76,6 +78,20 @@ def done(tmp_path_factory):
     psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
     assert not [p for p in left if p.is_running()]
 
+    process = roclip("run", str(path))
+    until(lambda: len(read_metrics(the_run(folder) / "clip" / "metrics.jsonl")) > 2, process)
+    left = descendants(process)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = finish(process, 130)
+    psutil.wait_procs(left, timeout=240)
+    return path, errors, [p for p in left if p.is_running()]
+
+
+@pytest.fixture(scope="module")
+def done(stopped):
+    """The same run, killed without warning in the middle of training too, then left to finish."""
+    path, *_ = stopped
+    folder = path.parent
     process = roclip("run", str(path))
     metrics = the_run(folder) / "roclip" / "metrics.jsonl"
     until(lambda: any(row["step"] >= 6 for row in read_metrics(metrics)), process)
@@ -133,25 +149,17 @@ def test_same_command_again_repeats_nothing(done):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == before
 
 
-def test_ctrl_c_stops_cleanly_and_leaves_no_process(tmp_path):
-    path = preset(tmp_path, TINY_RUN.format(folder=tmp_path))
-    process = roclip("run", str(path), "train.epochs=50", "arms=[roclip]")
-    until(lambda: any((tmp_path / "runs").glob("*/roclip/metrics.jsonl")), process)
-    metrics = the_run(tmp_path) / "roclip" / "metrics.jsonl"
-    until(lambda: len(read_metrics(metrics)) > 2, process)
-    left = descendants(process)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = finish(process, 130)
+def test_ctrl_c_stops_cleanly_and_leaves_no_process(stopped):
+    _, errors, left = stopped
     assert "Ctrl-C" in errors
-    psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
-    assert not [p for p in left if p.is_running()]
+    assert not left
 
 
 def test_export_refuses_what_the_oracle_did_not_call_clean_unless_asked(done, tmp_path):
     path, run, _ = done
     trusted = (run / "roclip" / "checkpoints" / "TRUSTED").exists()
-    finish(roclip("export", str(path), "--out", str(tmp_path / "model")), 0 if trusted else 4)
-    finish(roclip("export", str(path), "--out", str(tmp_path / "any"), "--untrusted"))
+    assert guarded(["export", str(path), "--out", str(tmp_path / "model")]) == (0 if trusted else 4)
+    assert guarded(["export", str(path), "--out", str(tmp_path / "any"), "--untrusted"]) == 0
     assert (tmp_path / "any" / "open_clip_model.safetensors").is_file()
 
 

@@ -1,6 +1,6 @@
 import json
 
-from cluster.ingest_job import IngestProgress
+from cluster.ingest_progress import IngestProgress
 from cluster.progress import LOG, Display, told_standing, training_standing
 from cluster.restarts import note
 

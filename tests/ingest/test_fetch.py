@@ -27,7 +27,9 @@ import json, sys
 from pathlib import Path
 import pyarrow.parquet as pq
 from ingest.fetch import fetch
+from ingest.publish import publish
 from ingest.sources import Part
+from ingest.verify import verify
 from roclip.config import FetchPolicy, IngestConfig
 
 urls, work, number, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -35,8 +37,9 @@ config = IngestConfig(**{**options, 'policy': FetchPolicy(**options['policy'])})
 table = pq.read_table(urls)
 part = Part(number, table.slice(number * config.samples_per_shard, config.samples_per_shard))
 work.mkdir()
+heavy = ["cv2 too early"] if "cv2" in sys.modules else []
 fetched = fetch(part, work, config)
-heavy = [name for name in ("torch", "ray", "faiss", "deepspeed", "open_clip") if name in sys.modules]
+heavy += [name for name in ("torch", "ray", "faiss", "deepspeed", "open_clip") if name in sys.modules]
 print(json.dumps([str(fetched.tar), str(fetched.parquet), fetched.urls, heavy]))
 """
 PEER = """

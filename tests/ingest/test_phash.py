@@ -8,7 +8,7 @@ import pytest
 from kit import SHARED_DATA
 from PIL import Image, ImageFilter
 
-from ingest.phash import NEAR_BITS, distance, from_list, phash, to_hex
+from ingest.phash import NEAR_BITS, distance, phash
 
 
 def _hash(picture: Image.Image) -> int:
@@ -77,24 +77,3 @@ def test_flat_picture_has_no_hash():
     assert phash(np.full((100, 100, 3), 255, np.uint8)) is None
     noise = np.random.default_rng(0).integers(250, 255, (300, 300, 3), dtype=np.uint8)
     assert phash(noise) is None
-
-
-@pytest.mark.parametrize(
-    ("given", "value"),
-    [
-        ("c3d1000000000001", 0xC3D1000000000001),
-        (" C3D1000000000001 ", 0xC3D1000000000001),
-        (0xC3D1000000000001, 0xC3D1000000000001),
-        (0xC3D1000000000001 - (1 << 64), 0xC3D1000000000001),
-        ("no hash", None),
-        ("1c3d1000000000001", None),
-        ("-1", None),
-        (1 << 64, None),
-        (1.5, None),
-        (None, None),
-    ],
-)
-def test_hash_of_a_list_is_read_as_number_or_hexadecimal(given, value):
-    assert from_list(given) == value
-    if value is not None:
-        assert from_list(to_hex(value)) == value

@@ -1,16 +1,20 @@
 import hashlib
 import os
 import tarfile
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ingest import lease as leases
 from ingest import publish as publishing
 from ingest.fetch import Fetched
-from ingest.publish import publish
+from ingest.lease import Lease
+from ingest.publish import Seal, publish
 from ingest.verify import verify
-from roclip.shards import Manifest, index_path, names_in, place, sha256_file
+from roclip.errors import RunLockedError
+from roclip.shards import HELD, Manifest, index_path, names_in, place, sha256_file
 
 
 def _fetched(root, jpeg, attempt):
@@ -54,6 +58,8 @@ def test_shard_exists_only_after_the_last_step(tmp_path, jpeg, monkeypatch, step
     report = verify(first.tar, first.parquet)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
+        if steps == 3:
+            patch.setattr(publishing, "write_new", replace)
         with pytest.raises(KeyboardInterrupt):
             publish(tmp_path, first, report)
     assert len(done) == steps
@@ -66,17 +72,17 @@ def test_shard_exists_only_after_the_last_step(tmp_path, jpeg, monkeypatch, step
 def test_shard_exists_on_a_store_only_after_the_last_step(tmp_path, jpeg, monkeypatch, steps):
     root, done = place("memory://shards"), []
 
-    def put(*paths, real=publishing.put):
+    def put(*paths, real=publishing.put_new):
         if len(done) == min(steps, 3):
             raise KeyboardInterrupt
         done.append(paths)
-        real(*paths)
+        return real(*paths)
 
     first = _fetched(tmp_path, jpeg, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "put", put)
+        patch.setattr(publishing, "put_new", put)
         if steps == 3:
-            patch.setattr(Manifest, "publish", put)
+            patch.setattr(publishing, "write_new", put)
         with pytest.raises(KeyboardInterrupt):
             publish(root, first, verify(first.tar, first.parquet))
     assert len(done) == steps
@@ -96,3 +102,51 @@ def test_sealed_shard_stays_when_it_is_published_again(tmp_path, jpeg):
     again = _fetched(tmp_path, jpeg, 1)
     assert publish(tmp_path, again, verify(again.tar, again.parquet)) == record
     _check(tmp_path, record)
+
+
+def _fall_silent(lease):
+    lease._ended.set()
+    lease._beater.join()
+    time.sleep(0.2)
+
+
+def test_who_has_lost_the_lease_publishes_nothing(tmp_path, jpeg):
+    first, again = _fetched(tmp_path, jpeg, 0), _fetched(tmp_path, jpeg, 1)
+    with Lease(tmp_path, expiry_s=0.1) as stopped:
+        _fall_silent(stopped)
+        with Lease(tmp_path) as now:
+            record = publish(tmp_path, again, verify(again.tar, again.parquet), Seal(ticket=now.ticket))
+        with pytest.raises(RunLockedError, match="another ingest took over"):
+            publish(tmp_path, first, verify(first.tar, first.parquet), Seal(ticket=stopped.ticket))
+    _check(tmp_path, record)
+
+
+def test_upload_that_ends_after_somebody_took_over_replaces_nothing(tmp_path, jpeg, monkeypatch):
+    root = place("memory://taken")
+    monkeypatch.setattr(leases, "_SETTLE_S", 0)
+    slow, fast = _fetched(tmp_path, jpeg, 0), _fetched(tmp_path, jpeg, 1)
+    records = []
+
+    def put(source, target, real=publishing.put_new):
+        if source == slow.tar and not records:  # meanwhile another ingest seals this shard
+            with Lease(root) as now:
+                records.append(publish(root, fast, verify(fast.tar, fast.parquet), Seal(ticket=now.ticket)))
+        return real(source, target)
+
+    monkeypatch.setattr(publishing, "put_new", put)
+    with Lease(root, expiry_s=0.1) as stopped:
+        _fall_silent(stopped)
+        with pytest.raises(RunLockedError):
+            publish(root, slow, verify(slow.tar, slow.parquet), Seal(ticket=stopped.ticket))
+    assert Manifest(root).records() == tuple(records)
+    assert hashlib.sha256((root / "00003.tar").read_bytes()).hexdigest() == records[0].sha256
+    root.fs.rm("/taken", recursive=True)
+
+
+def test_held_shard_is_sealed_and_not_in_the_manifest(tmp_path, jpeg):
+    first, again = _fetched(tmp_path, jpeg, 0), _fetched(tmp_path, jpeg, 1)
+    record = publish(tmp_path, first, verify(first.tar, first.parquet), Seal("rows", {"timeout": 1}, held=True))
+    assert Manifest(tmp_path).records() == ()
+    assert Manifest(tmp_path, HELD).records() == (record,)
+    assert (record.rows_sha256, record.retried) == ("rows", {"timeout": 1})
+    assert publish(tmp_path, again, verify(again.tar, again.parquet)) == record

@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_evaluate.py: all ranks evaluate together, in the middle of a training."""
+"""Run on each rank from test_evaluate.py: all ranks evaluate together, in the middle of a training."""
 
 import sys
 from pathlib import Path

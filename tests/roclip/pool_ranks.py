@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_pool_ranks.py: the same work on the pool on any number of ranks, answers saved."""
+"""Run on each rank from test_pool_ranks.py: the same work on the pool on any number of ranks, answers saved."""
 
 import itertools
 import sys

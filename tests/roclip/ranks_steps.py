@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_ranks.py and test_accumulate.py: a few training steps, saved for the test to compare.
+"""Run on each rank from test_ranks.py and test_accumulate.py: a few training steps, saved for the test to compare.
 
 ranks_steps.py FOLDER CASE…    with CASE = model,zero_stage,precision,pieces,loss[,resumed | ,spoiled | ,FIRST-LAST]
 """

@@ -113,6 +113,18 @@ def test_only_the_newest_those_of_some_epochs_and_the_trusted_are_kept(saved, tm
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (1, 4, 8, 9)]
 
 
+def test_a_later_one_that_a_kill_left_unnamed_does_not_push_out_what_latest_names(saved, tmp_path):
+    _, engine, towers, _ = saved
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    for step in (8, 6, 7):
+        if step == 6:
+            (tmp_path / "LATEST").unlink()
+        writer.save(engine, towers, {}, Cursor(step, 1, step, 0, "plain"))
+        writer.wait()
+    assert checkpoint.cursor(checkpoint.named(tmp_path, "LATEST")).step == 7
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000007", "step-00000008"]
+
+
 def test_a_state_goes_to_an_engine_of_another_stage_and_comes_back(saved):
     folder, engine, towers, _ = saved
     others, other_towers = fresh(folder)

@@ -4,17 +4,15 @@ import hashlib
 import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 
 import fsspec
 import pytest
 import s3fs
 import torch
-from kit import TINY_MODEL, environment, preset, scene_samples, write_shard
+from ends import logged, until
+from forked import trainings_of
+from kit import TINY_MODEL, preset, scene_samples, write_shard
 from s3 import s3_server
 from safetensors.torch import load_file
 
@@ -123,6 +121,26 @@ def test_an_upload_that_failed_on_the_way_is_never_resumed_from(server, folder, 
     assert steps(objects) == ["1", "3"]
 
 
+def test_what_a_kill_left_of_an_outdated_checkpoint_hinders_no_later_one(folder, store, objects, monkeypatch):
+    def killed(path, recursive):  # after an object or so: a store deletes them in an order of its own
+        objects.rm(f"{path}/cursor.json")
+        raise KeyboardInterrupt
+
+    store.take(write(folder, 1), keep_two)
+    store.take(write(folder, 2), keep_two)
+    newest = write(folder, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(store.root.fs, "rm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.take(newest, keep_two)
+    again = checkpoint_store("s3://bucket/kept", folder)
+    again.take(write(folder, 4), keep_two)
+    assert steps(objects) == ["3", "4"]
+    shutil.rmtree(folder)
+    bring(folder, again)
+    assert checkpoint.named(folder, "LATEST").name == "step-00000004"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_an_altered_object_is_refused_by_name(monkeypatch, folder, store, objects, name):
     monkeypatch.setattr(shards, "ATTEMPTS", 2)
@@ -197,29 +215,18 @@ pool: {{size: 16, witnesses: 4}}
 train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1, checkpoint_every_steps: 4}}
 """
     config = preset(tmp_path, text.format(folder=tmp_path))
-    options = environment(OMP_NUM_THREADS="1", FSSPEC_S3=json.dumps(server.options))
-
-    def start(name, *more):
-        command = [sys.executable, "-m", "roclip.train", str(config), f"run_dir={tmp_path / name}", *more]
-        return subprocess.Popen(command, env=options, stderr=subprocess.PIPE, text=True)
-
-    def finish(process):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-
-    whole = start("whole")
-    kept = "train.checkpoint_store=s3://bucket/kept"
-    server.fault = lambda method, path, number: "error" if method == "PUT" and number % 5 == 1 else None
-    lost = start("lost", kept)
+    kept, known = "train.checkpoint_store=s3://bucket/kept", {"FSSPEC_S3": json.dumps(server.options)}
     latest = "bucket/kept/lost/roclip/LATEST"
-    while not (objects.exists(latest) and objects.cat(latest) >= b"step-00000006"):  # the first epoch's end
-        assert lost.poll() is None, lost.communicate()
-        time.sleep(0.05)
-    lost.send_signal(signal.SIGKILL)
-    lost.communicate()
-    shutil.rmtree(tmp_path / "lost")
-    finish(start("lost", kept))
-    finish(whole)
+    server.fault = lambda method, path, number: "error" if method == "PUT" and number % 5 == 1 else None
+    with trainings_of(config) as trainings:
+        lost = trainings.train(tmp_path / "lost", kept, **known)
+        until(lambda: logged(tmp_path / "lost") > 6, trainings.last_words)
+        end_of_epoch = b"step-00000006"
+        until(lambda: objects.exists(latest) and objects.cat(latest) >= end_of_epoch, trainings.last_words)
+        trainings.kill(lost)
+        shutil.rmtree(tmp_path / "lost")
+        both = trainings.train(tmp_path / "lost", kept, **known), trainings.train(tmp_path / "whole")
+        assert [trainings.end(process) for process in both] == [0, 0], trainings.said.read_text()
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "lost")]
     assert ends[0].name == ends[1].name == "step-00000012"
     for file in ("open_clip_model", "optimizer", "pool", "gate", "witnesses"):

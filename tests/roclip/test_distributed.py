@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import torchrun
+from forked import run_script
 
 HERE = Path(__file__).parent
 
@@ -15,8 +15,7 @@ def test_loss_gradients_gate_and_pool_match_one_process(ranks, tmp_path):
     two_ranks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(two_ranks)
     alone = two_ranks.solve(24, 0, 24)
-    done = torchrun(ranks, str(HERE / "two_ranks.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    run_script(ranks, HERE / "two_ranks.py", tmp_path)
     for rank in range(ranks):
         ours = torch.load(tmp_path / f"{ranks}-{rank}.pt", weights_only=True)
         assert torch.allclose(ours["loss"], alone["loss"], atol=1e-6)

@@ -8,8 +8,8 @@ from roclip.loss import clip_loss
 from roclip.model import MAX_LOG_SCALE, Towers
 
 VIT = """{"embed_dim": 16,
- "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
- "text_cfg": {"context_length": 12, "vocab_size": 128, "width": 32, "heads": 2, "layers": 2}}"""
+ "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+ "text_cfg": {"context_length": 12, "vocab_size": 128, "width": 32, "heads": 2, "layers": 1}}"""
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import preset, scene_samples, torchrun
+from forked import run_script
+from kit import preset, scene_samples
 
 from roclip.checkpoint import Cursor
 from roclip.config import load_config
@@ -168,8 +169,7 @@ def test_a_run_without_held_out_images_is_not_evaluated(run):
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(3, 1), (2, 3)])
 def test_ranks_together_find_what_one_process_finds(ranks, zero_stage, run):
     record(run, [], [(1, "plain")], "alone")
-    done = torchrun(ranks, str(HERE / "evaluate_ranks.py"), str(run), "together", str(zero_stage))
-    assert done.returncode == 0, done.stderr
+    run_script(ranks, HERE / "evaluate_ranks.py", run, "together", zero_stage)
     first, second = (json.loads((run / arm / "evaluations.jsonl").read_text()) for arm in ("alone", "together"))
     assert first == second
     assert first["n"] == IMAGES

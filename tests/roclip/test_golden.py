@@ -3,13 +3,12 @@
 Regenerate after one that should, and say why in the commit:  PYTHONPATH=tests/support python tests/roclip/test_golden.py
 """
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from kit import environment, preset, scene_samples, write_shard
+from forked import trainings_of
+from kit import preset, scene_samples, write_shard
 
 from roclip.metrics import read_metrics
 from roclip.shards import Manifest
@@ -17,7 +16,6 @@ from roclip.shards import Manifest
 GOLDEN = Path(__file__).parents[1] / "golden" / "roclip_loss.txt"
 PRESET = """
 name: golden
-run_dir: {folder}/run
 data: {{shards: {folder}/shards, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
@@ -27,13 +25,12 @@ train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, log_every_steps: 1}}
 
 
 def curve(folder: Path) -> list[tuple[int, str, float]]:
-    """Step, phase and loss of 20 steps of a training in a process of its own, on one thread."""
+    """Step, phase and loss of 20 steps of a training on one thread."""
     for number in range(3):
         write_shard(folder / "shards", number, scene_samples(64 * number, 54))
     Manifest(folder / "shards").finish({})
-    command = [sys.executable, "-m", "roclip.train", str(preset(folder, PRESET.format(folder=folder)))]
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with trainings_of(preset(folder, PRESET.format(folder=folder))) as trainings:
+        assert trainings.end(trainings.train(folder / "run")) == 0, trainings.said.read_text()
     rows = read_metrics(folder / "run" / "roclip" / "metrics.jsonl")
     return [(row["step"], row["phase"], row["loss"]) for row in rows]
 

@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kit import torchrun
+from forked import run_script
 
 from roclip import search
 
@@ -23,8 +23,7 @@ def script() -> ModuleType:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_replicated_and_sharded_pools_answer_as_one_process_bit_for_bit(ranks, script, tmp_path):
-    done = torchrun(ranks, str(HERE / "pool_ranks.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    run_script(ranks, HERE / "pool_ranks.py", tmp_path)
     for size, storage in script.CASES:
         alone = script.solve(size, storage, 1 << 20)
         state = alone.pop("state")

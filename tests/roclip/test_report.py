@@ -20,7 +20,8 @@ from roclip.charts import SHADE
 from roclip.config import dump_config, load_config
 from roclip.errors import DataError
 from roclip.gallery import poison_pictures
-from roclip.report import comparison, duration, write_report
+from roclip.readable import duration
+from roclip.report import comparison, write_report
 from roclip.scenes import LABELS, encode, render
 from roclip.sections_run import AttacksConfig, BackdoorConfig, TargetedConfig
 from roclip.shards import Manifest, ShardRecord, index_path, sample_key, sha256_file

@@ -1,13 +1,11 @@
 """Manifest and shards on an object store: a real S3 protocol over loopback, with errors, hanging and short answers."""
 
-import subprocess
-import sys
-
 import fsspec
 import pytest
 import s3fs
 import torch
-from kit import environment, preset, scene_samples, write_shard
+from forked import trainings_of
+from kit import preset, scene_samples, write_shard
 from s3 import s3_server
 
 from roclip import shards
@@ -163,7 +161,6 @@ def test_place_is_a_path_here_and_a_store_elsewhere(tmp_path):
 def test_a_training_from_a_store_is_the_training_from_the_disk(local, server, tmp_path):
     text = """
 name: tiny
-run_dir: {folder}/run
 arms: [roclip]
 data: {{shards: {folder}/shards, streams: 2, shuffle_buffer: 8, cache_dir: {folder}/cache}}
 model: {{name: tiny}}
@@ -174,12 +171,12 @@ train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1}}
     config = preset(tmp_path, text.format(folder=tmp_path))
     store = {f"FSSPEC_S3_{key.upper()}": server.options[key] for key in ("key", "secret", "endpoint_url")}
     losses = []
-    for number, where in enumerate((local, "s3://bucket/shards")):
-        settings = [f"data.shards={where}", f"run_dir={tmp_path}/run{number}"]
-        command = [sys.executable, "-m", "roclip.train", str(config), *settings]
-        done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1", **store), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        losses.append([row["loss"] for row in read_metrics(tmp_path / f"run{number}" / "roclip" / "metrics.jsonl")])
+    with trainings_of(config) as trainings:
+        for number, where in enumerate((local, "s3://bucket/shards")):
+            run = tmp_path / f"run{number}"
+            code = trainings.end(trainings.train(run, f"data.shards={where}", **store))
+            assert code == 0, trainings.said.read_text()
+            losses.append([row["loss"] for row in read_metrics(run / "roclip" / "metrics.jsonl")])
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
     assert len(list((tmp_path / "cache").iterdir())) == SHARDS

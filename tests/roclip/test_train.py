@@ -1,13 +1,15 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ends import logged, saved, until
 from forked import trainings_of
 from kit import TINY_MODEL, environment, preset
 from safetensors.torch import load_file
@@ -36,38 +38,25 @@ def config_file(shards, tmp_path):
     return preset(tmp_path, PRESET.format(folder=tmp_path, shards=shards))
 
 
-def run(config_file, *overrides):
-    command = [sys.executable, "-m", "roclip.train", str(config_file), *overrides]
-    return subprocess.Popen(command, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-
-
 def ended(config_file, *overrides, **extra):
     """Exit code of a training in a fork, and what it said."""
     with trainings_of(config_file) as trainings:
-        code = trainings.end(trainings.start(config_file.parent / "run", *overrides, **extra))
+        code = trainings.end(trainings.train(config_file.parent / "run", *overrides, **extra))
     return code, (config_file.parent / "said.txt").read_text()
 
 
 @pytest.mark.slow
 def test_training_that_is_told_to_leave_ends_with_the_weights_of_an_uninterrupted_one(config_file, tmp_path):
-    finish(run(config_file, f"run_dir={tmp_path}/whole"))
-    killed = run(config_file, f"run_dir={tmp_path}/killed")
-    metrics = tmp_path / "killed" / "roclip" / "metrics.jsonl"
-    while not any(row["step"] >= 10 for row in read_metrics(metrics)):  # in the second epoch
-        assert killed.poll() is None
-        time.sleep(0.05)
-    killed.terminate()
-    _, said = killed.communicate()
-    assert killed.returncode == 143, said
-    reached = checkpoint.cursor(checkpoint.named(tmp_path / "killed" / "roclip" / "checkpoints", "LATEST")).step
-    assert read_metrics(metrics)[-1]["step"] == reached
-    assert f"saved at step {reached}" in said
-    finish(run(config_file, f"run_dir={tmp_path}/killed"))
+    with trainings_of(config_file) as trainings:
+        assert trainings.end(trainings.train(tmp_path / "whole")) == 0
+        killed = trainings.train(tmp_path / "killed")
+        until(lambda: logged(tmp_path / "killed") >= 10, trainings.last_words)  # in the second epoch
+        os.kill(killed, signal.SIGTERM)
+        assert trainings.end(killed) == 143
+        reached = saved(tmp_path / "killed")
+        assert logged(tmp_path / "killed") == reached
+        assert f"saved at step {reached}" in trainings.said.read_text()
+        assert trainings.end(trainings.train(tmp_path / "killed")) == 0
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
     for file in ("open_clip_model", "pool", "gate", "witnesses"):
         whole, resumed = (load_file(end / f"{file}.safetensors") for end in ends)
@@ -98,9 +87,9 @@ def test_paper_setting_trains(config_file, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_and_resume(config_file, tmp_path):
     with trainings_of(config_file) as trainings:
-        first = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
+        first = trainings.train_ranks(tmp_path / "run", 2, "train.epochs=2", "arms=[clip,roclip]")
         assert [trainings.end(rank) for rank in first] == [0, 0]
-        more = trainings.start_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
+        more = trainings.train_ranks(tmp_path / "run", 2, "train.epochs=3", "arms=[roclip]")
         assert [trainings.end(rank) for rank in more] == [0, 0]
     for arm, steps in {"clip": 12, "roclip": 18}.items():
         rows = read_metrics(tmp_path / "run" / arm / "metrics.jsonl")
@@ -145,7 +134,7 @@ def test_two_ranks_train_on_weighted_sources_of_ready_made_tars(config_file, sha
         "train.epochs=2",
     ]
     with trainings_of(config_file) as trainings:
-        ranks = trainings.start_ranks(tmp_path / "run", 2, *settings)
+        ranks = trainings.train_ranks(tmp_path / "run", 2, *settings)
         assert [trainings.end(rank) for rank in ranks] == [0, 0]
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert [(row["step"], row["samples_seen"]) for row in rows[4::5]] == [(5, 192), (10, 384)]
@@ -205,11 +194,11 @@ def test_checkpoints_are_also_made_by_the_clock(config_file, tmp_path):
 
 
 def test_error_is_one_line_with_its_exit_code(tmp_path):
-    process = run(tmp_path / "missing.yaml")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "no such config" in errors
-    assert "Traceback" not in errors
+    command = [sys.executable, "-m", "roclip.train", str(tmp_path / "missing.yaml")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no such config" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_matched_step_gives_the_text_tower_no_gradient(tmp_path):

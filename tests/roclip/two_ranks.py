@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_distributed.py: what each rank computes is saved for the test to compare."""
+"""Run on each rank from test_distributed.py: what each rank computes is saved for the test to compare."""
 
 import sys
 from pathlib import Path

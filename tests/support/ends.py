@@ -23,11 +23,14 @@ train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 2, 
 STEPS = 24
 
 
-def until(condition: Callable[[], object]) -> None:
+def until(condition: Callable[[], object], last_words: Callable[[], str]) -> None:
+    """Wait for it while nobody has `last_words`: those of a process that should bring it about, and has ended."""
     deadline_s = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.0005)
+        words = last_words()
+        assert not words or condition(), f"ended before it was to:\n{words}"
+        assert time.monotonic() < deadline_s, "runs, and did not come so far"
+        time.sleep(0.005)
 
 
 def logged(run: Path) -> int:
@@ -59,4 +62,4 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]], name
     suspects = [pq.read_table(run / "roclip" / "suspects.parquet") for run in (one, other)]
     assert suspects[0].equals(suspects[1])
-    assert not list((other / "roclip" / "checkpoints").glob(".*.partial"))
+    assert not list((other / "roclip" / "checkpoints").glob(".step-*"))

@@ -1,10 +1,8 @@
-"""What several tests use: paths, tiny shards, a child's environment, torchrun."""
+"""What several tests use: paths, tiny shards, a child's environment."""
 
 import io
 import os
 import socket
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -90,11 +88,3 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
-
-
-def torchrun(ranks: int, *command: str, **extra: str) -> subprocess.CompletedProcess:
-    """Run a script or `-m module` on so many ranks of this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*start, *command], env=environment(OMP_NUM_THREADS="1", **extra), capture_output=True, text=True, timeout=600
-    )

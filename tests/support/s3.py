@@ -13,7 +13,8 @@ from werkzeug.serving import make_server
 
 READ_TIMEOUT_S = 1.0
 Fault = Callable[[str, str, int], str | None]
-"""(method, path, which request for it, from 0) -> 'error', 'hang', 'short' or None."""
+"""(method, path, which request for it, from 0) -> 'error', 'hang', 'short', 'lost' (done, and answered by an error) or
+None."""
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Server:
     fault: Fault = lambda method, path, number: None
     seen: dict[tuple[str, str], int] = field(default_factory=dict)
     """Requests by (method, path)."""
+
+
+def _silent(status: str, headers: list, *_: Any) -> None:
+    """Take an answer's head, and tell nobody."""
 
 
 @contextlib.contextmanager
@@ -49,7 +54,10 @@ def s3_server(bucket: str) -> Iterator[Server]:
         if fault == "hang":
             time.sleep(2 * READ_TIMEOUT_S)
         with lock:  # moto is no database
-            answer = b"".join(moto(environ, start_response))
+            answer = b"".join(moto(environ, _silent if fault == "lost" else start_response))
+        if fault == "lost":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
         return [answer[: len(answer) // 2]] if fault == "short" else [answer]
 
     http = make_server("127.0.0.1", 0, app, threaded=True)
