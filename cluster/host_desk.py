@@ -33,6 +33,7 @@ PICK_UP_S = 0.05
 """So often it looks whether a turn that it waits for has come, while nothing else is to be said."""
 ANSWER_S = 5.0
 """A desk that has not answered by then is away."""
+NODES_PER_DESK = 10
 SEARCH_EVERY_S = 2.0
 GRACE_S = 5.0
 """A turn is held to be lost so long after its longest time."""
@@ -87,6 +88,11 @@ class HostDesk:
     def _note(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             self._decided.setdefault(decision.ticket[0], []).append(decision)
+
+
+def desks_needed() -> int:
+    """Desks for the cluster as it is now: each is a core's work for about ten nodes that fetch."""
+    return 1 + sum(node["Alive"] for node in ray.nodes()) // NODES_PER_DESK
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cluster.host_desk import desks_needed, host_desks
 from cluster.ingest_metrics import count
 from cluster.ingest_progress import IngestProgress, Tally
 from cluster.ingest_task import OUTAGE_URLS, Order, copied, work_folder
@@ -106,6 +107,7 @@ class _Ingest:
         self.tally = Tally(tuple(self.sealed.values()))
         self.ledger = Ledger(root, lease.ticket.check)
         self.segment: Segment | None = None
+        self.desks: tuple[str, ...] = ()
         self.again_done = self.rows_read = 0
         # Of a list that the embedded origin wrote, the URLs change with its port.
         self.identity = ("url", "caption") if config.data.urls else ("caption",)
@@ -119,10 +121,12 @@ class _Ingest:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            for segment in self._segments():
-                self.segment = segment
-                self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
-                self.tasks.run(self._orders(segment))
+            with host_desks(self.config.ingest.policy, self.source.name, desks_needed()) as self.desks:
+                for segment in self._segments():
+                    self.segment = segment
+                    self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
+                    self.tasks.run(self._orders(segment))
+                self.tasks.cancel()
             self._publish_held()
         except Stopped:
             return self.tally.summary()
@@ -240,6 +244,7 @@ class _Ingest:
             digest,
             outage_urls=len(table) + 1,
             held=bool(self.config.ingest.quarantine),
+            desks=self.desks,
         )
 
     def _seal(self, record: ShardRecord) -> None:

@@ -1,5 +1,6 @@
 """What runs in an ingest worker: fetch -> verify -> publish of one part, or a mere try whether some rows kill it."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -8,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -18,7 +20,7 @@ from cluster.ingest_metrics import observe
 from ingest.lease import Ticket
 from ingest.sources import Part
 from roclip.config import IngestConfig, environment_defaults
-from roclip.shards import SHARD_DIGITS, ShardRecord, sample_key
+from roclip.shards import SHARD_DIGITS, ShardRecord
 
 WORK = "_work"
 """Folder of unfinished shards beside the sealed ones; `<shard>-<machine>-pid<process>-<random>` in it is one task's.
@@ -46,6 +48,8 @@ class Order:
     """Positions of rows that are not fetched, because they kill the worker."""
     held: bool = False
     """The shard is kept from training for now."""
+    desks: tuple[str, ...] = ()
+    """Names of those that give turns at hosts to all tasks (`cluster/host_desk.py`)."""
 
     @property
     def name(self) -> str:
@@ -79,8 +83,8 @@ def seal_part(order: Order) -> Outcome:
 
     with _folder(order) as work:
         begun_s = time.monotonic()
-        fetched = fetch(_to_fetch(order), Path(work), order.config)
-        _note_left_out(order, fetched.parquet)
+        hosts, robots = manners(order.config, order.desks)
+        fetched = fetch(order.part, Path(work), order.config, hosts, robots, dict.fromkeys(order.left_out, LEFT_OUT))
         begun_s = observe("fetch", begun_s)
         report = verify(fetched.tar, fetched.parquet, urls=fetched.urls)
         begun_s = observe("verify", begun_s)
@@ -103,8 +107,22 @@ def probe(order: Order) -> None:
     from ingest.verify import verify
 
     with _folder(order) as work:
-        fetched = fetch(order.part, Path(work), order.config)
+        fetched = fetch(order.part, Path(work), order.config, *manners(order.config, order.desks))
         verify(fetched.tar, fetched.parquet, urls=fetched.urls)
+
+
+@functools.lru_cache(maxsize=1)
+def manners(config: IngestConfig, desks: tuple[str, ...]) -> tuple[Any, Any]:
+    """This process's turns at hosts, and what it knows of robots.txt: kept from one shard to the next."""
+    from cluster.host_desk import DeskHosts
+    from ingest.connection import Opener
+    from ingest.hosts import Hosts
+    from ingest.policy import AGENT
+    from ingest.robots import Robots
+
+    hosts = DeskHosts(config.policy, desks) if desks else Hosts(config.policy)
+    opener = Opener(config.policy, timeout_s=config.timeout_s, hosts=hosts)
+    return hosts, Robots(opener.fetch_robots, AGENT)
 
 
 def copied(table: pa.Table) -> pa.Table:
@@ -135,33 +153,6 @@ def _sweep(folder: Path, here: str) -> None:
         process = left.name.rpartition(here)[2].partition("-")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _to_fetch(order: Order) -> Part:
-    """The part with no URL where a row is left out: it keeps its key, and fails at once."""
-    if not order.left_out:
-        return order.part
-    table, left_out = order.part.table, set(order.left_out)
-    urls = ["" if row in left_out else url for row, url in enumerate(table.column("url").to_pylist())]
-    column = pa.array(urls, table.schema.field("url").type)
-    return Part(order.part.number, table.set_column(table.schema.get_field_index("url"), "url", column))
-
-
-def _note_left_out(order: Order, parquet: Path) -> None:
-    """Write the URLs of the rows that were left out into the parquet, and why they were."""
-    if not order.left_out:
-        return
-    per_shard = order.config.samples_per_shard
-    urls = order.part.table.column("url").to_pylist()
-    known = {sample_key(order.part.number * per_shard + row, per_shard): urls[row] for row in order.left_out}
-    table = pq.read_table(parquet)
-    keys = table.column("key").to_pylist()
-    for name, new in (("url", known), ("error_message", dict.fromkeys(known, LEFT_OUT))):
-        old = table.column(name).to_pylist()
-        values = [new.get(key, value) for key, value in zip(keys, old, strict=True)]
-        column = pa.array(values, table.schema.field(name).type)
-        table = table.set_column(table.schema.get_field_index(name), name, column)
-    pq.write_table(table, parquet)
 
 
 def _bad_hosts(parquet: Path) -> dict[str, int]:

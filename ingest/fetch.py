@@ -1,36 +1,28 @@
-"""Fetches one part into one tar with img2dataset. The only file that imports img2dataset.
+"""Fetches one part into one tar: img2dataset downloads, resizes and encodes, and `ingest.door` stands in the way.
 
 Only img2dataset's `Downloader` is used, which does one shard: its own Ray distributor drops failed shards.
-Its package imports torch (through webdataset) and Ray where it finds them and does without where it does not.
-A fetching process needs neither, so they are hidden for the moment of the import: 180 MB instead of more than
-400, and 4 s less.
 """
 
 import contextlib
 import io
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.feather
 
-from ingest import connection, policy
+from ingest import connection, peer
+from ingest.rows import Rows
 from ingest.sources import Part
-from roclip.config import IngestConfig, environment_defaults
+from roclip.config import IngestConfig
 from roclip.errors import ShardError
 from roclip.shards import SHARD_DIGITS
-
-USER_AGENT_TOKEN = "roclip"
-OPT_OUT = ("noai", "noimageai", "noindex", "noimageindex")
-"""X-Robots-Tag directives by which a site asks not to be in such a data set."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What img2dataset wrote for one part; nothing of it has been checked."""
+    """What was stored of one part; not read back yet."""
 
     tar: Path
     parquet: Path
@@ -38,45 +30,58 @@ class Fetched:
     """Rows of the part."""
 
 
-def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
+def fetch(
+    part: Part,
+    work: Path,
+    config: IngestConfig,
+    hosts: connection.Hosts | None = None,
+    robots: connection.Robots | None = None,
+    left_out: Mapping[int, str] | None = None,
+) -> Fetched:
     """Download, decode, resize and store the images of a part under `work`, an existing empty folder.
 
-    The tar holds `<key>.<encode_format>`, `<key>.txt` and `<key>.json` in the order in which the answers
-    came, with the keys of `roclip.shards.sample_key`; the parquet holds the fate of every row. From now on
-    this process opens URLs by `ingest.policy` only. Raises `ShardError` when img2dataset gives the shard up;
-    a URL that fails is no error.
+    The tar holds `<key>.<encode_format>`, `<key>.txt` and `<key>.json` in the order of the keys, which are those of
+    `roclip.shards.sample_key`; the parquet holds the fate of every row. The same answers give the same bytes of both, whenever
+    and in whichever order they come. From now on this process opens URLs by `ingest.connection` only, and while this function
+    runs, what it writes to stderr is lost: decoders written in C comment on every other image there.
+
+    Args:
+        hosts: Turns at hosts; without, no turn is waited for.
+        robots: What sites allow; without, no robots.txt is asked.
+        left_out: Row -> why it is not fetched, a text that begins with a name of `ingest.reasons`.
+
+    Raises `ShardError` when img2dataset gives the shard up; a URL that fails is no error.
     """
-    opener = connection.install(config.policy, timeout_s=config.timeout_s, retries=config.retries)
-    downloader_class, resizer_class, writer_class = _img2dataset()
-    resizer = resizer_class(
-        image_size=config.image_size,
-        resize_mode=config.resize_mode,
-        resize_only_if_bigger=False,
-        encode_quality=config.encode_quality,
-        encode_format=config.encode_format,
+    peer.bound_decoders(config.policy.max_pixels)
+    from ingest.door import Door  # imports OpenCV, which asks for that bound at once
+
+    rows = Rows(part, config.samples_per_shard, left_out)
+    opener = connection.install(
+        config.policy, timeout_s=config.timeout_s, retries=config.retries, hosts=hosts, robots=robots
     )
-    downloader = downloader_class(
-        sample_writer_class=writer_class,
-        resizer=_handing_back(resizer, opener),
+    door = Door(rows, work, config, opener.handled)
+    downloader = peer.downloader().Downloader(
+        sample_writer_class=lambda *_: door,
+        resizer=door,
         thread_count=config.threads,
         save_caption=True,
-        extract_exif=False,
+        extract_exif=False,  # the door does this and the next
+        compute_hash=None,
+        verify_hash_type=None,
         output_folder=str(work),
-        column_list=part.table.column_names,
+        column_list=["url"],
         timeout=config.timeout_s,
         number_sample_per_shard=config.samples_per_shard,
         oom_shard_count=SHARD_DIGITS,
-        compute_hash="sha256",
-        verify_hash_type=None,
         encode_format=config.encode_format,
-        retries=0,  # the opener's business
-        user_agent_token=USER_AGENT_TOKEN,
-        disallowed_header_directives=list(OPT_OUT),
+        retries=0,  # the opener tries again, and it knows when that is of use
+        user_agent_token=None,
+        disallowed_header_directives=None,  # the opener judges before the body is read
     )
     feather = work / "urls.feather"
-    pyarrow.feather.write_feather(part.table, str(feather), compression="uncompressed")
+    pyarrow.feather.write_feather(rows.urls(), str(feather), compression="uncompressed")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _silent_decoders():
         done, _ = downloader((part.number, str(feather)))
     if not done:
         said = printed.getvalue().strip().splitlines()
@@ -84,38 +89,17 @@ def fetch(part: Part, work: Path, config: IngestConfig) -> Fetched:
             f"shard {part.number}: img2dataset gave up ({said[-1] if said else 'it said nothing'}). "
             "Look at free disk space and memory; running ingest again redoes this shard."
         )
-    stem = work / f"{part.number:0{SHARD_DIGITS}d}"
-    return Fetched(stem.with_suffix(".tar"), stem.with_suffix(".parquet"), len(part.table))
-
-
-def _handing_back(resizer: Callable, opener: connection.Opener) -> Callable:
-    def resize(stream: io.BytesIO, boxes: list | None) -> tuple:
-        try:
-            return resizer(stream, boxes)
-        finally:
-            opener.handled(stream.getbuffer().nbytes)
-
-    return resize
-
-
-def _img2dataset() -> tuple[type, type, type]:
-    environment_defaults()
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(policy.MAX_PIXELS))  # OpenCV reads it once, at import
-    with _hidden("torch", "ray", "faiss", "deepspeed"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it imports imghdr
-        from img2dataset.downloader import Downloader
-        from img2dataset.resizer import Resizer
-        from img2dataset.writer import WebDatasetSampleWriter
-    return Downloader, Resizer, WebDatasetSampleWriter
+    return Fetched(door.tar, door.parquet, len(rows))
 
 
 @contextlib.contextmanager
-def _hidden(*packages: str) -> Iterator[None]:
-    """Inside, importing one of these packages fails, unless this process has it already."""
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None means: do not look for it
+def _silent_decoders() -> Iterator[None]:
+    """Inside, file descriptor 2 leads nowhere: libpng and libjpeg write there and cannot be told not to."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
     try:
         yield
     finally:
-        for name in hidden:
-            del sys.modules[name]
+        os.dup2(kept, 2)
+        os.close(kept)

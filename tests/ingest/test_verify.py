@@ -1,15 +1,17 @@
 import io
+import random
 import tarfile
 
+import pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hostile import SETTINGS, tars
 from hypothesis import given, settings
-from PIL import Image
 
 from ingest.reasons import reason_of
-from ingest.verify import verify
+from ingest.verify import FORMATS, MAX_PIXELS, verify
+from roclip import reader
 
 
 def _shard(folder, members, rows):
@@ -95,9 +97,7 @@ def test_caption_is_read_from_the_tar_when_the_parquet_claims_one(tmp_path, jpeg
 
 
 def test_image_of_too_many_pixels_is_not_decoded(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(buffer, "PNG")
-    members = [("00000.png", buffer.getvalue()), ("00000.txt", b"a wall")]
+    members = [("00000.png", pictures.png_bomb()), ("00000.txt", b"a wall")]
     tar, parquet = _shard(tmp_path, members, [("00000", "a wall", "success", None)])
     assert verify(tar, parquet).failed == {"too_many_pixels": 1}
 
@@ -144,3 +144,38 @@ def test_any_damaged_tar_is_verified(tmp_path, content):
 )
 def test_message_is_counted_under_a_short_reason(message, reason):
     assert reason_of(message) == reason
+
+
+def test_bounds_are_those_of_training():
+    assert (MAX_PIXELS, FORMATS) == (reader.MAX_PIXELS, reader.FORMATS)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_image_is_usable_exactly_when_training_reads_it(tmp_path, kind):
+    whole = pictures.encode(pictures.image(), kind)
+    draw = random.Random(0)
+    damaged = [whole, *(whole[:cut] for cut in range(0, len(whole), len(whole) // 20)), whole + b"\0\0", whole + b"x"]
+    for _ in range(30):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        damaged.append(bytes(content))
+    members = [member for row, content in enumerate(damaged) for member in _sample(f"{row:05d}", content)]
+    report = verify(*_shard(tmp_path, members, []))
+    usable = set(report.index.column("key").to_pylist())
+    for row, content in enumerate(damaged):
+        try:
+            reader.decode(content, 32)
+        except reader.BadSampleError:
+            assert f"{row:05d}" not in usable, row
+        else:
+            assert f"{row:05d}" in usable, row
+
+
+def test_flags_are_counted_of_usable_samples(tmp_path, jpeg):
+    members, rows = _good(jpeg, 3)
+    tar, parquet = _shard(tmp_path, members[:-3], rows)
+    flags = pa.array([["turned", "hash_mismatch"], ["turned"], ["turned"]])
+    pq.write_table(pq.read_table(parquet).append_column("flags", flags), parquet)
+    report = verify(tar, parquet)
+    assert report.flags == {"hash_mismatch": 1, "turned": 2}
+    assert report.failed == {"truncated_tar": 1}
