@@ -4,17 +4,17 @@ Counts of rows come from parquet footers; other lists are estimated from their b
 depends on how many URLs still answer is an upper bound.
 """
 
-import gzip
 import importlib.util
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.url_list import open_list
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.errors import ConfigError, DataError, UrlListError
 from roclip.shards import Manifest
@@ -27,7 +27,8 @@ STORED_BYTES = 30_000
 FORMAT_FACTOR = {"jpg": 1.0, "webp": 0.7, "png": 4.0}
 CHECKPOINT_BYTES = 20
 """Of a parameter in a checkpoint: exported weight, engine's weight, optimizer's fp32 copy, two moments."""
-_PROBE_BYTES = 1 << 20
+_PROBE_ROWS = 10_000
+"""Of a list whose length only reading tells."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def count_rows(config: Config) -> tuple[int, bool]:
     if data.scenes:
         rows, exact = data.scenes, True
     elif data.urls or data.images:
-        rows, exact = _list_rows(data.urls or data.images)
+        rows, exact = _list_rows(config)
         rows = min(rows, data.limit) if data.limit else rows
     elif is_pattern(data.shards):
         rows, exact = estimated_samples(data.shards), False
@@ -284,40 +285,28 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _list_rows(where: str) -> tuple[int, bool]:
+def _list_rows(config: Config) -> tuple[int, bool]:
+    """Rows of the list, and whether that is exact: else extrapolated from its first rows."""
+    if config.data.images:
+        return _image_rows(config.data.images), True
+    source = open_list(config, config.data.urls)
+    if source.rows is not None:
+        return source.rows, True
+    seen = len(next(source.parts(_PROBE_ROWS)).table)
+    exact = seen < _PROBE_ROWS
+    return seen if exact else round(seen / max(source.read_frac, 1e-9)), exact
+
+
+def _image_rows(path: str) -> int:
     import fsspec  # here, so that `roclip --help` does not pay for it
+    import pyarrow
+    import pyarrow.parquet as pq
 
     try:
-        fs, path = fsspec.url_to_fs(where)
-        files = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path] if fs.exists(path) else []
-        files = [file for file in map(str, files) if not Path(file).name.startswith((".", "_"))]
-        counts = [_file_rows(fs, file) for file in files]
-    except (OSError, ValueError) as error:
-        raise UrlListError(
-            f"{where}: expected a list that can be read, got {error}. Check path and network."
-        ) from error
-    if not files:
-        raise UrlListError(f"{where}: expected a list of rows (a file, folder or glob), got nothing. Check the path.")
-    return sum(rows for rows, _ in counts), all(exact for _, exact in counts)
-
-
-def _file_rows(fs: Any, path: str) -> tuple[int, bool]:
-    """Rows of one file: from the footer of a parquet, else extrapolated from the first lines."""
-    with fs.open(path, "rb") as raw:
-        if path.endswith(".parquet"):
-            import pyarrow
-            import pyarrow.parquet as pq
-
-            try:
-                return pq.read_metadata(raw).num_rows, True
-            except pyarrow.ArrowInvalid as error:
-                raise UrlListError(f"{path}: expected a parquet file, got {error}. Write it again.") from error
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
-        head = stream.read(_PROBE_BYTES)
-        exact, seen, size = len(head) < _PROBE_BYTES, raw.tell(), fs.size(path)
-    lines = head.count(b"\n") + (exact and not head.endswith(b"\n") and bool(head))
-    header = Path(path.removesuffix(".gz")).suffix in (".csv", ".tsv")
-    return max(0, lines - header if exact else round(lines * size / max(seen, 1))), exact
+        with fsspec.open(path, "rb") as file:
+            return pq.read_metadata(file).num_rows
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UrlListError(f"{path}: expected a parquet of images, got {error}. Check the path.") from error
 
 
 def _transformer(layers: int, width: int, mlp_ratio: float) -> int:

@@ -154,7 +154,7 @@ def test_wrong_command_line_is_one_line_and_2_when_run(
 def test_dry_run_says_what_is_missing_when_the_list_is_not_there_yet(preset: Path):
     answer = roclip("run", "test.yaml", "data.scenes=0", "data.urls=nowhere/*.csv", "--dry-run", cwd=preset.parent)
     assert (answer.code, answer.err) == (0, "")
-    assert "unknown (nowhere/*.csv: expected a list of rows" in " ".join(answer.out.split())
+    assert "unknown (nowhere/*.csv: " in " ".join(answer.out.split())
     assert "train clip and roclip: as many steps as the list gives, on 1 rank" in answer.out
 
 
