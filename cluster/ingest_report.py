@@ -23,6 +23,7 @@ from cluster.ingest_tally import SIZES_PX, USABLE, Tally
 from ingest.reasons import REASONS, is_passing
 from roclip.charts import GRID, STYLE, figure_svg
 from roclip.gallery import Picture, pictures_of, sample_pictures
+from roclip.metrics import read_metrics
 from roclip.readable import duration, percent, size
 from roclip.shards import write_atomic
 
@@ -47,19 +48,22 @@ class IngestPage:
         self._tally = Tally()
         self._log = folder / "progress.jsonl"
         self._written_s = -EVERY_S
+        self._now: IngestProgress | None = None
 
     def show(self, now: IngestProgress) -> None:
-        """Note where the ingest stands; write the page where it is old."""
+        """Note where the ingest stands, and write the page, where the last of them is old."""
+        self._now = now
         if time.monotonic() - self._written_s >= EVERY_S:
-            self._written_s = time.monotonic()
-            with self._log.open("a") as file:
-                file.write(json.dumps({"time_s": round(time.time(), 1), **asdict(now)}) + "\n")
             self.write(running=True)
 
     def write(self, *, running: bool = False) -> Path:
         """Write the page of what is there. Returns its path."""
+        self._written_s = time.monotonic()
+        if self._now is not None:
+            with self._log.open("a") as file:
+                file.write(json.dumps({"time_s": round(time.time(), 1), **asdict(self._now)}) + "\n")
         self._tally.look(self.shards)
-        rows = [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+        rows = read_metrics(self._log)
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters.update(percent=percent, duration=duration, size=size)
         page = environment.from_string(TEMPLATE.read_text()).render(
