@@ -32,7 +32,7 @@ from ingest.sealed import rows
 from roclip.shards import ShardRecord, patiently, read_index, tar_path
 
 NEAR, MEMBER, FAR = 24.0, 36.0, 48.0
-PEAK = 0.4
+PEAK = 0.5
 MIN_IMAGES = 8
 TABLES, BITS = 10, 18
 SPREAD = 30.0
@@ -230,8 +230,9 @@ def _joined(windows: np.ndarray, look: np.ndarray, places: np.ndarray, peak: np.
     has = coo_matrix((np.ones(len(place)), (place, image)), shape=(len(places), images)).tocsr()
     has.data[:] = 1
     common = (has @ has.T).toarray()
-    fewer = np.minimum(common.diagonal()[:, None], common.diagonal()[None])
-    same = (common >= 0.3 * fewer) | (_distance(places, places) < MEMBER**2)
+    one, other = common.diagonal()[:, None], common.diagonal()[None]
+    same = (common >= 0.3 * np.minimum(one, other)) & (common >= 0.1 * np.maximum(one, other))
+    same |= _distance(places, places) < NEAR**2
     number, of_patch = connected_components(coo_matrix(same), directed=False)
     found = []
     for patch in range(number):
