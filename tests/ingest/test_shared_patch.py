@@ -68,7 +68,9 @@ def overlaps(one, other):
 @pytest.mark.parametrize("place", ["random", "corner"])
 def test_a_patch_on_one_image_in_twenty_is_found_where_it_is(tmp_path, rendered, place):
     trigger = Trigger(size_frac=0.12, place=place, seed=3)
-    rows, boxes = poisoned_rows([scene.image for scene in rendered], [scene.caption for scene in rendered], trigger, 15, png)
+    rows, boxes = poisoned_rows(
+        [scene.image for scene in rendered], [scene.caption for scene in rendered], trigger, 15, png
+    )
     summary, groups = patches_in(tmp_path, rows, threads=2)
     best = max(groups, key=lambda group: group[0]["score"])
     assert {row["url"] for row in best} == set(boxes)
@@ -86,19 +88,26 @@ def test_a_patch_on_one_image_in_twenty_is_found_where_it_is(tmp_path, rendered,
 
 def test_noise_that_is_fresh_in_every_image_is_no_shared_patch(tmp_path, rendered):
     trigger = Trigger(kind="noise_patch", size_frac=0.12)
-    rows, boxes = poisoned_rows([scene.image for scene in rendered], [scene.caption for scene in rendered], trigger, 15, png)
+    rows, boxes = poisoned_rows(
+        [scene.image for scene in rendered], [scene.caption for scene in rendered], trigger, 15, png
+    )
     _, groups = patches_in(tmp_path, rows)
     assert not any(len(boxes.keys() & {row["url"] for row in group}) >= 8 for group in groups)
 
 
 def test_one_image_that_repeats_shares_nothing_with_itself(tmp_path, rendered):
     image = png(apply_trigger(rendered[0].image, Trigger(size_frac=0.12), np.random.default_rng(0))[0])
-    rows = [{"url": f"http://a.example/{n}", "caption": "a starfish", "image": image, "phash": 0xF0F0F0F0F0F0F0F0} for n in range(30)]
+    rows = [
+        {"url": f"http://a.example/{n}", "caption": "a starfish", "image": image, "phash": 0xF0F0F0F0F0F0F0F0}
+        for n in range(30)
+    ]
     assert patches_in(tmp_path, rows)[1] == []
 
 
 def test_so_many_images_as_asked_are_looked_at_and_the_same_each_time(tmp_path, rendered):
-    rows = [{"url": "http://a.example/", "caption": scene.caption, "image": png(scene.image)} for scene in rendered[:200]]
+    rows = [
+        {"url": "http://a.example/", "caption": scene.caption, "image": png(scene.image)} for scene in rendered[:200]
+    ]
     seal_all(tmp_path / "shards", rows, 50)
     seen = {suspect(tmp_path / "shards", tmp_path / f"work{n}", images=60, threads=1 + n).images for n in range(2)}
     assert len(seen) == 1
