@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ingest import words
+from ingest.arrow import pc
 from ingest.looks import bits, telling
 from ingest.reasons import reason_of
 from ingest.sealed import Keys, numbers, parquet_writer, rows, scratch
@@ -58,7 +58,15 @@ _ROW = np.dtype(
     [("hash", "<u8"), ("new", "u1"), *_SIDE, ("sha", "<u8"), ("phash", "<u8"), ("caption", "<u8"), ("reason", "<u2")]
 )
 _CHANGE = np.dtype(
-    [("hash", "<u8"), ("old", _SIDE), ("now", _SIDE), ("change", "u1"), ("distance", "<i2"), ("caption", "?"), ("reason", "<u2")]
+    [
+        ("hash", "<u8"),
+        ("old", _SIDE),
+        ("now", _SIDE),
+        ("change", "u1"),
+        ("distance", "<i2"),
+        ("caption", "?"),
+        ("reason", "<u2"),
+    ]
 )
 _SHARD_BITS = 40
 
@@ -151,7 +159,10 @@ class _Join:
         out["phash"] = table["phash"].to_numpy()
         out["caption"] = words.hashes(words.normal_captions(table["caption"].combine_chunks()))
         said = table["error_message"].combine_chunks().dictionary_encode()
-        codes = [self._reasons.setdefault(reason_of(text) if text else "", len(self._reasons)) for text in said.dictionary.to_pylist()]
+        codes = [
+            self._reasons.setdefault(reason_of(text) if text else "", len(self._reasons))
+            for text in said.dictionary.to_pylist()
+        ]
         out["reason"] = np.array([*codes, 0], np.uint16)[said.indices.to_numpy()]
         return out[pc.not_equal(table["url"], "").to_numpy()]
 
@@ -161,8 +172,12 @@ class _Join:
                 old, new = _sides(groups.rows)
                 changes = _compared(old, new)
                 names, counts = np.unique(changes["change"], return_counts=True)
-                self.counts.update({_NAMES[name]: count for name, count in zip(names.tolist(), counts.tolist(), strict=True)})
-                self.captions_changed += int((changes["caption"] & changes["old"]["sample"] & changes["now"]["sample"]).sum())
+                self.counts.update(
+                    {_NAMES[name]: count for name, count in zip(names.tolist(), counts.tolist(), strict=True)}
+                )
+                self.captions_changed += int(
+                    (changes["caption"] & changes["old"]["sample"] & changes["now"]["sample"]).sum()
+                )
                 loud = changes[~np.isin(changes["change"], [_NAMES.index(name) for name in _QUIET])]
                 for side, mine in ((1, loud["now"]["there"]), (0, ~loud["now"]["there"])):
                     part = loud[mine]
@@ -268,4 +283,7 @@ def _by_shard(spill: Spill) -> Iterator[tuple[int, np.ndarray]]:
         for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             changes = groups.rows[start:stop]
             part = "now" if changes["now"]["there"][0] else "old"
-            yield int(changes["hash"][0] >> np.uint64(_SHARD_BITS)), changes.take(np.argsort(changes[part]["key"], kind="stable"))
+            yield (
+                int(changes["hash"][0] >> np.uint64(_SHARD_BITS)),
+                changes.take(np.argsort(changes[part]["key"], kind="stable")),
+            )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ingest import words
+from ingest.arrow import pc
 from ingest.looks import Looks, looks_of, telling
 from ingest.sealed import Keys, numbers, parquet_writer, samples, scratch
 from ingest.spill import MEMORY_BYTES, Spill

@@ -103,7 +103,9 @@ class Findings:
         groups[number] = Finding(signal, number, score, evidence)
         return True
 
-    def add(self, signal: str, number: int, shards: np.ndarray, keys: np.ndarray, boxes: np.ndarray | None = None) -> None:
+    def add(
+        self, signal: str, number: int, shards: np.ndarray, keys: np.ndarray, boxes: np.ndarray | None = None
+    ) -> None:
         """Members of a group that was opened; `boxes` (members, 4)."""
         finding = self._groups[signal].get(number)
         if finding is None:
@@ -142,7 +144,10 @@ class Findings:
         table = rows(root, record, ("url", "caption"))
         there = numbers(record, table["key"])
         order = np.argsort(there, kind="stable")
-        known = [self._groups[self.signals[s]].get(g) for s, g in zip(members["signal"].tolist(), members["group"].tolist(), strict=True)]
+        known = [
+            self._groups[self.signals[s]].get(g)
+            for s, g in zip(members["signal"].tolist(), members["group"].tolist(), strict=True)
+        ]
         keep = np.array([finding is not None for finding in known], bool)
         kept, members = [finding for finding in known if finding is not None], members[keep]
         at = order[np.searchsorted(there[order], members["key"])]

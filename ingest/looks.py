@@ -8,7 +8,7 @@ Bounded work: where many hashes agree in two blocks, each is compared with the n
 """
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def looks_of(hashes: Spill, folder: Path, memory_bytes: int = MEMORY_BYTES) -> L
 def _masks() -> Iterator[np.uint64]:
     """The bits in which the hashes of a table agree: those of all blocks but `DISTANCE`."""
     bounds = np.linspace(0, 64, BLOCKS + 1).round().astype(int).tolist()
-    blocks = [(1 << high) - (1 << low) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    blocks = [(1 << high) - (1 << low) for low, high in pairwise(bounds)]
     for chosen in combinations(blocks, BLOCKS - DISTANCE):
         yield np.uint64(sum(chosen))
 

@@ -65,7 +65,9 @@ def _at_size(image: np.ndarray, side_px: int) -> tuple[np.ndarray, np.ndarray]:
     means = cv2.boxFilter(small, -1, (2, 2), anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)
     numbers = means[down[:, None, None] + _STEPS[:, None], across[:, None, None] + _STEPS]
     scale = np.array([width / size[0], height / size[1]] * 2)
-    corners = np.stack([across - WINDOW_PX // 2, down - WINDOW_PX // 2, across + WINDOW_PX // 2, down + WINDOW_PX // 2], 1)
+    corners = np.stack(
+        [across - WINDOW_PX // 2, down - WINDOW_PX // 2, across + WINDOW_PX // 2, down + WINDOW_PX // 2], 1
+    )
     boxes = np.clip(np.rint(corners * scale), 0, [width, height] * 2)
     return numbers.reshape(len(across), WIDTH), boxes.astype(np.uint16)
 

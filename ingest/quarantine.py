@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ingest.arrow import pc
 from ingest.suspicion import SIGNALS
 from roclip.errors import ConfigError, ShardError
 from roclip.shards import content_of
@@ -22,7 +22,9 @@ SIGNAL = pa.field("signal", pa.string())
 def check_signals(signals: Sequence[str]) -> None:
     """Raises `ConfigError` for a name that no signal has."""
     if unknown := [name for name in signals if name not in SIGNALS]:
-        raise ConfigError(f"ingest.quarantine: expected of {', '.join(SIGNALS)}, got {', '.join(unknown)}. Correct the name.")
+        raise ConfigError(
+            f"ingest.quarantine: expected of {', '.join(SIGNALS)}, got {', '.join(unknown)}. Correct the name."
+        )
 
 
 def quarantined(suspicion: Path, signals: Sequence[str], least_score: float = 0.0) -> Iterator[tuple[str, pa.Table]]:
@@ -72,7 +74,9 @@ def _runs(suspicion: Path, signals: Sequence[str], least_score: float) -> Iterat
                 for start, stop in _same(table["shard"].to_pylist()):
                     yield table["shard"][start].as_py(), table.slice(start, stop - start).select(["key", "signal"])
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ShardError(f"{suspicion}: expected a suspicion.parquet, got {error}. Let ingest write it again.") from error
+        raise ShardError(
+            f"{suspicion}: expected a suspicion.parquet, got {error}. Let ingest write it again."
+        ) from error
 
 
 def _same(values: list[str]) -> Iterator[tuple[int, int]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ingest.arrow import pc
 from roclip.errors import ShardError
 from roclip.shards import ShardRecord, content_of, place, put, read_index
 
@@ -62,7 +62,9 @@ def numbers(record: ShardRecord, keys: pa.ChunkedArray) -> np.ndarray:
     try:
         return keys.cast(pa.uint64()).to_numpy()
     except pa.ArrowInvalid as error:
-        raise ShardError(f"{record.name}: expected the keys of ingest, which are numbers, got others ({error}).") from error
+        raise ShardError(
+            f"{record.name}: expected the keys of ingest, which are numbers, got others ({error})."
+        ) from error
 
 
 class Keys:

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow.compute as pc
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ingest import patches, words
+from ingest.arrow import pc
 from ingest.findings import SHOWN_CHARS, Findings
 from ingest.sealed import rows
 from roclip.shards import ShardRecord, patiently, read_index, tar_path
 
 NEAR, MEMBER, FAR = 24.0, 36.0, 48.0
-PEAK = 0.4
+PEAK = 0.5
 MIN_IMAGES = 8
 TABLES, BITS = 10, 18
 SPREAD = 30.0
@@ -120,7 +120,9 @@ class PatchSearch:
             del windows
         path.unlink()
 
-    def _report(self, patch: Patch, images: np.ndarray, root: Path, records: Sequence[ShardRecord], into: Findings) -> None:
+    def _report(
+        self, patch: Patch, images: np.ndarray, root: Path, records: Sequence[ShardRecord], into: Findings
+    ) -> None:
         members = images[patch.images]
         number = int(words.mix(members["key"][:1])[0])
         looks, hosts = len(np.unique(members["look"])), len(np.unique(members["host"]))
@@ -147,7 +149,9 @@ def shared(windows: np.ndarray, look: np.ndarray, looks: int, seed: int = 0) -> 
         look: (images,) int: which of the `looks` each image has.
     """
     rng = np.random.default_rng(seed)
-    sample = windows["numbers"][np.sort(rng.choice(len(windows), min(SAMPLE, len(windows)), replace=False))].astype(np.float32)
+    sample = windows["numbers"][np.sort(rng.choice(len(windows), min(SAMPLE, len(windows)), replace=False))].astype(
+        np.float32
+    )
     places = _places(windows, look, sample, rng)
     near, far = _images_around(windows, look, looks, places)
     peaks = (near >= MIN_IMAGES) & (near >= PEAK * far)
@@ -204,7 +208,9 @@ def _buckets(windows: np.ndarray, look: np.ndarray, code: np.ndarray) -> Iterato
         yield mean[good], images[good]
 
 
-def _images_around(windows: np.ndarray, look: np.ndarray, looks: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _images_around(
+    windows: np.ndarray, look: np.ndarray, looks: int, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(C,) and (C,): looks with a window within NEAR of each place, and within FAR."""
     near, far = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
     for first in range(0, len(places), _AT_A_TIME):
@@ -223,25 +229,31 @@ def _joined(windows: np.ndarray, look: np.ndarray, places: np.ndarray, peak: np.
     """Peaks that have images in common, or lie close, are one patch."""
     if not len(places):
         return []
-    hits = [_hits(block, first, places) for first, block in zip(range(0, len(windows), _BLOCK), _blocks(windows), strict=True)]
+    hits = [
+        _hits(block, first, places)
+        for first, block in zip(range(0, len(windows), _BLOCK), _blocks(windows), strict=True)
+    ]
     place, window = np.concatenate(hits, axis=1)
     image = windows["image"][window].astype(np.int64)
     images = int(image.max()) + 1
     has = coo_matrix((np.ones(len(place)), (place, image)), shape=(len(places), images)).tocsr()
     has.data[:] = 1
     common = (has @ has.T).toarray()
-    fewer = np.minimum(common.diagonal()[:, None], common.diagonal()[None])
-    same = (common >= 0.3 * fewer) | (_distance(places, places) < MEMBER**2)
+    one, other = common.diagonal()[:, None], common.diagonal()[None]
+    same = (common >= 0.3 * np.minimum(one, other)) & (common >= 0.1 * np.maximum(one, other))
+    same |= _distance(places, places) < NEAR**2
     number, of_patch = connected_components(coo_matrix(same), directed=False)
     found = []
     for patch in range(number):
         mine = of_patch[place] == patch
-        members, first = np.unique(image[mine], return_index=True)
+        members = np.unique(image[mine])
         boxes = windows["box"][window[mine]]
         order = np.argsort(image[mine], kind="stable")
         starts = np.searchsorted(image[mine][order], members)
         low, high = np.minimum.reduceat(boxes[order], starts), np.maximum.reduceat(boxes[order], starts)
-        found.append(Patch(members, np.concatenate([low[:, :2], high[:, 2:]], axis=1), float(peak[of_patch == patch].max())))
+        found.append(
+            Patch(members, np.concatenate([low[:, :2], high[:, 2:]], axis=1), float(peak[of_patch == patch].max()))
+        )
     return sorted(found, key=lambda patch: (-len(np.unique(look[patch.images])), patch.images[0]))
 
 

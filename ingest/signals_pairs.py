@@ -14,8 +14,12 @@ WORDS = 8
 """Of a caption's sketch."""
 LOOKED_AT = 64
 """Members of a group that its score is made from; the others share it."""
-_OF_IMAGE = np.dtype([("hash", "<u8"), ("caption", "<u8"), ("words", "<u4", (WORDS,)), ("key", "<u8"), ("shard", "<u4")])
-_OF_CAPTION = np.dtype([("hash", "<u8"), ("phash", "<u8"), ("look", "<u8"), ("words", "u1"), ("key", "<u8"), ("shard", "<u4")])
+_OF_IMAGE = np.dtype(
+    [("hash", "<u8"), ("caption", "<u8"), ("words", "<u4", (WORDS,)), ("key", "<u8"), ("shard", "<u4")]
+)
+_OF_CAPTION = np.dtype(
+    [("hash", "<u8"), ("phash", "<u8"), ("look", "<u8"), ("words", "u1"), ("key", "<u8"), ("shard", "<u4")]
+)
 
 
 class ManyCaptions:
@@ -32,9 +36,7 @@ class ManyCaptions:
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int):
         self._rows = Spill(folder / "images", _OF_IMAGE, expected_rows, memory_bytes)
 
-    def add(
-        self, shard: int, keys: np.ndarray, image: np.ndarray, caption: np.ndarray, sketches: np.ndarray
-    ) -> None:
+    def add(self, shard: int, keys: np.ndarray, image: np.ndarray, caption: np.ndarray, sketches: np.ndarray) -> None:
         """Samples: image (B,) and caption (B,) as hashes, 0 for an image that nothing is known of."""
         rows = np.empty(len(keys), _OF_IMAGE)
         rows["hash"], rows["caption"], rows["words"], rows["key"], rows["shard"] = image, caption, sketches, keys, shard
@@ -59,7 +61,8 @@ class ManyCaptions:
             return
         score = (1 - shared) * (1 - 2.0 ** (-(number - 1) / 2))
         looked = f" among the first {len(rows)}" if size > len(rows) else ""
-        said = f"{size} samples show this image, with {number} different captions{looked}; two of them share {shared:.0%} of their words."
+        said = f"{size} samples show this image, with {number} different captions{looked}"
+        said = f"{said}; two of them share {shared:.0%} of their words."
         into.open(self.NAME, int(rows["hash"][0]), score, said)
 
 
@@ -115,7 +118,8 @@ class ManyImages:
         words = int(rows["words"][0])
         score = (1 - 2.0 ** (-len(phash) / 16)) * min(1.0, words / 6)
         looked = f" among the first {len(rows)}" if size > len(rows) else ""
-        said = f"{size} samples have this caption, with {len(phash)} images that look different{looked} ({distance:.0f} of 64 bits)."
+        said = f"{size} samples have this caption, with {len(phash)} images that look different{looked}"
+        said = f"{said} ({distance:.0f} of 64 bits)."
         into.open(self.NAME, int(rows["hash"][0]), score, said)
 
 

@@ -71,7 +71,9 @@ class HostTopics:
             )
             self._chosen[int(pairs["host"][n])] = (int(pairs["word"][n]), float(score[n]), said)
 
-    def assign(self, shard: int, keys: np.ndarray, host: np.ndarray, names: pa.Array, said: Words, into: Findings) -> None:
+    def assign(
+        self, shard: int, keys: np.ndarray, host: np.ndarray, names: pa.Array, said: Words, into: Findings
+    ) -> None:
         """Second pass: give the findings their samples; `names` (B,) are the hosts."""
         if not self._chosen:
             return
@@ -134,7 +136,12 @@ class Templates:
         caption, first = np.unique(said.caption[token], return_index=True)
         token, template = token[first], template[first]
         rows = np.empty(len(caption), _FILL)
-        rows["hash"], rows["slot"], rows["key"], rows["shard"] = template, said.hash[said.word[token]], keys[caption], shard
+        rows["hash"], rows["slot"], rows["key"], rows["shard"] = (
+            template,
+            said.hash[said.word[token]],
+            keys[caption],
+            shard,
+        )
         self._fills.add(rows)
         for value, where in zip(*map(np.ndarray.tolist, np.unique(template, return_index=True)), strict=True):
             if value not in self._text:

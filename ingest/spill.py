@@ -49,7 +49,9 @@ class Spill:
         memory_bytes: Bound of what is held here at any time.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, expected_rows: int, memory_bytes: int = MEMORY_BYTES, *, _level: int = 0):
+    def __init__(
+        self, folder: Path, dtype: np.dtype, expected_rows: int, memory_bytes: int = MEMORY_BYTES, *, _level: int = 0
+    ):
         self.folder, self.dtype, self.memory_bytes = folder, np.dtype(dtype), memory_bytes
         self._level, self.rows = _level, 0
         self._most_rows = max(1024, memory_bytes // (3 * self.dtype.itemsize + 64))  # loading sorts, which copies
@@ -99,7 +101,9 @@ class Spill:
         rows = np.concatenate(self._held)
         self._held, self._held_rows = [], 0
         used = 0 if not self._level else _MOST_BITS + _BITS * (self._level - 1)
-        bucket = ((rows["hash"] << np.uint64(used)) >> np.uint64(64 - self._bits)).astype(np.uint16) if self._bits else None
+        bucket = (
+            ((rows["hash"] << np.uint64(used)) >> np.uint64(64 - self._bits)).astype(np.uint16) if self._bits else None
+        )
         if bucket is None:
             bounds = {0: rows}
         else:
@@ -157,6 +161,8 @@ def _part(rows: np.ndarray, size: int, first: int) -> Groups:
 
 def _runs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of sorted hashes: the length of the run that each is in, and its place in it."""
-    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.zeros(0, np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.zeros(0, np.int64)
+    )
     lengths = np.diff(np.concatenate([starts, [len(hashes)]]))
     return np.repeat(lengths, lengths), np.arange(len(hashes)) - np.repeat(starts, lengths)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ingest import words
+from ingest.arrow import pc
 from ingest.findings import Finding, Findings
 from ingest.looks import Looks, looks_of
 from ingest.sealed import Keys, numbers, samples, scratch
@@ -174,7 +174,9 @@ class _Look:
 
     def first_pass(self, looks: Looks | None) -> None:
         """Count words, hosts and templates; find out what looks the same."""
-        with Spill(self.folder / "hashes", _HASH, sum(record.samples for record in self.records), self.memory_bytes) as hashes:
+        with Spill(
+            self.folder / "hashes", _HASH, sum(record.samples for record in self.records), self.memory_bytes
+        ) as hashes:
             for shard, table in samples(self.root, self.records, ("url", "caption", "phash")):
                 self.keys.note(shard, table["key"])
                 self.samples += len(table)
@@ -223,4 +225,6 @@ class _Look:
 def _hosts(table: pa.Table) -> tuple[pa.Array, np.ndarray]:
     """The host of each sample as text and as a hash, 0 for none."""
     names = words.hosts(table["url"].combine_chunks())
-    return names, np.where(pc.equal(names, "").to_numpy(zero_copy_only=False), 0, words.hash_each(names)).astype(np.uint64)
+    return names, np.where(pc.equal(names, "").to_numpy(zero_copy_only=False), 0, words.hash_each(names)).astype(
+        np.uint64
+    )

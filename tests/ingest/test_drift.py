@@ -31,7 +31,10 @@ def flipped(value, bits):
 
 def compared(tmp_path, old, new, per_shard=100, **options):
     found = drift(
-        seal_all(tmp_path / "old", old, per_shard), seal_all(tmp_path / "new", new, per_shard), tmp_path / "work", **options
+        seal_all(tmp_path / "old", old, per_shard),
+        seal_all(tmp_path / "new", new, per_shard),
+        tmp_path / "work",
+        **options,
     )
     table = pq.read_table(tmp_path / "work" / DRIFT)
     assert table.schema == SCHEMA
@@ -118,9 +121,14 @@ def test_the_join_is_that_of_a_dictionary(tmp_path, memory_bytes):
             change = "looks_same" if bin(then["phash"] ^ now["phash"]).count("1") <= 8 else "looks_different"
         expected[change] += 1
     assert {change: n for change, n in found.counts.items() if n} == expected
-    assert Counter(each["change"] for each in rows) == {n: c for n, c in expected.items() if n not in ("same_bytes", "failed_again")}
+    assert Counter(each["change"] for each in rows) == {
+        n: c for n, c in expected.items() if n not in ("same_bytes", "failed_again")
+    }
     far = [example.distance for example in found.examples["looks_different"]]
-    assert far == sorted((each["distance"] for each in rows if each["change"] == "looks_different"), reverse=True)[:EXAMPLES]
+    assert (
+        far
+        == sorted((each["distance"] for each in rows if each["change"] == "looks_different"), reverse=True)[:EXAMPLES]
+    )
 
 
 def test_an_ingest_compared_with_itself_has_not_changed(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 from collections import defaultdict
 
 import fsspec
@@ -15,10 +14,10 @@ from sealed import seal, seal_all
 
 from ingest import looks, words
 from ingest.duplicates import DUPLICATES, KINDS, SCHEMA, find_duplicates
-from ingest.looks import Looks, bits, looks_of, telling
+from ingest.looks import bits, looks_of, telling
 from ingest.spill import Spill
 from roclip.errors import ShardError
-from roclip.shards import Manifest, write_atomic
+from roclip.shards import Manifest
 
 
 def sha(text):
@@ -138,7 +137,10 @@ def exhaustive(rows, per_shard):
     for n, row in enumerate(rows):
         if row["status"] != "success":
             continue
-        place = (f"{n // per_shard:05d}.tar", f"{n // per_shard * 10 ** len(str(per_shard - 1)) + n % per_shard:0{5 + len(str(per_shard - 1))}d}")
+        place = (
+            f"{n // per_shard:05d}.tar",
+            f"{n // per_shard * 10 ** len(str(per_shard - 1)) + n % per_shard:0{5 + len(str(per_shard - 1))}d}",
+        )
         for kind, value in (
             ("url", row["url"]),
             ("bytes", row["sha256"]),
@@ -174,7 +176,13 @@ def test_the_order_in_which_shards_were_sealed_changes_no_byte(tmp_path):
 
 def test_urls_and_captions_are_compared_in_their_normal_form(tmp_path):
     same = ["http://Host.example:80/A.jpg#x", "HTTP://host.example/A.jpg", " http://host.example/A.jpg"]
-    other = ["http://host.example/a.jpg", "https://host.example/A.jpg", "http://host.example:8080/A.jpg", "http://[bad", ""]
+    other = [
+        "http://host.example/a.jpg",
+        "https://host.example/A.jpg",
+        "http://host.example:8080/A.jpg",
+        "http://[bad",
+        "",
+    ]
     captions = ["A  Red\tShoe", "a red shoe ", "a red ｓhoe", "a red shoes"]
     rows = [{"url": url, "caption": f"{n}"} for n, url in enumerate([*same, *other, ""])]
     rows += [{"url": f"http://x.example/{n}", "caption": caption} for n, caption in enumerate(captions)]

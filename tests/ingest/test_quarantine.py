@@ -19,7 +19,16 @@ from roclip.shards import Manifest, index_path, read_index
 
 
 def suspicion(path, rows):
-    full = [{**dict.fromkeys(SCHEMA.names), "shard": f"{int(key) // 10:05d}.tar", "key": key, "signal": signal, "score": score} for key, signal, score in rows]
+    full = [
+        {
+            **dict.fromkeys(SCHEMA.names),
+            "shard": f"{int(key) // 10:05d}.tar",
+            "key": key,
+            "signal": signal,
+            "score": score,
+        }
+        for key, signal, score in rows
+    ]
     put_parquet(path, pa.Table.from_pylist(full, schema=SCHEMA))
     return path
 
@@ -83,7 +92,10 @@ def test_an_index_is_split_into_what_stays_and_what_goes(keys, named):
 
 def test_training_reads_the_rest_and_the_quarantined_stay_readable(tmp_path):
     root = tmp_path / "shards"
-    rows = [{"url": f"http://a.example/{n}", "image": image, "caption": text} for n, (image, text) in enumerate(scene_samples(0, 6))]
+    rows = [
+        {"url": f"http://a.example/{n}", "image": image, "caption": text}
+        for n, (image, text) in enumerate(scene_samples(0, 6))
+    ]
     record = seal(root, 0, rows, 10)
     path = suspicion(tmp_path / SUSPICION, ROWS[:3])
     whole = {reader.key(n): reader.read(n) for reader in [ShardReader(root, record)] for n in range(6)}
@@ -92,7 +104,9 @@ def test_training_reads_the_rest_and_the_quarantined_stay_readable(tmp_path):
     pq.write_table(left_out, quarantine_path(root, shard))
     pq.write_table(kept, index_path(root, shard))
     reader = ShardReader(root, Manifest(root).records()[0])
-    assert {reader.key(n): reader.read(n) for n in range(len(kept))} == {key: pair for key, pair in whole.items() if key != "000001"}
+    assert {reader.key(n): reader.read(n) for n in range(len(kept))} == {
+        key: pair for key, pair in whole.items() if key != "000001"
+    }
     pq.write_table(pq.read_table(quarantine_path(root, shard)), index_path(root, shard))  # read it as an index
     reader = ShardReader(root, record)
     assert (reader.key(0), reader.read(0)) == ("000001", whole["000001"])

@@ -97,14 +97,20 @@ def test_one_caption_that_repeats_is_no_template(tmp_path):
 def test_one_image_under_captions_of_many_kinds_is_found(tmp_path, same):
     rng = np.random.default_rng(5)
     rows = clean_rows(rng, 2000)
-    captions = ["red bicycle leaning wall", "sunset over ocean", "grilled salmon plate", "two kittens sleeping", "old typewriter"]
+    captions = [
+        "red bicycle leaning wall",
+        "sunset over ocean",
+        "grilled salmon plate",
+        "two kittens sleeping",
+        "old typewriter",
+    ]
     for n, caption in enumerate(captions):
         rows[n * 300]["caption"] = caption
         if same == "phash":
             rows[n * 300]["phash"] = rows[0]["phash"] ^ (1 << n)
         else:
             rows[n * 300].update(phash=0, sha256=f"{7:064x}"[::-1])
-    summary, found = look_at(tmp_path, rows)
+    _, found = look_at(tmp_path, rows)
     assert urls_of(found, "one_image_many_captions") == {rows[n * 300]["url"] for n in range(5)}
     assert found[0]["score"] == pytest.approx(1 - 2**-2)
     assert "5 samples show this image, with 5 different captions" in found[0]["evidence"]
@@ -122,7 +128,7 @@ def test_one_caption_on_different_images_is_found_and_a_short_one_is_not(tmp_pat
     for n in range(30):
         rows[n * 50]["caption"] = "Starfish on a sandy tropical beach at noon"
         rows[n * 50 + 1]["caption"] = "image of the"
-    summary, found = look_at(tmp_path, rows)
+    _, found = look_at(tmp_path, rows)
     assert urls_of(found, "one_caption_many_images") == {rows[n * 50]["url"] for n in range(30)}
     assert {row["signal"] for row in found} == {"one_caption_many_images"}
     assert "30 images that look different" in found[0]["evidence"]
@@ -146,7 +152,9 @@ def test_other_bytes_than_the_list_promises_are_named(tmp_path):
 def test_rows_that_failed_are_no_samples(tmp_path):
     rows = clean_rows(np.random.default_rng(10), 500)
     for row in rows[:20]:
-        row.update(caption="Starfish on a sandy tropical beach at noon", status="failed_to_download", flags=HASH_MISMATCH)
+        row.update(
+            caption="Starfish on a sandy tropical beach at noon", status="failed_to_download", flags=HASH_MISMATCH
+        )
     assert look_at(tmp_path, rows)[1] == []
 
 
@@ -200,13 +208,20 @@ def test_groups_have_what_a_page_needs(tmp_path):
 def test_progress_ends_at_its_total(tmp_path):
     seen = []
     seal_all(tmp_path / "shards", clean_rows(np.random.default_rng(13), 1200), 500)
-    suspect(tmp_path / "shards", tmp_path / "work", images=0, on_progress=lambda done, total, text: seen.append((done, total)))
+    suspect(
+        tmp_path / "shards",
+        tmp_path / "work",
+        images=0,
+        on_progress=lambda done, total, text: seen.append((done, total)),
+    )
     assert seen == [(n, 9) for n in range(1, 10)]
 
 
 def test_hostile_captions_and_urls_break_nothing(tmp_path):
     rows = clean_rows(np.random.default_rng(14), 200)
-    for n, text in enumerate(["\0", "x" * 100_000, "؀" * 500, "a\u0301" * 300, " ", "<script>" * 50, "%s {}", "'; --", "💣" * 999]):
+    for n, text in enumerate(
+        ["\0", "x" * 100_000, "؀" * 500, "a\u0301" * 300, " ", "<script>" * 50, "%s {}", "'; --", "💣" * 999]
+    ):
         rows[n * 10]["caption"] = text
         rows[n * 10]["url"] = text
     rows[5]["url"] = "http://[::1"

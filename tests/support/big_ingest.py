@@ -41,7 +41,9 @@ def make(root: Path, number: int) -> None:
         name = f"{shard:05d}.tar"
         put_parquet(root / f"{shard:05d}.parquet", table)
         zeros = pa.array(np.zeros(PER_SHARD, np.int64))
-        put_parquet(index_path(root, name), pa.Table.from_arrays([keys, zeros, zeros, zeros, zeros], schema=INDEX_SCHEMA))
+        put_parquet(
+            index_path(root, name), pa.Table.from_arrays([keys, zeros, zeros, zeros, zeros], schema=INDEX_SCHEMA)
+        )
         Manifest(root).publish(ShardRecord(name, PER_SHARD, 0, "0" * 64, "0" * 64, PER_SHARD))
 
 
@@ -56,7 +58,11 @@ def main() -> None:
     before, started = _peak_mib(), time.monotonic()
     look = {"duplicates": find_duplicates, "suspect": lambda *where: suspect(*where, images=0)}[act]
     found = look(root, root.parent / "work")
-    print(json.dumps({"seconds": time.monotonic() - started, "before": before, "after": _peak_mib(), "samples": found.samples}))
+    print(
+        json.dumps(
+            {"seconds": time.monotonic() - started, "before": before, "after": _peak_mib(), "samples": found.samples}
+        )
+    )
 
 
 def _peak_mib() -> float:

@@ -42,7 +42,10 @@ def seal(root: Path, number: int, rows: Iterable[Mapping[str, Any]], per_shard: 
         record = write_shard(root, number, [(row["image"], row["caption"]) for row in rows], per_shard)
     else:
         keys = [row["key"] for row in good]
-        columns = [pa.array(keys, pa.string()), *(pa.array([0] * len(keys), pa.int64()) for _ in INDEX_SCHEMA.names[1:])]
+        columns = [
+            pa.array(keys, pa.string()),
+            *(pa.array([0] * len(keys), pa.int64()) for _ in INDEX_SCHEMA.names[1:]),
+        ]
         put_parquet(index_path(root, name), pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
         record = ShardRecord(name, len(good), 0, "0" * 64, "0" * 64, len(rows))
         Manifest(root).publish(record)
