@@ -75,7 +75,8 @@ def find_duplicates(
 ) -> Duplicates:
     """Find the duplicates among the sealed shards of `root` and write `duplicates.parquet` into the folder `work`.
 
-    Both may be on a store. `records` are the shards to look at, by name; without, all that are published. Raises `ShardError` for a shard that cannot be read.
+    Both may be on a store. `records` are the shards to look at, by name; without, all that are published. Raises `ShardError`
+    for a shard that cannot be read.
     """
     manifest, work = Manifest(root), place(work)
     records = manifest.records() if records is None else records
