@@ -11,7 +11,6 @@ drip and 1 % of 256 MiB. A dripping answer ends by itself after 60 s; without th
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -19,17 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from bench import measure
 
 HOME = Path(__file__).parents[2]
 sys.path.insert(0, str(HOME / "tests" / "support"))
-from web import Web  # noqa: E402
+from web import FAULTS, HOSTS, PHOTOS, Web, url_list  # noqa: E402
 
-PHOTOS = HOME.parent / "shared" / "data" / "clothing-masks" / "masks.parquet"
-HOSTS, PROCESSES, THREADS, PER_SHARD = 200, 2, 32, 1000
-FAULTS = {"dead_host": 0.05, "drip": 0.02, "huge": 0.01}
+PROCESSES, THREADS, PER_SHARD = 2, 32, 1000
 PRESET = """
 name: bench
 data: {{urls: {urls}, max_bad_frac: 1.0}}
@@ -44,16 +39,6 @@ ingest:
   policy: {{allow_networks: [127.0.0.0/8], contact: bench@localhost, deadline_s: 10}}
 cluster: {{cpus_per_ingest_task: 0.5}}
 """
-
-
-def url_list(path: Path, web: Web, number: int, faults: dict[str, float]) -> Path:
-    """A parquet of `url` and `caption`; where which fault stands is drawn with a fixed seed."""
-    draw = random.Random(0)
-    kinds, weights = ["ok", *faults], [1 - sum(faults.values()), *faults.values()]
-    behaviours = draw.choices(kinds, weights, k=number)
-    urls = [web.url(row, behaviour) for row, behaviour in enumerate(behaviours)]
-    pq.write_table(pa.table({"url": urls, "caption": [f"photo number {row}" for row in range(number)]}), path)
-    return path
 
 
 def ours(urls: Path, folder: Path, number: int) -> float:

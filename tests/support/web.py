@@ -12,17 +12,24 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+from kit import SHARED_DATA
 
 DRIP_EVERY_S, DRIP_S = 0.5, 60.0
 """A dripping answer ends by itself after `DRIP_S`, so that a client without a deadline ends too."""
 HUGE_BYTES = 256 * 2**20
+HOSTS = 200
+FAULTS = {"dead_host": 0.05, "drip": 0.02, "huge": 0.01}
+"""What the benches put into their lists, as shares of the URLs."""
+PHOTOS = SHARED_DATA / "clothing-masks" / "masks.parquet"
 _ROBOTS = b"User-agent: *\nDisallow: /closed/\n"
 _ERRORS = {
     "missing": "404 Not Found",
@@ -55,6 +62,16 @@ class Web:
         if behaviour == "dead_host":
             return f"http://{address(2, number % self.dead_hosts)}:{self.port}/ok/{number}.jpg"
         return f"http://{address(1, number % self.hosts)}:{self.port}/{behaviour}/{number}.jpg"
+
+
+def url_list(path: Path, web: Web, number: int, faults: dict[str, float]) -> Path:
+    """A parquet of `url` and `caption`; where which fault stands is drawn with a fixed seed."""
+    draw = random.Random(0)
+    kinds, weights = ["ok", *faults], [1 - sum(faults.values()), *faults.values()]
+    behaviours = draw.choices(kinds, weights, k=number)
+    urls = [web.url(row, behaviour) for row, behaviour in enumerate(behaviours)]
+    pq.write_table(pa.table({"url": urls, "caption": [f"photo number {row}" for row in range(number)]}), path)
+    return path
 
 
 def address(net: int, number: int) -> str:
