@@ -99,7 +99,8 @@ def desks_needed() -> int:
 def host_desks(policy: FetchPolicy, name: str, number: int = 1) -> Iterator[tuple[str, ...]]:
     """Open the desks of an ingest beside this driver, and close them in the end. Yields their names, for `DeskHosts`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    limits = Limits(policy.host_connections, policy.host_requests_per_s, MAX_HOSTS_AT_DESK // number)
+    most_hosts = MAX_HOSTS_AT_DESK // number
+    limits = Limits(policy.host_connections, policy.host_requests_per_s, most_hosts, policy.rates)
     unique = uuid.uuid4().hex[:8]
     names = tuple(f"roclip-hosts:{name}:{unique}:{desk}" for desk in range(number))
     actor: Any = ray.remote(HostDesk)

@@ -36,6 +36,16 @@ class Limits:
     connections: int
     requests_per_s: float
     max_hosts: int = MAX_HOSTS
+    rates: tuple[tuple[str, float], ...] = ()
+    """(domain, requests a second) of those that take more, with what is below them; the first that fits counts."""
+
+    def of(self, host: str) -> tuple[int, float]:
+        """Connections and seconds between two turns of a host: where a rate is given, as many more connections."""
+        name = host.partition(":")[0]
+        for domain, rate in self.rates:
+            if name == domain or name.endswith(f".{domain}"):
+                return max(1, round(self.connections * rate / self.requests_per_s)), 1 / rate
+        return self.connections, 1 / self.requests_per_s
 
 
 class Decision(NamedTuple):
@@ -58,6 +68,8 @@ class _Turn(NamedTuple):
 
 @dataclass(slots=True)
 class _Host:
+    connections: int
+    least_gap_s: float
     gap_s: float
     """Between two turns, as the site's answers have it."""
     crawl_delay_s: float = 0.0
@@ -83,7 +95,6 @@ class HostTable:
 
     def __init__(self, limits: Limits):
         self.limits = limits
-        self._gap_s = 1 / limits.requests_per_s
         self._in_use: dict[str, _Host] = {}
         self._calm: OrderedDict[str, _Host] = OrderedDict()
         self._troubled: OrderedDict[str, _Host] = OrderedDict()
@@ -152,8 +163,8 @@ class HostTable:
         """When the next one to ask would get its turn; it waits behind those who wait."""
         ahead = len(state.waiting)
         by_rate_s = max(now_s, state.next_s) + ahead * self._gap(state)
-        must_end = len(state.taken) + ahead + 1 - self.limits.connections
-        by_connections_s = now_s + max(must_end, 0) * state.usual_s / self.limits.connections
+        must_end = len(state.taken) + ahead + 1 - state.connections
+        by_connections_s = now_s + max(must_end, 0) * state.usual_s / state.connections
         return max(by_rate_s, by_connections_s)
 
     def _grant(self, state: _Host, now_s: float) -> list[Decision]:
@@ -161,7 +172,7 @@ class HostTable:
         if now_s < state.down_until_s:
             return self._refuse(state, "host_down")
         decided = []
-        connections = 1 if state.failures >= FAILURES else self.limits.connections
+        connections = 1 if state.failures >= FAILURES else state.connections
         while state.waiting and len(state.taken) < connections:
             ticket = next(iter(state.waiting))
             wait = state.waiting.pop(ticket)
@@ -196,16 +207,19 @@ class HostTable:
             return
         state.failures, state.rest_s, state.down_until_s = 0, FIRST_REST_S, -math.inf  # whatever it said, it is there
         if outcome == "ok":
-            state.gap_s = max(state.gap_s / 2, self._gap_s)
+            state.gap_s = max(state.gap_s / 2, state.least_gap_s)
             return
         if is_news:
             state.judged_s = now_s
-            state.gap_s = max(min(max(2 * state.gap_s, FIRST_PAUSE_S), LONGEST_PAUSE_S), self._gap_s)
+            state.gap_s = max(min(max(2 * state.gap_s, FIRST_PAUSE_S), LONGEST_PAUSE_S), state.least_gap_s)
         pause_s = min(retry_after_s, LONGEST_PAUSE_S) if retry_after_s > 0 else state.gap_s
         state.next_s = max(state.next_s, now_s + pause_s)
 
     def _recall(self, host: str) -> _Host:
-        state = self._calm.pop(host, None) or self._troubled.pop(host, None) or _Host(self._gap_s)
+        state = self._calm.pop(host, None) or self._troubled.pop(host, None)
+        if state is None:
+            connections, gap_s = self.limits.of(host)
+            state = _Host(connections, gap_s, gap_s)
         self._in_use[host] = state
         return state
 
@@ -214,7 +228,7 @@ class HostTable:
         if state.taken or state.waiting:
             return
         del self._in_use[host]
-        troubled = state.failures or self._gap(state) > self._gap_s
+        troubled = state.failures or self._gap(state) > state.least_gap_s
         (self._troubled if troubled else self._calm)[host] = state
         if len(self._calm) + len(self._troubled) > self.limits.max_hosts:
             (self._calm or self._troubled).popitem(last=False)

@@ -65,7 +65,7 @@ class Hosts:
     """Turns at hosts by `policy.host_connections` and `policy.host_requests_per_s`."""
 
     def __init__(self, policy: FetchPolicy):
-        self._table = HostTable(Limits(policy.host_connections, policy.host_requests_per_s))
+        self._table = HostTable(Limits(policy.host_connections, policy.host_requests_per_s, rates=policy.rates))
         self._lock = threading.Lock()
         self._tickets = itertools.count()
         self._waiters: dict[int, Waiter] = {}

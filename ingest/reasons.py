@@ -53,7 +53,11 @@ REASONS: dict[str, Reason] = {
         Reason("unreachable", "no way to that network", passing=True),
         Reason("tls_error", "the certificate or the handshake is not good"),
         Reason("bad_response", "the answer is not HTTP, or its head is too large"),
-        Reason("host_busy", "the host's turn did not come within the deadline", passing=True),
+        Reason(
+            "host_busy",
+            "the host's turn did not come within the deadline; ingest.policy.host_rates raises a domain's limit",
+            passing=True,
+        ),
         Reason("host_down", "the host has failed several times and is left alone for a while", passing=True),
         Reason("too_large", "more bytes than the policy allows", refused=True),
         Reason("truncated_image", "fewer bytes than the server promised", passing=True, bad=True),

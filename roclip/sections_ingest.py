@@ -39,6 +39,8 @@ class FetchPolicy:
     """Requests to one host at the same time, over the whole cluster."""
     host_requests_per_s: float = 10.0
     """Requests to one host a second, over the whole cluster."""
+    host_rates: tuple[str, ...] = ()
+    """Domains that take more, such as `cdn.example.com=500`: requests a second, and as many more at the same time."""
     nameservers: tuple[str, ...] = ()
     """DNS servers to ask, as `address` or `address:port`, instead of the system's resolver."""
     dns_lookups: int = 64
@@ -49,6 +51,10 @@ class FetchPolicy:
     def __post_init__(self) -> None:
         keys = ("deadline_s", "max_bytes", "max_header_bytes", "max_pixels", "host_connections", "host_requests_per_s")
         positive(self, "ingest.policy", *keys, "dns_lookups")
+        for entry in self.host_rates:
+            _, _, rate = entry.rpartition("=")
+            if not rate.replace(".", "", 1).isdigit() or float(rate) <= 0 or not entry.rpartition("=")[0]:
+                raise ConfigError(f"ingest.policy.host_rates: expected domain=requests a second, got {entry!r}.")
         for network in self.allow_networks:
             try:
                 ipaddress.ip_network(network)
@@ -56,6 +62,11 @@ class FetchPolicy:
                 raise ConfigError(
                     f"ingest.policy.allow_networks: expected networks such as 127.0.0.0/8, got {network!r} ({error})."
                 ) from error
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """`host_rates` as (domain, requests a second)."""
+        return tuple((entry.rpartition("=")[0].lower(), float(entry.rpartition("=")[2])) for entry in self.host_rates)
 
 
 @dataclass(frozen=True)

@@ -265,3 +265,14 @@ def test_memory_is_bounded_and_hosts_in_use_or_in_trouble_stay():
     assert world.ask("kept.example") in world.held
     assert world.ask("kept.example") not in world.held
     world.end(kept)
+
+
+def test_domain_with_a_rate_of_its_own_gets_it_with_all_below_it():
+    world = World(connections=2, requests_per_s=4.0, rates=(("cdn.example", 40.0),))
+    for host in ("img.cdn.example:8080", "cdn.example", "notcdn.example"):
+        for _ in range(50):
+            world.ask(host)
+    at_once = {host: len(starts) for host, starts in world.starts.items()}
+    assert at_once == {"img.cdn.example:8080": 20, "cdn.example": 20, "notcdn.example": 2}
+    gaps = [later - earlier for earlier, later in itertools.pairwise(world.starts["cdn.example"])]
+    assert gaps == pytest.approx([1 / 40] * 19)

@@ -9,6 +9,7 @@ import pytest
 from roclip.config import (
     Config,
     DataConfig,
+    FetchPolicy,
     dump_config,
     load_config,
     model_file,
@@ -168,3 +169,16 @@ def test_model_file_is_beside_the_preset_when_there_is_one(preset: Path):
 def test_nothing_after_the_equals_sign_is_the_empty_text(tmp_path):
     (tmp_path / "preset.yaml").write_text("data: {urls: list.csv, shards: shards}")
     assert load_config(tmp_path / "preset.yaml", ["data.urls="]).data.urls == ""
+
+
+@pytest.mark.parametrize("entry", ["cdn.example", "cdn.example=fast", "cdn.example=0", "=5"])
+def test_rate_of_a_domain_must_be_a_number(entry):
+    with pytest.raises(ConfigError, match=r"ingest\.policy\.host_rates: expected domain=requests a second"):
+        FetchPolicy(host_rates=(entry,))
+
+
+def test_rates_of_domains_are_read():
+    assert FetchPolicy(host_rates=("CDN.example=500", "b.example=0.5")).rates == (
+        ("cdn.example", 500.0),
+        ("b.example", 0.5),
+    )
