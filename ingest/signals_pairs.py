@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ingest.findings import Findings
-from ingest.looks import bits, telling
+from ingest.looks import DISTANCE, bits, telling
 from ingest.spill import Groups, Spill
 from ingest.words import mix
 
@@ -15,7 +15,14 @@ WORDS = 8
 LOOKED_AT = 64
 """Members of a group that its score is made from; the others share it."""
 _OF_IMAGE = np.dtype(
-    [("hash", "<u8"), ("caption", "<u8"), ("words", "<u4", (WORDS,)), ("key", "<u8"), ("shard", "<u4")]
+    [
+        ("hash", "<u8"),
+        ("phash", "<u8"),
+        ("caption", "<u8"),
+        ("words", "<u4", (WORDS,)),
+        ("key", "<u8"),
+        ("shard", "<u4"),
+    ]
 )
 _OF_CAPTION = np.dtype(
     [("hash", "<u8"), ("phash", "<u8"), ("look", "<u8"), ("words", "u1"), ("key", "<u8"), ("shard", "<u4")]
@@ -26,7 +33,8 @@ class ManyCaptions:
     """`one_image_many_captions`: images that are the same (bytes, or look) under captions that share no content words.
 
     With m different captions and J the mean share of content words that two of them have in common (Jaccard):
-    score = (1 - J) (1 - 2^(-(m - 1) / 2)), where m >= MIN_CAPTIONS and J <= MAX_SHARED.
+    score = (1 - J) (1 - 2^(-(m - 1) / 2)), where m >= MIN_CAPTIONS and J <= MAX_SHARED. Of a look, only the images within
+    DISTANCE bits of its middle one are taken: chains of catalogue photos are long.
     """
 
     NAME = "one_image_many_captions"
@@ -36,22 +44,34 @@ class ManyCaptions:
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int):
         self._rows = Spill(folder / "images", _OF_IMAGE, expected_rows, memory_bytes)
 
-    def add(self, shard: int, keys: np.ndarray, image: np.ndarray, caption: np.ndarray, sketches: np.ndarray) -> None:
+    def add(
+        self,
+        shard: int,
+        keys: np.ndarray,
+        image: np.ndarray,
+        phash: np.ndarray,
+        caption: np.ndarray,
+        sketches: np.ndarray,
+    ) -> None:
         """Samples: image (B,) and caption (B,) as hashes, 0 for an image that nothing is known of."""
         rows = np.empty(len(keys), _OF_IMAGE)
-        rows["hash"], rows["caption"], rows["words"], rows["key"], rows["shard"] = image, caption, sketches, keys, shard
+        rows["hash"], rows["phash"], rows["caption"], rows["words"] = image, phash, caption, sketches
+        rows["key"], rows["shard"] = keys, shard
         self._rows.add(rows[image != 0])
 
     def finish(self, into: Findings) -> None:
         """Judge each image."""
+        middle = np.uint64(0)
         with self._rows as spill:
             for groups in spill.groups(self.MIN_CAPTIONS):
                 for start, rows in _runs(groups):
                     if groups.rank[start] == 0:
-                        self._judge(rows[:LOOKED_AT], int(groups.size[start]), into)
+                        middle = _middle(rows["phash"][:LOOKED_AT])
+                        self._judge(_near(rows[:LOOKED_AT], middle), into)
+                    rows = _near(rows, middle)
                     into.add(self.NAME, int(rows["hash"][0]), rows["shard"], rows["key"])
 
-    def _judge(self, rows: np.ndarray, size: int, into: Findings) -> None:
+    def _judge(self, rows: np.ndarray, into: Findings) -> None:
         _, first = np.unique(rows["caption"], return_index=True)
         number = len(first)
         if number < self.MIN_CAPTIONS:
@@ -60,8 +80,7 @@ class ManyCaptions:
         if shared > self.MAX_SHARED:
             return
         score = (1 - shared) * (1 - 2.0 ** (-(number - 1) / 2))
-        looked = f" among the first {len(rows)}" if size > len(rows) else ""
-        said = f"{size} samples show this image, with {number} different captions{looked}"
+        said = f"{len(rows)} samples that were compared show this image, with {number} different captions"
         said = f"{said}; two of them share {shared:.0%} of their words."
         into.open(self.NAME, int(rows["hash"][0]), score, said)
 
@@ -132,6 +151,15 @@ def _runs(groups: Groups) -> Iterator[tuple[int, np.ndarray]]:
     bounds = groups.starts()
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         yield start, groups.rows[start:stop]
+
+
+def _middle(phash: np.ndarray) -> np.uint64:
+    """That with the fewest bits between it and the others."""
+    return phash[bits(phash[:, None] ^ phash[None]).sum(axis=1).argmin()]
+
+
+def _near(rows: np.ndarray, middle: np.uint64) -> np.ndarray:
+    return rows[bits(rows["phash"] ^ middle) <= DISTANCE]
 
 
 def _mean_shared(words: np.ndarray) -> float:

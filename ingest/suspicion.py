@@ -207,7 +207,7 @@ class _Look:
             image = image_numbers(phash, look, words.sha_hashes(table["sha256"].combine_chunks()))
             self.hosts.assign(shard, keys, host, names, said, self.findings)
             self.templates.assign(shard, keys, said)
-            self.captions.add(shard, keys, image, caption, sketches)
+            self.captions.add(shard, keys, image, phash, caption, sketches)
             self.images.add(shard, keys, caption, phash, look, sketches)
             self.patches.choose(shard, keys, image, host, said)
             self._mismatches(shard, keys, table["flags"])

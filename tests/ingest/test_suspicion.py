@@ -113,7 +113,7 @@ def test_one_image_under_captions_of_many_kinds_is_found(tmp_path, same):
     _, found = look_at(tmp_path, rows)
     assert urls_of(found, "one_image_many_captions") == {rows[n * 300]["url"] for n in range(5)}
     assert found[0]["score"] == pytest.approx(1 - 2**-2)
-    assert "5 samples show this image, with 5 different captions" in found[0]["evidence"]
+    assert "5 samples that were compared show this image, with 5 different captions" in found[0]["evidence"]
 
 
 def test_one_image_under_like_captions_is_not_suspected(tmp_path):

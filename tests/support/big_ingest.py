@@ -1,5 +1,5 @@
 """A large ingest without images, for memory: `python big_ingest.py FOLDER ROWS make` writes its parquets and indexes, and
-`python big_ingest.py FOLDER ROWS duplicates|suspect` looks at it and prints seconds and peak RSS in MiB, before and after."""
+`python big_ingest.py FOLDER ROWS duplicates|suspect|drift` looks at it and prints seconds and peak RSS in MiB."""
 
 import json
 import resource
@@ -52,17 +52,20 @@ def main() -> None:
     if act == "make":
         make(root, number)
         return
+    from ingest.drift import drift
     from ingest.duplicates import find_duplicates
     from ingest.suspicion import suspect
 
-    before, started = _peak_mib(), time.monotonic()
-    look = {"duplicates": find_duplicates, "suspect": lambda *where: suspect(*where, images=0)}[act]
-    found = look(root, root.parent / "work")
-    print(
-        json.dumps(
-            {"seconds": time.monotonic() - started, "before": before, "after": _peak_mib(), "samples": found.samples}
-        )
-    )
+    before, started, work = _peak_mib(), time.monotonic(), root.parent / "work"
+    if act == "duplicates":
+        rows = find_duplicates(root, work).samples
+    elif act == "suspect":
+        rows = suspect(root, work, images=0).samples
+    else:
+        drift(root, root, work)
+        rows = number
+    seconds = round(time.monotonic() - started, 1)
+    print(json.dumps({"seconds": seconds, "before_mib": before, "peak_mib": _peak_mib(), "rows": rows}))
 
 
 def _peak_mib() -> float:
