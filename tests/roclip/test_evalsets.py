@@ -12,7 +12,8 @@ from PIL import Image
 from roclip.config import Config, DataConfig
 from roclip.errors import ConfigError, DataError
 from roclip.evalsets import Images, fill, load_evaluation_set, read_classes, read_templates
-from roclip.sections_run import EvaluateConfig, IngestConfig
+from roclip.sections_ingest import IngestConfig
+from roclip.sections_run import EvaluateConfig
 
 
 def encoded(color, size=(20, 10), form="PNG"):
