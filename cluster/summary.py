@@ -33,9 +33,9 @@ def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
         )
     if arms := result.get("arms"):
         console.print(arms_table(arms))
-    for name in ("report.html", "summary.json"):
+    for title, name in (("ingest", "ingest/report.html"), ("report", "report.html"), ("summary", "summary.json")):
         if (run / name).is_file():
-            console.print(f"{name.split('.')[0]:<8} {run / name}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{title:<8} {run / name}", markup=False, highlight=False, soft_wrap=True)
 
 
 def arms_table(arms: dict[str, dict[str, Any]]) -> Table:

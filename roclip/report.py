@@ -79,6 +79,7 @@ def write_report(run: Path) -> Path:
         run=run.name,
         summary=summary,
         ingest=summary.get("ingest"),
+        ingest_page="ingest/report.html" if (run / "ingest" / "report.html").exists() else "",
         arms=arms,
         colors=colors,
         rows=comparison(arms),
