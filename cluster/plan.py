@@ -4,6 +4,7 @@ Counts of rows come from parquet footers; other lists are estimated from their b
 depends on how many URLs still answer is an upper bound.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.url_list import open_list
+from ingest.formats import read_head
+from ingest.list_files import ListFile, find_files, open_text
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.errors import ConfigError, DataError, UrlListError
 from roclip.shards import Manifest
@@ -27,8 +30,8 @@ STORED_BYTES = 30_000
 FORMAT_FACTOR = {"jpg": 1.0, "webp": 0.7, "png": 4.0}
 CHECKPOINT_BYTES = 20
 """Of a parameter in a checkpoint: exported weight, engine's weight, optimizer's fp32 copy, two moments."""
-_PROBE_ROWS = 10_000
-"""Of a list whose length only reading tells."""
+_PROBE_BYTES = 1 << 20
+"""Read of a file whose length only reading tells."""
 
 
 @dataclass(frozen=True)
@@ -292,9 +295,21 @@ def _list_rows(config: Config) -> tuple[int, bool]:
     source = open_list(config, config.data.urls)
     if source.rows is not None:
         return source.rows, True
-    seen = len(next(source.parts(_PROBE_ROWS)).table)
-    exact = seen < _PROBE_ROWS
-    return seen if exact else round(seen / max(source.read_frac, 1e-9)), exact
+    counts = [_file_rows(file) for file in find_files(config.data.urls)]
+    return sum(lines for lines, _ in counts), all(exact for _, exact in counts)
+
+
+def _file_rows(file: ListFile) -> tuple[int, bool]:
+    """Rows of a file: by a parquet's footer, else its lines, extrapolated from the first ones where it is long."""
+    if (rows := read_head(file).rows) is not None:
+        return rows, True
+    taken: list[int] = []
+    with contextlib.closing(open_text(file, taken.append)) as stream:
+        head = stream.read(_PROBE_BYTES)
+    exact = len(head) < _PROBE_BYTES
+    lines = head.count(b"\n") + (not head.endswith(b"\n") and bool(head))
+    header = file.format in ("csv", "tsv")
+    return max(0, lines - header if exact else round(lines * file.size_bytes / max(sum(taken), 1))), exact
 
 
 def _image_rows(path: str) -> int:

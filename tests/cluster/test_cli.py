@@ -379,7 +379,7 @@ def test_rows_are_estimated_when_the_list_is_long(preset: Path):
 
 def test_rows_name_the_file_when_a_parquet_is_broken(preset: Path):
     (preset.parent / "urls.parquet").write_text("PAR1 not")
-    with pytest.raises(UrlListError, match=r"urls\.parquet: expected a parquet file"):
+    with pytest.raises(UrlListError, match=r"urls\.parquet: this parquet file cannot be read"):
         count_rows(load_config(preset, ["data.scenes=0", f"data.urls={preset.parent / 'urls.parquet'}"]))
 
 
