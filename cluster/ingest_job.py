@@ -121,12 +121,12 @@ class _Ingest:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            with host_desks(self.config.ingest.policy, self.source.name, desks_needed()) as self.desks:
-                for segment in self._segments():
-                    self.segment = segment
-                    self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
+            for segment in self._segments():
+                self.segment = segment
+                self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
+                # Desks of its own: what was down while the list was read is asked again in a later pass.
+                with host_desks(self.config.ingest.policy, self.source.name, desks_needed()) as self.desks:
                     self.tasks.run(self._orders(segment))
-                self.tasks.cancel()
             self._publish_held()
         except Stopped:
             return self.tally.summary()

@@ -163,7 +163,7 @@ def test_shard_that_always_fails_is_tried_as_often_as_configured(local_ray, tmp_
     with _serve(tmp_path, behaviours) as origin:
         origin.url_list(tmp_path / "urls.parquet")
         settings = config(OUTAGE_URLS, shard_retries=1)
-        with pytest.raises(StageError, match=r"00000\.tar failed 2 times, last: none of 100.*connection_refused 100"):
+        with pytest.raises(StageError, match=r"00000\.tar failed 2 times, last: none of 100 URLs arrived: .*host_down"):
             ingest(settings, tmp_path / "urls.parquet", tmp_path / "shards")
     assert Manifest(tmp_path / "shards").records() == ()
 
@@ -245,7 +245,7 @@ def test_what_failed_in_passing_is_fetched_again_into_new_shards(local_ray, tmp_
     assert summary["failed"] == {"http_404": 8 - len(never & {5, 11}), "connection_refused": 2}
     records = Manifest(root).records()
     assert [sum(record.retried.values()) for record in records] == [0] * 8 + [6, 6, 1, 2]
-    assert records[8].retried == {"connection_refused": 6}
+    assert records[8].retried.keys() <= {"connection_refused", "host_down"}  # after three it is left alone for a while
     assert records[11].failed == {"connection_refused": 2}
     rows = pq.read_table(root / "00011.parquet").to_pylist()
     assert sorted(row["retry_of"] for row in rows) == [sample_key(row, 6) for row in sorted(never)]
