@@ -38,6 +38,7 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 60.0
 SHORT_MEMORY_FRAC = 0.1
 """A node with less of its memory free is short of it."""
+MOST_SEARCHES = 3
 _POLL_S = 0.25
 _CANCEL_S = 30.0
 _log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class _Try:
     search: "_Search | None" = None
     rows: range = range(0)
     """Of the part, which `search` wants to be tried."""
-    last: bool = False
-    """What a bisection has found is left out already."""
+    searches: int = 0
+    """Bisections of this part so far; what they have found is left out."""
     round: int = 0
 
 
@@ -68,6 +69,8 @@ class _Search:
     """The bisection of one part."""
 
     order: Order
+    number: int
+    """Of this part's bisections, from 1: a row may have been out of reach while it was tried."""
     bisection: Bisection = field(init=False)
 
     def __post_init__(self) -> None:
@@ -218,14 +221,14 @@ class Tasks:
         if one.attempt <= self.config.ingest.shard_retries:
             one.attempt += 1
             self._later(one, one.attempt - 1)
-        elif one.deaths == one.attempt and not one.last:
+        elif one.deaths == one.attempt and one.searches < MOST_SEARCHES:
             _log.warning(
                 "shard %s: its worker died %d times (%s). The rows that do it are looked for.",
                 one.order.name,
                 one.deaths,
                 said,
             )
-            self._searches.append(_Search(one.order))
+            self._searches.append(_Search(one.order, one.searches + 1))
             self._conclude(self._searches[-1])
         else:
             raise StageError(
@@ -257,7 +260,8 @@ class Tasks:
                 ", ".join(f"{rows.start}-{rows.stop - 1}" for rows in found.together),
             )
             order = replace(order, config=replace(order.config, threads=1))
-        self._later(_Try(replace(order, left_out=tuple(found.left_out)), last=True), 1)
+        left_out = tuple(sorted({*order.left_out, *found.left_out}))
+        self._later(_Try(replace(order, left_out=left_out), searches=search.number), 1)
 
 
 def _counts(failed: dict[str, int]) -> str:
