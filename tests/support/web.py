@@ -132,11 +132,15 @@ class _Client(asyncio.Protocol):
         if behaviour == "drip":
             self.transport.write(_head("200 OK", len(image), "image/jpeg"))
             for _ in range(int(DRIP_S / DRIP_EVERY_S)):
+                if self.transport.is_closing():
+                    return
                 self.transport.write(image[:1])
                 await asyncio.sleep(DRIP_EVERY_S)
         elif behaviour == "huge":
             self.transport.write(_head("200 OK", HUGE_BYTES, "image/jpeg"))
             for _ in range(HUGE_BYTES >> 20):
+                if self.transport.is_closing():
+                    return
                 self.transport.write(bytes(1 << 20))
                 while self.transport.get_write_buffer_size() > 1 << 20:
                     await asyncio.sleep(0.01)
