@@ -155,7 +155,7 @@ def _runs(groups: Groups) -> Iterator[tuple[int, np.ndarray]]:
 
 def _middle(phash: np.ndarray) -> np.uint64:
     """That with the fewest bits between it and the others."""
-    return phash[bits(phash[:, None] ^ phash[None]).sum(axis=1).argmin()]
+    return np.uint64(phash[bits(phash[:, None] ^ phash[None]).sum(axis=1).argmin()])
 
 
 def _near(rows: np.ndarray, middle: np.uint64) -> np.ndarray:
