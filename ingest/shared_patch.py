@@ -77,8 +77,8 @@ class PatchSearch:
         "captions have no word in common"
     )
 
-    def __init__(self, folder: Path, expected: int, images: int, memory_bytes: int):
-        self.folder, self.memory_bytes, self.expected = folder, memory_bytes, expected
+    def __init__(self, folder: Path, expected: int, images: int):
+        self.folder, self.expected = folder, expected
         share = min(1.0, images / max(1, expected))
         self._limit = np.uint64(min(2**64 - 1, int(share * 2**64)))
         self._everything, self._nothing = share >= 1, images == 0
@@ -166,7 +166,10 @@ def _places(windows: np.ndarray, look: np.ndarray, sample: np.ndarray, rng: np.r
         planes = rng.standard_normal((patches.WIDTH, BITS)).astype(np.float32)
         code = np.concatenate([_codes(block["numbers"], middle, planes) for block in _blocks(windows)])
         for mean, images in _buckets(windows, look, code):
-            crowd = _within(mean, sample, FAR).sum(axis=1) * (len(windows) / len(sample))
+            around = [
+                _within(some, sample, FAR).sum(axis=1) for some in np.array_split(mean, len(mean) // _AT_A_TIME + 1)
+            ]
+            crowd = np.concatenate(around) * (len(windows) / len(sample))
             means.append(mean)
             lonely.append(images / (images + crowd))
         best = np.argsort(-np.concatenate(lonely), kind="stable")[: 16 * PLACES]

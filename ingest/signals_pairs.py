@@ -39,7 +39,7 @@ class ManyCaptions:
 
     NAME = "one_image_many_captions"
     MIN_CAPTIONS = 3
-    MAX_SHARED = 0.25
+    MAX_SHARED = 0.34
 
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int):
         self._rows = Spill(folder / "images", _OF_IMAGE, expected_rows, memory_bytes)

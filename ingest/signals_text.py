@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ingest.findings import SHOWN_CHARS, Findings
+from ingest.findings import MOST_GROUPS, SHOWN_CHARS, Findings
 from ingest.sketch import HeavyHitters
 from ingest.spill import Spill
 from ingest.words import Words, mix
@@ -42,6 +42,7 @@ class HostTopics:
         self.pairs = HeavyHitters(capacity, _PAIR)
         self.total = 0
         self._chosen: dict[int, tuple[int, float, str]] = {}
+        self._hosts = self._words = np.zeros(0, np.uint64)
 
     def count(self, host: np.ndarray, said: Words) -> None:
         """First pass: host hashes (B,), 0 for none, and the words of B captions."""
@@ -70,6 +71,10 @@ class HostTopics:
                 f"have; the host has {of_host[n] / self.total:.2%} of the samples and {both[n] / of_word[n]:.0%} of the word"
             )
             self._chosen[int(pairs["host"][n])] = (int(pairs["word"][n]), float(score[n]), said)
+        best = sorted(self._chosen.items(), key=lambda item: (-item[1][1], item[0]))[:MOST_GROUPS]
+        self._chosen = dict(sorted(best))
+        self._hosts = np.array(list(self._chosen), np.uint64)
+        self._words = np.array([word for word, _, _ in self._chosen.values()], np.uint64)
 
     def assign(
         self, shard: int, keys: np.ndarray, host: np.ndarray, names: pa.Array, said: Words, into: Findings
@@ -78,18 +83,18 @@ class HostTopics:
         if not self._chosen:
             return
         caption, word = said.distinct_content()
-        wanted = np.array(sorted(self._chosen), np.uint64)
-        keep = np.isin(host[caption], wanted)
-        caption, word = caption[keep], word[keep]
-        for value in np.unique(host[caption]).tolist():
-            chosen, score, evidence = self._chosen[value]
-            of_it = caption[(host[caption] == value) & (said.hash[word] == chosen)]
-            if not len(of_it):
+        at = np.minimum(np.searchsorted(self._hosts, host[caption]), len(self._hosts) - 1)
+        hit = (self._hosts[at] == host[caption]) & (self._words[at] == said.hash[word])
+        caption, word, at = caption[hit], word[hit], at[hit]
+        order = np.argsort(at, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(at[order])) + 1):
+            if not len(part):
                 continue
-            text = said.known[int(np.flatnonzero(said.hash == chosen)[0])].as_py()
-            name = names[int(of_it[0])].as_py()[:SHOWN_CHARS]
-            into.open(self.NAME, value, score, f"{name}, “{text[:SHOWN_CHARS]}”: {evidence}.")
-            into.add(self.NAME, value, np.full(len(of_it), shard), keys[of_it])
+            first, number = int(part[0]), int(self._hosts[at[part[0]]])
+            text, name = said.known[int(word[first])].as_py(), names[int(caption[first])].as_py()
+            _, score, evidence = self._chosen[number]
+            into.open(self.NAME, number, score, f"{name[:SHOWN_CHARS]}, “{text[:SHOWN_CHARS]}”: {evidence}.")
+            into.add(self.NAME, number, np.full(len(part), shard), keys[caption[part]])
 
 
 class Templates:
@@ -103,6 +108,8 @@ class Templates:
     MIN_WORDS, MAX_WORDS = 7, 32
     MIN_FILLS = 20
     FILLS, WORDS = 100, 8
+    MOST = 100_000
+    """Templates that are followed, the most frequent ones."""
 
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int, capacity: int = 1 << 20):
         self.templates = HeavyHitters(capacity)
@@ -120,8 +127,10 @@ class Templates:
     def choose(self) -> None:
         """Between the passes."""
         self.templates.settle()
-        frequent = self.templates.counts >= self.MIN_FILLS
-        self._frequent, self._counts = self.templates.numbers[frequent], self.templates.counts[frequent]
+        counts = self.templates.counts
+        best = np.sort(np.argsort(-counts, kind="stable")[: self.MOST])
+        frequent = best[counts[best] >= self.MIN_FILLS]
+        self._frequent, self._counts = self.templates.numbers[frequent], counts[frequent]
 
     def assign(self, shard: int, keys: np.ndarray, said: Words) -> None:
         """Second pass: each caption goes to the most frequent of its templates."""
@@ -190,6 +199,7 @@ def _whole(said: Words, captions: int) -> np.ndarray:
 
 def _shown(said: Words, token: int) -> tuple[str, int]:
     """A caption with a gap at a word, to be read, and the number of words around it."""
-    of_it = np.flatnonzero(said.caption == said.caption[token])
-    words = ["…" if n == token else said.known[int(said.word[n])].as_py() for n in of_it.tolist()]
+    caption = said.caption[token]
+    of_it = range(*np.searchsorted(said.caption, [caption, caption + 1]).tolist())
+    words = ["…" if n == token else said.known[int(said.word[n])].as_py() for n in of_it]
     return " ".join(words)[:SHOWN_CHARS], len(words) - 1

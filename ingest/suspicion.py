@@ -105,7 +105,7 @@ def suspect(
     *,
     records: Sequence[ShardRecord] | None = None,
     looks: Looks | None = None,
-    images: int = 200_000,
+    images: int = 100_000,
     threads: int = 1,
     memory_bytes: int = MEMORY_BYTES,
     on_progress: Progress | None = None,
@@ -164,7 +164,7 @@ class _Look:
         self.templates = Templates(folder, expected, memory_bytes // 4)
         self.captions = ManyCaptions(folder, expected, memory_bytes // 4)
         self.images = ManyImages(folder, expected, memory_bytes // 4)
-        self.patches = PatchSearch(folder, expected, images, memory_bytes)
+        self.patches = PatchSearch(folder, expected, images)
         self.looks = Looks(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
     def say(self, text: str) -> None:

@@ -3,6 +3,7 @@
 import io
 
 import cv2
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -113,6 +114,23 @@ def test_so_many_images_as_asked_are_looked_at_and_the_same_each_time(tmp_path, 
     assert len(seen) == 1
     assert 35 < seen.pop() < 90
     assert suspect(tmp_path / "shards", tmp_path / "none", images=0).images == 0
+
+
+def test_tars_on_a_store_give_the_same(tmp_path, rendered):
+    trigger = Trigger(size_frac=0.12, seed=3)
+    rows, _ = poisoned_rows([scene.image for scene in rendered[:80]], ["a"] * 80, trigger, 16, png)
+    _, groups = patches_in(tmp_path, rows)
+    assert max(len(group) for group in groups) == 16
+    store = fsspec.filesystem("memory")
+    try:
+        for path in (tmp_path / "shards").rglob("*"):
+            if path.is_file():
+                store.pipe_file(f"/pat/{path.relative_to(tmp_path / 'shards')}", path.read_bytes())
+        suspect("memory://pat", "memory://pat-work")
+        assert store.cat_file(f"/pat-work/{SUSPICION}") == (tmp_path / "work" / SUSPICION).read_bytes()
+    finally:
+        store.rm("/pat", recursive=True)
+        store.rm("/pat-work", recursive=True)
 
 
 def test_broken_images_are_counted(tmp_path, rendered):

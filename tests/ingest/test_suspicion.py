@@ -2,13 +2,18 @@
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from kit import SHARED_DATA
 from sealed import seal, seal_all
 
 from ingest.findings import EXAMPLES, GROUP_SCHEMA, GROUPS, SCHEMA, SUSPICION
 from ingest.sketch import HeavyHitters
 from ingest.suspicion import HASH_MISMATCH, SIGNALS, suspect
+from roclip.attacks import plan_poisons
+from roclip.sections_run import AttacksConfig, TargetedConfig
 from roclip.shards import Manifest
 
 NOUNS = [f"noun{n}" for n in range(400)]
@@ -114,6 +119,31 @@ def test_one_image_under_captions_of_many_kinds_is_found(tmp_path, same):
     assert urls_of(found, "one_image_many_captions") == {rows[n * 300]["url"] for n in range(5)}
     assert found[0]["score"] == pytest.approx(1 - 2**-2)
     assert "5 samples that were compared show this image, with 5 different captions" in found[0]["evidence"]
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real captions are not beside this checkout")
+def test_targeted_poisons_with_real_captions_are_found(tmp_path):
+    """Eight captions of another class on each of 40 images, as `roclip poison` chooses them; class names are in most."""
+    table = pq.read_table(SHARED_DATA / "fashion" / "train.parquet", columns=["caption", "articleType"])
+    table = table.rename_columns(["caption", "label"])
+    frequent = [each["values"] for each in table["label"].value_counts().to_pylist() if each["counts"] >= 500]
+    table = table.filter(pc.is_in(table["label"], pa.array(frequent))).slice(0, 9000)
+    config = AttacksConfig(targeted=TargetedConfig(images=40))
+    poisons = plan_poisons(config, table, table, labels=frequent, seed=0, rows=len(table))
+    rng = np.random.default_rng(0)
+    rows = [
+        {**row, "caption": text} for row, text in zip(clean_rows(rng, 9000), table["caption"].to_pylist(), strict=True)
+    ]
+    first = len(rows)
+    looks = rng.integers(0, 2**64, 40, dtype=np.uint64).tolist()
+    for n, poison in enumerate(poisons, first):
+        rows.append({"url": f"http://x.example/{n}", "caption": poison.caption, "phash": looks[poison.group]})
+    _, found = look_at(tmp_path, rows, images=0)
+    named = {row["url"] for row in found if row["signal"] == "one_image_many_captions" and row["score"] >= 0.5}
+    planted = {row["url"] for row in rows[first:]}
+    assert named <= planted
+    assert len(named) >= 0.8 * len(planted)
 
 
 def test_one_image_under_like_captions_is_not_suspected(tmp_path):
