@@ -1,5 +1,6 @@
 """Ingest on a real local Ray, from a real origin, with workers that are killed."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -74,11 +75,15 @@ class _Watch(threading.Thread):
 
     def run(self):
         while not self.ended.wait(0.005):
-            folders = sorted(path.name for path in (self.root / WORK).glob("*"))
-            self.most = max(self.most, len(folders))
-            if self.kill and folders and (self.root / WORK / folders[0] / f"{folders[0][:5]}.tar").exists():
-                self.kill, self.killed = False, folders[0]
-                os.kill(int(folders[0].split("-pid")[1].split("-")[0]), signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError):  # a folder that goes while it is looked at
+                self._look()
+
+    def _look(self):
+        folders = sorted(os.listdir(self.root / WORK))
+        self.most = max(self.most, len(folders))
+        if self.kill and folders and (self.root / WORK / folders[0] / "urls.feather").exists():
+            self.kill, self.killed = False, folders[0]
+            os.kill(int(folders[0].split("-pid")[1].split("-")[0]), signal.SIGKILL)
 
     def __enter__(self):
         self.start()
