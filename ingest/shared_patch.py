@@ -1,13 +1,14 @@
 """`shared_patch`: different images that have the same small patch, at any place. A BadNets trigger is one; a logo is, too.
 
 Windows of pictures (`patches.py`) are points in a space of 48 colours. What nature draws lies there in clouds: around a point
-with some images near it there are ten times as many a little farther off. A patch that is copied lies apart: around it there is
-nothing else. So a place counts as a peak where
+with some images near it there are several times as many a little farther off. A patch that is copied lies apart: around it
+there is nothing else. So a place counts as a peak where
 
     images within NEAR  >=  PEAK * images within FAR        (root mean square of the difference, in levels of 0 to 255)
 
-Images that look the same count once. Places to be asked about come from locality-sensitive hashing (signs of random
-projections, Charikar, STOC 2002): buckets whose windows are alike. Peaks that share images, or lie close, are one patch.
+In 34,000 clean photos the highest share was 0.37, of a place that every seventh of them has; so what more than MOST_FRAC have
+is no patch. Images that look the same count once. Places to be asked about come from locality-sensitive hashing (signs of
+random projections, Charikar, STOC 2002): buckets whose windows are alike. Peaks that share images, or lie close, are one patch.
 
 It cannot find what is not copied: fresh noise, a blend over the whole image, a warp; nor a patch of one colour, whose windows
 hold what is behind it. Letters: N windows, C places, L images that look different.
@@ -31,8 +32,10 @@ from ingest.findings import SHOWN_CHARS, Findings
 from ingest.sealed import rows
 from roclip.shards import ShardRecord, patiently, read_index, tar_path
 
-NEAR, MEMBER, FAR = 24.0, 36.0, 48.0
+NEAR, MEMBER, FAR = 24.0, 36.0, 42.0
 PEAK = 0.5
+MOST_FRAC = 0.1
+"""Of the images."""
 MIN_IMAGES = 8
 TABLES, BITS = 10, 18
 SPREAD = 30.0
@@ -73,8 +76,8 @@ class PatchSearch:
     COMPUTED = (
         f"windows of {patches.WINDOW_PX} px at the {patches.CORNERS} strongest corners of a picture at "
         f"{' and '.join(map(str, patches.SIDES_PX))} px; a place among them is a peak where images within {NEAR:.0f} levels "
-        f"are {PEAK:.0%} of those within {FAR:.0f}; from {MIN_IMAGES} different images on; the score halves where their "
-        "captions have no word in common"
+        f"are {PEAK:.0%} of those within {FAR:.0f}; from {MIN_IMAGES} different images to {MOST_FRAC:.0%} of all; "
+        "the score halves where their captions have no word in common"
     )
 
     def __init__(self, folder: Path, expected: int, images: int):
@@ -154,7 +157,7 @@ def shared(windows: np.ndarray, look: np.ndarray, looks: int, seed: int = 0) -> 
     )
     places = _places(windows, look, sample, rng)
     near, far = _images_around(windows, look, looks, places)
-    peaks = (near >= MIN_IMAGES) & (near >= PEAK * far)
+    peaks = (near >= MIN_IMAGES) & (near <= MOST_FRAC * looks) & (near >= PEAK * far)
     return _joined(windows, look, places[peaks], (near / np.maximum(1, far))[peaks])
 
 
