@@ -24,7 +24,7 @@ from ingest.reasons import REASONS, is_passing
 from roclip.charts import GRID, STYLE, figure_svg
 from roclip.gallery import Picture, pictures_of, sample_pictures
 from roclip.metrics import read_metrics
-from roclip.readable import duration, percent, size
+from roclip.readable import duration, percent
 from roclip.shards import write_atomic
 
 TEMPLATE = Path(__file__).with_name("ingest_report.html.jinja")
@@ -44,8 +44,7 @@ class IngestPage:
 
     def __init__(self, folder: Path, shards: Path, title: str):
         self.folder, self.shards, self.title = folder, shards, title
-        folder.mkdir(parents=True, exist_ok=True)
-        self._tally = Tally()
+        self._tally = Tally(shards)
         self._log = folder / "progress.jsonl"
         self._written_s = -EVERY_S
         self._now: IngestProgress | None = None
@@ -59,13 +58,14 @@ class IngestPage:
     def write(self, *, running: bool = False) -> Path:
         """Write the page of what is there. Returns its path."""
         self._written_s = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._now is not None:
             with self._log.open("a") as file:
                 file.write(json.dumps({"time_s": round(time.time(), 1), **asdict(self._now)}) + "\n")
-        self._tally.look(self.shards)
+        self._tally.look()
         rows = read_metrics(self._log)
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        environment.filters.update(percent=percent, duration=duration, size=size)
+        environment.filters.update(percent=percent, duration=duration)
         page = environment.from_string(TEMPLATE.read_text()).render(
             title=self.title,
             running=running,

@@ -10,11 +10,12 @@ from cluster import corpus
 from cluster.ingest_job import ended, ingest
 from cluster.ingest_progress import IngestProgress
 from cluster.ingest_report import IngestPage
-from cluster.ingest_signals import look, release
+from cluster.ingest_signals import SIGNALS_FILE, look, release
 from cluster.plan import ingests
 from cluster.session import Session, session
 from cluster.url_list import open_list
 from ingest.origin import Origin
+from ingest.quarantine import check_signals
 from roclip.config import Config
 from roclip.shards import Manifest
 from roclip.tar_sources import index_tars, is_pattern
@@ -43,10 +44,15 @@ def index(here: Session) -> None:
 
 
 class Fetching(threading.Thread):
-    """Ingest beside the main thread, what it says of itself, and its page."""
+    """Ingest beside the main thread, what it says of itself, and its page.
 
-    def __init__(self, here: Session, urls: str | Path):
+    Args:
+        over: All is sealed, and only what it says of itself is missing.
+    """
+
+    def __init__(self, here: Session, urls: str | Path, over: bool):
         super().__init__(name="ingest")
+        self.over = over
         self.here, self.urls, self.halt = here, urls, threading.Event()
         self.sealed = 0
         self.problem: BaseException | None = None
@@ -63,8 +69,9 @@ class Fetching(threading.Thread):
 
     def _ingest(self) -> None:
         config, shards = self.here.config, self.here.shards
-        letting_go = release(config.ingest, self.folder, self._say)
-        ingest(config, self.urls, shards, on_progress=self._show, stop=self.halt, release=letting_go)
+        if not self.over:
+            letting_go = release(config.ingest, self.folder, self._say)
+            ingest(config, self.urls, shards, on_progress=self._show, stop=self.halt, release=letting_go)
         if Manifest(shards).summary is not None:
             look(config.ingest, shards, self.folder, Manifest(shards).records(), self._say)
         self.page.write()
@@ -109,17 +116,19 @@ def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
             corpus.prepare(config, origin_folder)
         else:
             corpus.prepare_held_out(config, origin_folder)
-        thread = Fetching(here, urls)
+        check_signals(config.ingest.quarantine)  # now, and not when the list has ended
         index(here)
         over = Manifest(here.shards).summary is not None
         if over and grown and urls:
             over = ended(config, open_list(config, urls), here.shards) is not None
+        thread = Fetching(here, urls, over)
         if ingests(config) and not over:
             here.need_ray()
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
                 thread.urls = origin_folder / "urls.parquet"
                 origin.url_list(thread.urls)
+        if ingests(config) and not (over and (thread.folder / SIGNALS_FILE).exists()):
             thread.start()
         try:
             yield thread

@@ -24,9 +24,14 @@ _HOST = r"^(?i:https?)://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/:?#]*)"
 
 
 class Tally:
-    """Counts over the shards that it has been shown."""
+    """Counts over the sealed shards of a folder.
 
-    def __init__(self) -> None:
+    Args:
+        root: Where they lie.
+    """
+
+    def __init__(self, root: Path):
+        self._root, self._manifest = root, Manifest(root)
         self.hosts: dict[str, Counter[str]] = {}
         """Host -> rows by fate: `usable` or a reason."""
         self.sizes = np.zeros(len(SIZES_PX) - 1, np.int64)
@@ -35,12 +40,12 @@ class Tally:
         """Hosts with few URLs that are no longer counted."""
         self._seen: set[str] = set()
 
-    def look(self, root: Path) -> None:
+    def look(self) -> None:
         """Count what has been sealed since the last look."""
-        for record in Manifest(root).records():
+        for record in self._manifest.records():
             if record.name not in self._seen:
                 self._seen.add(record.name)
-                self._take(root, record)
+                self._take(record)
 
     def top_hosts(self, number: int) -> list[tuple[str, Counter[str]]]:
         """The hosts with the most URLs, the greatest first."""
@@ -52,10 +57,10 @@ class Tally:
         lossy = [(host, fates) for host, fates in lossy if fates.total() > fates[USABLE]]
         return sorted(lossy, key=lambda item: (item[1][USABLE] - item[1].total(), item[0]))[:number]
 
-    def _take(self, root: Path, record: ShardRecord) -> None:
+    def _take(self, record: ShardRecord) -> None:
         stem = Path(record.name).stem
         try:
-            table = pq.read_table(pa.BufferReader(content_of(root / f"{stem}.parquet")), columns=_COLUMNS)
+            table = pq.read_table(pa.BufferReader(content_of(self._root / f"{stem}.parquet")), columns=_COLUMNS)
         except (OSError, ValueError):  # shards that somebody else made may have none
             return
         fates = _fates(table)

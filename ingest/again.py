@@ -20,7 +20,7 @@ from roclip.shards import ShardRecord, content_of
 
 RETRY_OF = "retry_of"
 """Column of a later pass: the key under which the row stands in the shard where it failed first."""
-_MEASURED = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash", "flags", "fetch_ms")
+_MEASURED = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash", "flags")
 _FOUND = frozenset(("key", "status", "error_message", *_MEASURED))
 """Columns of a shard's parquet that say what was found; the others are the list's."""
 

@@ -20,7 +20,7 @@ HASHES = ("md5", "sha256", "phash")
 TAKEN = frozenset(
     (
         *("url", "caption", "key", "status", "error_message", "width", "height", "original_width", "original_height"),
-        *("exif", "md5", "sha256", "sha512", "phash", "flags", "fetch_ms"),
+        *("exif", "md5", "sha256", "sha512", "phash", "flags"),
         *("expected_md5", "expected_sha256", "expected_phash"),
     )
 )

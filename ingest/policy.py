@@ -22,8 +22,6 @@ from ingest.urls import Target
 from roclip.config import FetchPolicy
 from roclip.errors import ConfigError
 
-MAX_PIXELS = 64 * 2**20
-"""Largest image that is decoded, here or in training."""
 AGENT = "roclip"
 """The name in User-Agent, robots.txt and X-Robots-Tag."""
 

@@ -99,31 +99,6 @@ class UrlList:
             _check_shards(number - (start_row - self.rows) // samples_per_shard, self.rows)
         return self._parts(samples_per_shard, start_row, number)
 
-    def check_grown(self, old: dict[str, Any]) -> None:
-        """Check that `old`, the `identity` of a list, is this list or its beginning, as far as names and sizes tell.
-
-        A list grows by files whose names come last, by rows at the end of its last file, or by a higher limit; then its
-        parts from a row of the old list on are the same. Raises `UrlListError` that says what differs.
-        """
-        for problem in self._differences(old):
-            raise UrlListError(
-                f"{self.name}: expected the list that was ingested before, or one that has grown at its end: {problem}. "
-                "Ingest another list into another folder."
-            )
-
-    def _differences(self, old: dict[str, Any]) -> Iterator[str]:
-        now = self.identity
-        if old["columns"] != now["columns"]:
-            yield f"columns were {old['columns']} and are {now['columns']}"
-        if old["limit"] != now["limit"] and (not old["limit"] or 0 < now["limit"] < old["limit"]):
-            yield f"data.limit was {old['limit']} and is {now['limit']}"
-        if len(old["files"]) > len(now["files"]):
-            yield f"it had {len(old['files'])} files and has {len(now['files'])}"
-        last = len(old["files"]) - 1
-        for at, (before, here) in enumerate(zip(old["files"], now["files"], strict=False)):
-            if before != here and not (at == last and _has_grown(before, here)):
-                yield f"file {at + 1} was {before} and is {here} (name, bytes, rows)"
-
     def _parts(self, samples_per_shard: int, start_row: int, number: int) -> Iterator[Part]:
         pieces: list[pa.RecordBatch] = []
         rows = size = 0
@@ -273,12 +248,6 @@ def _check_shards(shards: int, rows: int) -> None:
             f"expected at most {most} shards, got {shards} for {rows} URLs. "
             f"Set ingest.samples_per_shard to {-(-rows // most)} or more."
         )
-
-
-def _has_grown(before: list, here: list) -> bool:
-    """Whether a list's last file may be the same one with more rows."""
-    same_name, bytes_more = before[0] == here[0], here[1] >= before[1]
-    return same_name and (bytes_more if None in (before[2], here[2]) else here[2] >= before[2])
 
 
 def _name(urls: str) -> str:

@@ -43,6 +43,8 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
     records, skipped = Manifest(shards).records(), set(without)
     found: list[Picture] = []
     for place, record in enumerate(records):
+        if len(found) >= count:
+            break
         wanted = math.ceil((count - len(found)) / (len(records) - place))
         batches = read_index(shards, record.name).to_batches(64)
         rows = (row for batch in batches for row in batch.to_pylist() if row["key"] not in skipped)
