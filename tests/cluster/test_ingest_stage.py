@@ -124,3 +124,27 @@ def test_drift_tells_which_pictures_are_others_than_they_were(crawl, tmp_path):
     counts = {name: row["count"] for name, row in drift.items() if row["count"]}
     assert counts == {"same_bytes": 54, "looks_different": 2, "came_back": 3, "failed_again": 1}
     assert "Drift since" in (again / "ingest" / "report.html").read_text()
+
+
+def again(run, *overrides):
+    """The same command, with nothing served."""
+    command = [sys.executable, "-m", "cluster.cli", "ingest", str(run.parent / "preset.yaml"), f"run_dir={run}"]
+    return subprocess.run([*command, *overrides], env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def test_signals_that_were_cut_off_are_made_up_for(crawl):
+    run, _, _ = crawl
+    signals = run / "ingest" / "signals.json"
+    before = json.loads(signals.read_text())
+    signals.unlink()
+    done = again(run)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(signals.read_text())["of"] == before["of"]
+
+
+def test_unknown_signal_in_quarantine_is_refused_before_anything_is_fetched(crawl, tmp_path):
+    run, _, _ = crawl
+    done = again(run, "ingest.quarantine=[hash_missmatch]", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "ingest.quarantine: expected of" in done.stderr
+    assert not (tmp_path / "run" / "shards").exists()
