@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
-import signal
 import threading
 import time
 
 import fsspec
 import pytest
 import s3fs
+from ends import until
+from ingesting import hold_lease
 from s3 import s3_server
 
 from ingest import lease as leases
@@ -70,16 +71,12 @@ def test_holder_that_beats_is_not_taken_over(root):
             Lease(root, expiry_s=1.5).__enter__()
 
 
-def _hold(root):
-    with Lease(root):
-        signal.pause()
-
-
 def test_killed_holder_is_taken_over_at_once(tmp_path):
-    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path,))
+    holder = multiprocessing.get_context("spawn").Process(target=hold_lease, args=(tmp_path,))
     holder.start()
-    while not names_in(tmp_path / leases.FOLDER):
-        time.sleep(0.01)
+    until(
+        lambda: names_in(tmp_path / leases.FOLDER), lambda: "" if holder.is_alive() else f"exit code {holder.exitcode}"
+    )
     with pytest.raises(RunLockedError, match=f"process {holder.pid}"):
         Lease(tmp_path).__enter__()
     holder.kill()

@@ -1,17 +1,24 @@
 """Small real ingests: a corpus for the origin, a config, and what the shards must be in the end."""
 
+import functools
 import io
+import json
 import os
+import signal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from kit import REPOSITORY
 from PIL import Image
 
+from cluster import ingest_job
+from ingest.lease import Lease
 from roclip.config import ClusterConfig, Config, DataConfig, FetchPolicy, IngestConfig
-from roclip.shards import Manifest, index_path, sample_key, sha256_file
+from roclip.errors import RunLockedError
+from roclip.shards import Manifest, index_path, place, sample_key, sha256_file
 
 PER_SHARD = 20
 GOOD = ("ok", "redirect", "slow")
@@ -91,3 +98,24 @@ def good_captions(behaviours):
 
 def good_keys(behaviours, per_shard=PER_SHARD):
     return [sample_key(row, per_shard) for row, behaviour in enumerate(behaviours) if behaviour in GOOD]
+
+
+def drive(address, settings, urls, root, stores, expiry_s, said):
+    """An ingest, for a process of its own: what it returns, or the error that it is locked, is put into `said`."""
+    import ray
+
+    ingest_job.Lease = functools.partial(Lease, expiry_s=expiry_s)
+    if stores:
+        fsspec.config.conf["s3"] = stores
+    runtime = {"env_vars": {**WORKERS["env_vars"], **({"FSSPEC_S3": json.dumps(stores)} if stores else {})}}
+    ray.init(address=address, log_to_driver=False, runtime_env=runtime)
+    try:
+        said.put(ingest_job.ingest(settings, urls, place(str(root))))
+    except RunLockedError as error:
+        said.put(error)
+
+
+def hold_lease(root):
+    """Hold the lease until this process is killed."""
+    with Lease(root):
+        signal.pause()
