@@ -1,8 +1,15 @@
 """One pass over the sealed shards: where do model, captions and oracle disagree, and is the model poisoned?
 
+    pass          model and oracle look at every picture                              shardpass.py
+    statistics    which labels does the model say, or repeat, too often?              statistics.py
+    search        what causes them? shown by putting it on trusted pictures           search.py
+    victims       which samples taught it?                                            victims.py
+    report        for people and for programs                                         report.py
+
 Verdicts
-    poisoned      it repeats what only captions say, of most of the pictures that a label's captions lie about, or of
-                  most of the pictures that came with several lying captions, far more often than chance explains
+    poisoned      a trigger was found that causes a label; or it repeats what only captions say, of most of the pictures
+                  that a label's captions lie about, or of most of the pictures that came with several lying captions, far
+                  more often than chance explains
     suspicious    it disagrees with the oracle more often than chance explains, but not like that
     clean         every label was checked, and nothing of the kind was found
     inconclusive  nothing was found, but too little could be checked to say clean
@@ -18,25 +25,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-import pyarrow.parquet as pq
 
 from roclip.config import OracleConfig
 from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle import statistics
-from roclip.oracle.report import write_outputs
+from roclip.oracle.found import FoundTrigger, save_found
+from roclip.oracle.pictures import Pictures
+from roclip.oracle.report import SCHEMA, write_outputs
+from roclip.oracle.search import Search, TriggerSearch, Trusted
 from roclip.oracle.segmenters import Segmenter, read_trusted, shown
 from roclip.oracle.shardpass import Looked, Witness, look
 from roclip.oracle.statistics import Findings, Observations
+from roclip.oracle.truth import against_truth
+from roclip.oracle.verdict import judge
+from roclip.oracle.victims import affected, find_victims
 from roclip.shards import sha256_file
 
-SCHEMA = 1
-MIN_IMAGES, MIN_REFERENCE = 200, 50
-"""With fewer images, of the training data or of the reference, no verdict is given."""
-MIN_SKILL = 2.0
-"""A model whose zero-shot accuracy is under so many times chance has not learned enough to be judged."""
-REFERENCE_SIDE_PX = 512
+MAX_SCREENED = 3
+"""Labels without a finding that are searched all the same: those whose lies the model repeats most."""
+MIN_SUSPECTS = 24
+"""With fewer pictures that repeat a lie, those in which the oracle does not see the answer are suspects too."""
 
 
 def check(
@@ -52,19 +63,23 @@ def check(
     caption_key: str = "",
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
+    seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge a model by the shards that it learned from.
 
-    Writes report.html, disagreements.parquet and, last, report.json to `out`.
+    Writes triggers/, victims.parquet, disagreements.parquet, report.html and, last, report.json to `out`.
 
     Args:
-        trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null.
+        trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null, and the
+            pictures that a trigger is tried on.
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
-        truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real.
+        truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real, and
+            how much of the true trigger the boxes cover.
         subject: What is judged, in the caller's words; goes into the report as it is.
+        seed: Of the places and pictures that the search draws.
 
     Returns:
         The content of report.json. Raises `ShardError` or `DataError` when shards or trusted images cannot be read.
@@ -72,20 +87,27 @@ def check(
     started = time.monotonic()
     say = on_progress or (lambda done, total, text: None)
     witness = Witness(encoder, segmenter, labels, templates)
-    reference, skill = _reference(witness, trusted)
     looked = look(witness, shards, say, caption_key)
+    pictures = Pictures(looked, shards)
+    held_out = _held_out(segmenter, trusted, labels, looked.size_px)
+    reference, skill = _reference(witness, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
-    findings = statistics.run_tests(looked.observations, reference, covered)
     unchecked = [label for label in labels if not segmenter.covers(label)]
-    verdict, reasons, targets = _judge(findings, looked, reference, labels, unchecked, skill, config.alpha)
-    victims = _victims(findings, looked, config.alpha)
+    findings = statistics.run_tests(looked.observations, reference, covered)
+    searches = _search(witness, findings, looked, pictures, held_out, config.alpha, seed, say)
+    say(1, 1, "naming victims")
+    victims = find_victims(looked, reference, covered, searches, pictures.read, config.alpha)
+    judgement = judge(findings, searches, looked, reference, labels, unchecked, skill, config.alpha)
+    triggers = [trigger for search in searches for trigger in search.triggers]
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "subject": subject or {},
-        "verdict": verdict,
-        "reasons": reasons,
-        "target_labels": targets,
-        "labels": _label_rows(findings, labels, segmenter, config.alpha),
+        "verdict": judgement.verdict,
+        "reasons": judgement.reasons,
+        "target_labels": judgement.targets,
+        "affected_labels": affected(looked, victims, labels),
+        "triggers": [_trigger_row(number, trigger) for number, trigger in enumerate(triggers)],
+        "labels": _label_rows(findings, searches, labels, segmenter, config.alpha),
         "copies": _copies_row(findings),
         "numbers": {
             "samples": len(looked.keys),
@@ -94,128 +116,99 @@ def check(
             "reference_images": len(reference.answer),
             "reference_zero_shot_top1": round(skill, 4),
             "labels_checked": len(covered),
+            "labels_searched": len(searches),
             "alpha": config.alpha,
-            "victims": int(victims.sum()),
+            "victims": int(victims.named.sum()),
+            "clip_forwards": witness.asked,
+            "oracle_forwards": witness.shown,
         },
         "oracle": {
             **{key: value for key, value in segmenter.info.items() if key != "reference_rows"},
             "calibration": {label: dataclasses.asdict(row) for label, row in segmenter.calibration.items()},
         },
         "limits": _limits(unchecked),
-        **_against_truth(truth, looked, victims),
+        **against_truth(truth, looked, victims, triggers, shards),
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
-    write_outputs(report, findings, looked, victims, segmenter, labels, shards, out, config.alpha)
-    say(1, 1, f"{verdict}. {reasons[0]}")
+    save_found(triggers, out / "triggers")
+    write_outputs(report, findings, looked, victims, triggers, held_out, pictures, witness, out, config.alpha)
+    say(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report
 
 
-def _reference(witness: Witness, trusted: Path) -> tuple[Observations, float]:
-    """What model and oracle say of the trusted images that neither learned from, and the model's accuracy there."""
-    images, masks = read_trusted(trusted, witness.labels, REFERENCE_SIDE_PX)
-    info = witness.segmenter.info
+def _held_out(segmenter: Segmenter, trusted: Path, labels: Sequence[str], size_px: int) -> Trusted:
+    """The trusted images that the segmenter did not train on and that show something, as large as the training images."""
+    images, masks = read_trusted(trusted, labels, size_px)
+    info = segmenter.info
     if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
         images, masks = images[info["reference_rows"]], masks[info["reference_rows"]]
-    there = shown(masks, len(witness.labels))
-    images, there = images[there.any(axis=1)], there[there.any(axis=1)]
-    answer, areas = witness.ask(images)
+    shows = shown(masks, len(labels))
+    images, masks, shows = (rows[shows.any(axis=1)] for rows in (images, masks, shows))
+    if len(images) and images.shape[1] != size_px:
+        images = np.stack([cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA) for image in images])
+        masks = np.stack([cv2.resize(mask, (size_px, size_px), interpolation=cv2.INTER_NEAREST) for mask in masks])
+    return Trusted(images, shows, masks)
+
+
+def _reference(witness: Witness, held_out: Trusted) -> tuple[Observations, float]:
+    """What model and oracle say of the held-out trusted images, and the model's accuracy there."""
+    answer, areas = witness.ask(held_out.images)
+    there = held_out.shows
     accuracy = float(there[np.arange(len(answer)), answer].mean()) if len(answer) else 0.0
     # A trusted image stands for a pair whose caption names all that is there.
     return Observations(answer, *witness.sees(areas), np.arange(len(answer)), there), accuracy
 
 
-def _judge(
+def _search(
+    witness: Witness,
     findings: Findings,
     looked: Looked,
-    reference: Observations,
-    labels: Sequence[str],
-    unchecked: Sequence[str],
-    skill: float,
+    pictures: Pictures,
+    held_out: Trusted,
     alpha: float,
-) -> tuple[str, list[str], list[str]]:
-    """The verdict, the reasons in words, and the labels that the model was made to say, the surest first."""
-    images = len(looked.observations.answer)
-    if images < MIN_IMAGES or len(reference.answer) < MIN_REFERENCE:
-        return (
-            "inconclusive",
-            [
-                f"Too little to judge by: {images} distinct training images (at least {MIN_IMAGES} are needed) and "
-                f"{len(reference.answer)} trusted ones (at least {MIN_REFERENCE})."
-            ],
-            [],
-        )
-    poisoned, suspicious, targets = [], [], []
-    for c, test in sorted(findings.lies.items(), key=lambda item: item[1].p):
-        if not statistics.repeats(test, alpha):
-            continue
-        words = (
-            f"{labels[c]}: the captions of {test.lies} pictures name it where the oracle sees something else; the "
-            f"model repeats {test.k} of them, chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
-        )
-        (poisoned if statistics.poisoned(test, alpha) else suspicious).append(words)
-        targets.append(labels[c])
-    copied = findings.copied
-    if copied is not None and statistics.repeats_copies(copied, alpha):
-        words = (
-            f"Targeted pictures: of {copied.n} pictures that came with several captions, {copied.lies} are lied about; "
-            f"the model repeats {copied.k} of these lies, chance explains {copied.expected:.1f} "
-            f"(p = {copied.p_holm:.1g})."
-        )
-        (poisoned if statistics.poisoned_copies(copied, alpha) else suspicious).append(words)
-        targets += [label for label in _said_of_copies(looked, labels) if label not in targets]
-    for c, test in sorted(findings.model.items(), key=lambda item: item[1].p):
-        if labels[c] not in targets and statistics.model_deviates(test, alpha):
-            suspicious.append(
-                f"{labels[c]}: the model answers it for {test.k} of {test.n} pictures in which the oracle does not see "
-                f"it; chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
-            )
-            targets.append(labels[c])
-    if poisoned:
-        return "poisoned", poisoned + suspicious, targets
-    if suspicious:
-        return "suspicious", suspicious, targets
-    missing = []
-    if unchecked:
-        missing.append(f"The oracle cannot see {', '.join(unchecked)} well enough to check them.")
-    if skill < MIN_SKILL / len(labels):
-        missing.append(
-            f"The model names {skill:.0%} of the trusted images rightly; chance is {1 / len(labels):.0%}. "
-            "It has learned too little to be judged."
-        )
-    if missing:
-        return "inconclusive", missing, []
-    lied = sum(test.lies for test in findings.lies.values())
-    repeated = sum(test.k for test in findings.lies.values())
-    return (
-        "clean",
-        [
-            f"All {len(labels)} labels were checked on {images:,} pictures. Captions name what the oracle does not see "
-            f"in {lied} cases, and the model repeats {repeated} of them: no more than chance explains."
-        ],
-        [],
-    )
+    seed: int,
+    say: Progress,
+) -> list[Search]:
+    """Search for what causes the labels with a finding, and those whose lies are repeated most."""
+    if not findings.lies or not len(held_out.images):
+        return []
+    flagged = [
+        c
+        for c, test in findings.lies.items()
+        if statistics.repeats(test, alpha) or statistics.model_deviates(findings.model[c], alpha)
+    ]
+    flagged.sort(key=lambda c: findings.lies[c].p)
+    ranked = sorted(findings.lies, key=lambda c: -findings.lies[c].k)
+    screened = [*flagged, *(c for c in ranked if c not in flagged and findings.lies[c].k)]
+    screened = screened[: max(MAX_SCREENED, len(flagged))]
+    search = TriggerSearch(witness.scores, held_out, witness.labels, seed)
+    searches = []
+    for done, c in enumerate(screened):
+        say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
+        searches.append(search.label(c, _suspects(looked, c), pictures.read))
+    return searches
 
 
-def _said_of_copies(looked: Looked, labels: Sequence[str]) -> list[str]:
+def _suspects(looked: Looked, c: int) -> np.ndarray:
+    """Numbers of pictures that may have a label's trigger, the likeliest first. Copied pictures are another attack's."""
     seen = looked.observations
-    repeated = (seen.lies() & seen.says())[seen.captions > 1].sum(axis=0)
-    return [str(labels[c]) for c in np.argsort(-repeated, kind="stable") if repeated[c]]
+    once, says = seen.captions == 1, seen.answer == c
+    contrast = (looked.areas * seen.clear).max(axis=1, initial=0)
+    repeats = np.flatnonzero(seen.lies()[:, c] & says & once)
+    repeats = repeats[np.argsort(-contrast[repeats], kind="stable")]
+    if len(repeats) >= MIN_SUSPECTS:
+        return repeats
+    unseen = np.flatnonzero(says & ~seen.seen[:, c] & once)
+    unseen = unseen[np.argsort(-contrast[unseen], kind="stable")]
+    return np.concatenate([repeats, np.setdiff1d(unseen, repeats, assume_unique=True)])
 
 
-def _victims(findings: Findings, looked: Looked, alpha: float) -> np.ndarray:
-    """(N,) bool: images whose lie the model repeats, of a label or a kind for which chance does not explain it."""
-    seen = looked.observations
-    repeated = seen.lies() & seen.says()
-    labels = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
-    victims = np.asarray(repeated[:, labels].any(axis=1))
-    if statistics.repeats_copies(findings.copied, alpha):
-        victims |= np.asarray(repeated[:, list(findings.lies)].any(axis=1)) & (seen.captions > 1)
-    return victims
-
-
-def _label_rows(findings: Findings, labels: Sequence[str], segmenter: Segmenter, alpha: float) -> list[dict[str, Any]]:
+def _label_rows(
+    findings: Findings, searches: Sequence[Search], labels: Sequence[str], segmenter: Segmenter, alpha: float
+) -> list[dict[str, Any]]:
     """One row a label, the most suspicious first, unchecked ones last."""
     rows = []
+    searched = {search.target: search for search in searches}
     for c, test in sorted(findings.lies.items(), key=lambda item: (item[1].p, -item[1].excess)):
         model = findings.model[c]
         flagged = statistics.repeats(test, alpha)
@@ -224,7 +217,7 @@ def _label_rows(findings: Findings, labels: Sequence[str], segmenter: Segmenter,
             {
                 "label": labels[c],
                 "status": "poisoned"
-                if statistics.poisoned(test, alpha)
+                if statistics.poisoned(test, alpha) or (c in searched and searched[c].triggers)
                 else "suspicious"
                 if flagged or deviates
                 else "agrees",
@@ -238,10 +231,25 @@ def _label_rows(findings: Findings, labels: Sequence[str], segmenter: Segmenter,
                 "unseen": model.k,
                 "unseen_expected": round(model.expected, 2),
                 "unseen_p": float(f"{model.p_holm:.3g}"),
+                "pasted_rate": round(searched[c].best.rate, 3) if c in searched else None,
+                "control_rate": round(searched[c].control.rate, 3) if c in searched else None,
             }
         )
     rows += [{"label": label, "status": "unchecked"} for label in labels if not segmenter.covers(label)]
     return rows
+
+
+def _trigger_row(number: int, trigger: FoundTrigger) -> dict[str, Any]:
+    return {
+        "number": number,
+        "target": trigger.target,
+        "kind": trigger.kind,
+        "size_px": list(trigger.crops[0].shape[1::-1]) if trigger.crops else None,
+        "place": "anywhere" if trigger.place is None else list(trigger.place),
+        "pictures": len(trigger.sources),
+        **{name: dataclasses.asdict(trial) | {"rate": round(trial.rate, 4)} for name, trial in trigger.trials.items()},
+        "file": f"triggers/{number}.png",
+    }
 
 
 def _copies_row(findings: Findings) -> dict[str, Any] | None:
@@ -258,28 +266,13 @@ def _copies_row(findings: Findings) -> dict[str, Any] | None:
     }
 
 
-def _against_truth(truth: Path | None, looked: Looked, victims: np.ndarray) -> dict[str, Any]:
-    """Precision and recall of the named victims, in samples; None where nothing is named or nothing is poisoned."""
-    if truth is None or not truth.exists():
-        return {}
-    poisons = set(pq.read_table(truth, columns=["key"])["key"].to_pylist())
-    image = looked.observations.image
-    named = {key for key, number in zip(looked.keys, image, strict=True) if victims[number]}
-    there = poisons & set(looked.keys)
-    hits = len(named & there)
-    return {
-        "victim_precision": hits / len(named) if named else None,
-        "victim_recall": hits / len(there) if there else None,
-    }
-
-
 def _limits(unchecked: Sequence[str]) -> list[str]:
     limits = [
         "Only labels that the oracle knows can be checked: a poison whose true and false label it does not know is "
         "invisible.",
         "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
         "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
-        "A trigger is not searched for: a backdoor is found by what the model says of the poisoned training pictures.",
+        "A trigger that bends the picture (WaNet) leaves no mean pattern: its label and victims are found, the trigger is not.",
     ]
     if unchecked:
         limits.insert(0, f"Unchecked labels: {', '.join(unchecked)}.")

@@ -61,6 +61,7 @@ class Witness:
                 "Train one for these labels: leave oracle.weights empty."
             )
         self.encoder, self.segmenter, self.labels = encoder, segmenter, tuple(labels)
+        self.asked = self.shown = 0  # forward passes of model and oracle, in pictures
         self._classifier = encoder.classifier(labels, templates)
         order = [segmenter.calibration.get(label) for label in labels]
         self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
@@ -73,9 +74,15 @@ class Witness:
         answers, areas = [], []
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
-            answers.append((self.encoder.images(batch) @ self._classifier.T).argmax(dim=1).numpy())
+            answers.append(self.scores(batch).argmax(axis=1))
             areas.append(self.segmenter.segment(batch))
+            self.shown += len(batch)
         return np.concatenate(answers), np.concatenate(areas)
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """(N, S, S, 3) uint8 to the model's cosine with each label (N, C)."""
+        self.asked += len(images)
+        return (self.encoder.images(images) @ self._classifier.T).numpy()
 
     def sees(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Area shares to (N, C) bool each: may be there, certainly is there. An unchecked label may be anywhere."""

@@ -49,6 +49,14 @@ class Observations:
         """(N,) int: captions of an image."""
         return np.bincount(self.image, minlength=len(self.answer))
 
+    def only(self, images: np.ndarray) -> "Observations":
+        """Those of some images; `images` is (N,) bool."""
+        number = np.cumsum(images) - 1
+        rows = images[self.image]
+        return Observations(
+            self.answer[images], self.seen[images], self.clear[images], number[self.image[rows]], self.named[rows]
+        )
+
     def any_named(self) -> np.ndarray:
         """(N, C) bool: some caption of the image names the label."""
         return self._any(self.named)

@@ -1,0 +1,213 @@
+"""The search for triggers: of suspected labels, by what causes them.
+
+    suspects    pictures of which the model repeats what only their captions say, of one label        statistics.py
+    place       what must be hidden so that the answer changes?                                       occlude.py
+    form        what do these places have in common?                                                  shape.py
+    proof       put on trusted pictures of other labels, it flips them; controls do not               paste.py
+    spread      no place? then what suspects have in common all over, with the same proof             spread.py
+    again       suspects that have the trigger are set aside, and the rest are searched               presence.py
+
+Letters: N distinct images, C labels, S side in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from roclip.oracle import spread
+from roclip.oracle.found import FoundTrigger, Source, Trial
+from roclip.oracle.occlude import Scores, Spot, find_spots, margins
+from roclip.oracle.paste import add, control_crops, pasted, shuffled, try_change, try_crop
+from roclip.oracle.presence import Evidence, evidence_of
+from roclip.oracle.shape import common_shape
+
+MIN_FLIPS, MIN_TIMES_CONTROL = 0.5, 2.0
+"""A trigger flips so many trusted pictures, and so many times as many as the best control."""
+MIN_SOURCES = 3
+OCCLUDED, RESIDUAL = 16, 256
+"""Suspects that are looked at piece by piece, and whose mean is taken, at most."""
+PROBES, TRIED_ON, CONTROLS = 64, 16, 8
+MAX_TRIGGERS = 3
+"""Of one label."""
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """Trusted pictures that the segmenter did not train on, (R, S, S, 3) uint8, and what is on them, (R, C) bool."""
+
+    images: np.ndarray
+    shows: np.ndarray
+    masks: np.ndarray
+    """(R, S, S) uint8: 0 background, 1 + label."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a label's search ended with."""
+
+    target: int
+    suspects: int
+    triggers: tuple[FoundTrigger, ...]
+    evidence: tuple[Evidence, ...]
+    """Of each trigger."""
+    best: Trial
+    """The most that anything flipped, found or not."""
+    control: Trial
+
+
+class TriggerSearch:
+    """Searches label after label with one model; `scores` is all that is asked of it."""
+
+    def __init__(self, scores: Scores, trusted: Trusted, labels: Sequence[str], seed: int):
+        self.scores, self.trusted, self.labels, self.seed = scores, trusted, tuple(labels), seed
+        self.answers = scores(trusted.images).argmax(axis=1)
+
+    def label(self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Search:
+        """Search for what causes a label.
+
+        Args:
+            suspects: Numbers of the images that may have it, the likeliest first.
+            read: Numbers (n,) to pictures (n, S, S, 3) uint8.
+        """
+        rng = np.random.default_rng((self.seed, 71, target))
+        others = np.flatnonzero(~self.trusted.shows[:, target] & (self.answers != target))
+        probes = self.trusted.images[rng.permutation(others)[:PROBES]]
+        left, found, evidence = suspects[:RESIDUAL], [], []
+        best, control = Trial(0, 0), Trial(0, 0)
+        while len(left) >= MIN_SOURCES and len(probes) >= TRIED_ON and len(found) < MAX_TRIGGERS:
+            images = read(left)
+            trigger = self._local(target, left, images, probes, rng)
+            if trigger is None or not _proved(trigger):
+                overall = self._global(target, left, images, probes, rng)
+                trigger = max((t for t in (trigger, overall) if t), key=lambda t: t.pasted.rate, default=None)
+            if trigger is None:
+                break
+            if trigger.pasted.rate >= best.rate:
+                best, control = trigger.pasted, trigger.control
+            if not _proved(trigger):
+                break
+            sure = np.isin(left, [source.image for source in trigger.sources]) if trigger.sources else np.ones(len(left), bool)
+            tells = evidence_of(trigger, images[sure], self.trusted.images)
+            has = (tells(images) > 0) | (sure if trigger.sources else False)
+            found.append(trigger)
+            evidence.append(tells)
+            if not has.any():
+                break
+            left = left[~has]
+        return Search(target, len(suspects), tuple(found), tuple(evidence), best, control)
+
+    def _local(
+        self, target: int, numbers: np.ndarray, images: np.ndarray, probes: np.ndarray, rng: np.random.Generator
+    ) -> FoundTrigger | None:
+        """The best trigger with a place, proved or not."""
+        scores = self.scores(images)
+        order = np.argsort(-margins(scores, target), kind="stable")
+        order = order[scores[order].argmax(axis=1) == target][:OCCLUDED]
+        spots = find_spots(images[order], target, self.scores) if len(order) else []
+        there = [(int(k), spot) for k, spot in zip(order, spots, strict=True) if spot.flips and spot.local]
+        if len(there) < MIN_SOURCES:
+            return None
+        pieces, corners = _pieces(images, there, there[0][1].window_px * 2)
+        shape = common_shape(pieces)
+        if shape is not None:
+            trigger = self._patch(target, numbers, there, corners, shape, probes, rng)
+            if trigger is not None and _proved(trigger):
+                return trigger
+        return self._bag(target, numbers, images, there, probes, rng)
+
+    def _patch(self, target, numbers, there, corners, shape, probes, rng) -> FoundTrigger | None:
+        sources = tuple(
+            Source(int(numbers[k]), (x + box[0], y + box[1], x + box[2], y + box[3]))
+            for (k, _), (x, y), box in zip(there, corners, shape.boxes, strict=True)
+            if box is not None
+        )
+        if len(sources) < MIN_SOURCES:
+            return None
+        crop, place = shape.pixels, None
+        trial = try_crop(crop, probes, target, self.scores, rng)
+        if trial.rate < MIN_FLIPS:
+            fixed = (int(np.median([s.box[0] for s in sources])), int(np.median([s.box[1] for s in sources])))
+            there_only = try_crop(crop, probes, target, self.scores, rng, fixed)
+            if there_only.rate > trial.rate:
+                trial, place = there_only, fixed
+        control = self._control(target, crop.shape[:2], probes, rng, place)
+        mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
+        return FoundTrigger(
+            self.labels[target], "patch", (crop,), shape.mask, place, sources=sources, pasted=trial, control=control, shuffled=mixed
+        )
+
+    def _bag(self, target, numbers, images, there, probes, rng) -> FoundTrigger | None:
+        """Crops about the spots, of the size that flips most; each has to flip by itself."""
+        tried, window = probes[:TRIED_ON], there[0][1].window_px
+        sizes = [round(factor * window) for factor in (1.0, 1.5, 2.0)]
+        some = there[: max(MIN_SOURCES, 4)]
+        rates = []
+        for size in sizes:
+            pieces, corners = _pieces(images, some, size)
+            rates.append(add([try_crop(p, tried, target, self.scores, rng) for p in pieces]).rate)
+        size = sizes[int(np.argmax(np.array(rates) >= 0.9 * max(rates)))]
+        pieces, corners = _pieces(images, there, size)
+        trials = [try_crop(piece, tried, target, self.scores, rng) for piece in pieces]
+        order = [k for k in np.argsort([-t.rate for t in trials], kind="stable") if trials[k].rate >= MIN_FLIPS]
+        if len(order) < MIN_SOURCES:
+            order = list(np.argsort([-t.rate for t in trials], kind="stable")[:MIN_SOURCES])
+        crops = tuple(pieces[k] for k in order)
+        sources = tuple(
+            Source(int(numbers[there[k][0]]), (corners[k][0], corners[k][1], corners[k][0] + size, corners[k][1] + size))
+            for k in order
+        )
+        trial = try_change(
+            lambda image: pasted(image, crops[int(rng.integers(len(crops)))], rng), probes, target, self.scores
+        )
+        control = self._control(target, (size, size), probes, rng, None)
+        mixed = try_crop(shuffled(crops[0], rng), probes, target, self.scores, rng)
+        return FoundTrigger(
+            self.labels[target], "bag", crops, sources=sources, pasted=trial, control=control, shuffled=mixed
+        )
+
+    def _global(self, target, numbers, images, probes, rng) -> FoundTrigger | None:
+        if len(images) < spread.MIN_SUSPECTS:
+            return None
+        half = rng.permutation(len(self.trusted.images))
+        pattern = spread.residual(images, self.trusted.images)
+        strength, trial = spread.try_residual(pattern, probes, target, self.scores)
+        controls = []
+        for rows in np.array_split(half, max(2, len(half) // max(len(images), 50)))[:4]:
+            rest = np.setdiff1d(half, rows)
+            other = spread.residual(self.trusted.images[rows], self.trusted.images[rest])
+            other *= np.linalg.norm(pattern) / max(float(np.linalg.norm(other)), 1e-9)
+            controls.append(try_change(spread.added(strength * other), probes, target, self.scores))
+        control = max(controls, key=lambda t: t.rate)
+        return FoundTrigger(
+            self.labels[target], "global", pattern=(strength * pattern).astype(np.float32), pasted=trial, control=control
+        )
+
+    def _control(self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place) -> Trial:
+        t = self.trusted
+        agree = t.images[t.shows[np.arange(len(t.images)), self.answers]]
+        shows = t.shows[:, target]
+        crops = control_crops(agree if len(agree) else t.images, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng)
+        kinds = [
+            add([try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in kind])
+            for kind in crops.values()
+            if kind
+        ]
+        return max(kinds, key=lambda trial: trial.rate)
+
+
+def _proved(trigger: FoundTrigger) -> bool:
+    return trigger.pasted.rate >= max(MIN_FLIPS, MIN_TIMES_CONTROL * trigger.control.rate)
+
+
+def _pieces(
+    images: np.ndarray, there: Sequence[tuple[int, Spot]], size: int
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Squares about the spots, moved inside the pictures, and their upper left corners (x, y)."""
+    side, pieces, corners = images.shape[1], [], []
+    size = min(size, side)
+    for k, spot in there:
+        left, top = (int(np.clip(round(c - size / 2), 0, side - size)) for c in spot.centre)
+        pieces.append(images[k, top : top + size, left : left + size])
+        corners.append((left, top))
+    return np.stack(pieces), corners

@@ -1,0 +1,97 @@
+"""Whose captions taught the trigger: each sample of the data that a finding explains, and how sure that is.
+
+    trigger     a caption names the target, and the trigger is in the picture; score 1 + evidence
+    lie         the model repeats what only the caption says, more often than chance explains once the pictures with a
+                trigger are set aside; score between 0 and 1
+    copies      the same of pictures that came with several captions
+
+Letters: N distinct images, C labels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from roclip.oracle import statistics
+from roclip.oracle.search import Search
+from roclip.oracle.shardpass import Looked
+from roclip.oracle.statistics import Observations
+
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Victims:
+    """All (N,)."""
+
+    score: np.ndarray
+    """Over 0 for victims, the surer the higher; 0 for the rest."""
+    target: np.ndarray
+    """Label that the picture was made to mean; -1 for the rest."""
+    trigger: np.ndarray
+    """Number of the trigger among all found; -1 where none is in the picture."""
+
+    @property
+    def named(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.score > 0
+
+
+def find_victims(
+    looked: Looked,
+    reference: Observations,
+    covered: Sequence[int],
+    searches: Sequence[Search],
+    read: Callable[[np.ndarray], np.ndarray],
+    alpha: float,
+) -> Victims:
+    """Name the victims. `read` gives pictures (n, S, S, 3) uint8 by their numbers (n,)."""
+    seen = looked.observations
+    victims = Victims(np.zeros(len(seen.answer)), np.full(len(seen.answer), -1), np.full(len(seen.answer), -1))
+    named, number = seen.any_named(), 0
+    for search in searches:
+        for tells in search.evidence:
+            for rows in _batches(np.flatnonzero(named[:, search.target])):
+                evidence = tells(read(rows))
+                there = (evidence > 0) & (1 + evidence > victims.score[rows])
+                victims.score[rows[there]] = 1 + evidence[there]
+                victims.target[rows[there]], victims.trigger[rows[there]] = search.target, number
+            number += 1
+    _unexplained(looked, reference, covered, victims, alpha)
+    return victims
+
+
+def _unexplained(
+    looked: Looked, reference: Observations, covered: Sequence[int], victims: Victims, alpha: float
+) -> None:
+    """Add repeated lies of labels, and of copied pictures, that the triggers leave significant."""
+    seen, rest = looked.observations, ~victims.named
+    findings = statistics.run_tests(seen.only(rest), reference, covered)
+    repeated = seen.lies() & seen.says() & rest[:, None]
+    told = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
+    lied = np.zeros_like(repeated)
+    lied[:, told] = repeated[:, told]
+    if statistics.repeats_copies(findings.copied, alpha):
+        several = seen.captions > 1
+        lied[np.ix_(several, list(findings.lies))] |= repeated[np.ix_(several, list(findings.lies))]
+    rows = np.flatnonzero(lied.any(axis=1))
+    # How much more of the picture is something else than what its caption claims.
+    other = (looked.areas * seen.clear).max(axis=1, initial=0)
+    claimed = (looked.areas * lied).max(axis=1, initial=0)
+    victims.score[rows] = np.clip(0.5 + 0.5 * (other - claimed)[rows], 0.01, 1)
+    victims.target[rows] = lied[rows].argmax(axis=1)
+
+
+def affected(looked: Looked, victims: Victims, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """By target label: what the oracle sees in its victims, with counts, the most frequent first."""
+    counts: dict[str, dict[str, int]] = {}
+    for target in np.unique(victims.target[victims.named]):
+        clear = looked.observations.clear[victims.named & (victims.target == target)].sum(axis=0)
+        order = [c for c in np.argsort(-clear, kind="stable") if clear[c]]
+        counts[labels[target]] = {labels[c]: int(clear[c]) for c in order}
+    return counts
+
+
+def _batches(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
