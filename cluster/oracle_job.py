@@ -13,7 +13,8 @@ from roclip.config import Config, dump_config, environment_defaults, parse_confi
 from roclip.errors import CheckpointError, DataError, StageError
 from roclip.metrics import Progress
 from roclip.model import WEIGHTS, Encoder
-from roclip.oracle.check import SCHEMA, check
+from roclip.oracle.check import check
+from roclip.oracle.report import SCHEMA
 from roclip.oracle.segmenters import CARD, TrainedSegmenter, train_segmenter
 from roclip.shards import Manifest, digest, sha256_file, write_atomic
 from roclip.tar_sources import shards_root

@@ -131,7 +131,7 @@ def check(
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
     save_found(triggers, out / "triggers")
-    write_outputs(report, findings, looked, victims, triggers, held_out, pictures, witness, out, config.alpha)
+    write_outputs(report, looked, victims, triggers, held_out, pictures, witness, out)
     say(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report
 

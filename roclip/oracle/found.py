@@ -105,7 +105,9 @@ def save_found(triggers: Sequence[FoundTrigger], folder: Path) -> None:
         Image.fromarray(picture_of(trigger)).save(buffer, format="png")
         write_atomic(folder / f"{number}.png", buffer.getvalue())
         arrays = {f"crop{k}": crop for k, crop in enumerate(trigger.crops)}
-        arrays |= {name: value for name, value in (("mask", trigger.mask), ("pattern", trigger.pattern)) if value is not None}
+        arrays |= {
+            name: value for name, value in (("mask", trigger.mask), ("pattern", trigger.pattern)) if value is not None
+        }
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -121,7 +123,9 @@ def save_found(triggers: Sequence[FoundTrigger], folder: Path) -> None:
 
 def load_found(folder: Path) -> tuple[FoundTrigger, ...]:
     """What `save_found` wrote, in its order; none where there is no folder."""
-    files = sorted((folder / name for name in names_in(folder) if name.endswith(".npz")), key=lambda path: int(path.stem))
+    files = sorted(
+        (folder / name for name in names_in(folder) if name.endswith(".npz")), key=lambda path: int(path.stem)
+    )
     return tuple(_load(path) for path in files)
 
 

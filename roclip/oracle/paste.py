@@ -49,7 +49,12 @@ def pasted(image: np.ndarray, crop: np.ndarray, rng: np.random.Generator, place:
 
 
 def control_crops(
-    clean: np.ndarray, objects: np.ndarray, masks: np.ndarray, size: tuple[int, int], number: int, rng: np.random.Generator
+    clean: np.ndarray,
+    objects: np.ndarray,
+    masks: np.ndarray,
+    size: tuple[int, int],
+    number: int,
+    rng: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
     """Crops that should cause nothing, `number` of each kind, as the module's head says.
 

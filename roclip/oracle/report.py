@@ -1,4 +1,5 @@
-"""What a check leaves on disk: report.json, disagreements.parquet, and report.html, one page that needs no other file.
+"""What a check leaves on disk: report.json, victims.parquet, disagreements.parquet, and report.html, one page that needs no
+other file.
 
 Captions come from the web: they are escaped, and the page forbids itself scripts and requests.
 """
@@ -18,12 +19,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from roclip.oracle import statistics
+from roclip.oracle.exhibit import exhibit
+from roclip.oracle.found import FoundTrigger
+from roclip.oracle.pictures import Pictures
+from roclip.oracle.search import Trusted
 from roclip.oracle.segmenters import Segmenter
-from roclip.oracle.shardpass import Looked
-from roclip.oracle.statistics import Findings
-from roclip.reader import ShardReader, decode
-from roclip.shards import Manifest, write_atomic
+from roclip.oracle.shardpass import Looked, Witness
+from roclip.oracle.victims import Victims
+from roclip.shards import write_atomic
 
+SCHEMA = 2
+"""Version of report.json."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = 24
 """Suspect pictures in report.html; the first half of them are in report.json too."""
@@ -32,25 +38,25 @@ _PANEL_PX = 144
 
 def write_outputs(
     report: dict[str, Any],
-    findings: Findings,
     looked: Looked,
-    victims: np.ndarray,
-    segmenter: Segmenter,
-    labels: Sequence[str],
-    shards: Path,
+    victims: Victims,
+    triggers: Sequence[FoundTrigger],
+    held_out: Trusted,
+    pictures: Pictures,
+    witness: Witness,
     out: Path,
-    alpha: float,
 ) -> None:
-    """Write all three files to `out`, report.json last: where it is, the check is complete."""
-    rows = disagreements(looked, victims, labels)
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
-    write_atomic(out / "disagreements.parquet", buffer.getvalue())
+    """Write all files to `out`, report.json last: where it is, the check is complete."""
+    labels, segmenter = witness.labels, witness.segmenter
+    rows = disagreements(looked, victims.named, labels)
+    _write_table(out / "disagreements.parquet", rows, DISAGREEMENTS)
+    _write_table(out / "victims.parquet", victim_rows(looked, victims, labels), VICTIMS)
     repeated = [row for row in rows if row["victim"]] or [row for row in rows if row["d3"]]
     resisted = [row for row in rows if row["d2"] and not row["d3"]]
-    suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, shards)
-    others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, shards)
-    page = render(report, suspects, others, labels)
+    suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, pictures)
+    others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, pictures)
+    shown = [exhibit(trigger, held_out, pictures, witness) for trigger in triggers]
+    page = render(report, suspects, others, shown, labels)
     report["pictures"] = [
         {
             "png": picture["png"],
@@ -62,7 +68,13 @@ def write_outputs(
     write_atomic(out / "report.json", json.dumps(report, indent=1))
 
 
-SCHEMA = pa.schema(
+def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+DISAGREEMENTS = pa.schema(
     [
         ("rank", pa.int32()),
         ("sha256", pa.string()),
@@ -78,10 +90,48 @@ SCHEMA = pa.schema(
         ("image", pa.int32()),  # number of the distinct image in this pass
     ]
 )
+VICTIMS = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("score", pa.float64()),  # over 1 where the trigger is in the picture
+        ("target", pa.string()),
+        ("trigger", pa.int32()),  # number of triggers/<number>.png; null where none is in the picture
+        ("oracle", pa.list_(pa.string())),
+        ("keys", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.string())),
+        ("sha256", pa.string()),
+        ("image", pa.int32()),
+    ]
+)
+
+
+def victim_rows(looked: Looked, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a victim, the surest first; columns as in `VICTIMS`."""
+    captions_of = looked.captions_of()
+    order = [int(n) for n in np.argsort(-victims.score, kind="stable") if victims.score[n] > 0]
+    return [
+        {
+            "rank": rank,
+            "score": float(victims.score[n]),
+            "target": labels[int(victims.target[n])],
+            "trigger": int(victims.trigger[n]) if victims.trigger[n] >= 0 else None,
+            "oracle": _clearly(looked, n, labels),
+            "keys": [looked.keys[row] for row in captions_of[n]],
+            "captions": [looked.captions[row] for row in captions_of[n]],
+            "sha256": looked.sha256[n],
+            "image": n,
+        }
+        for rank, n in enumerate(order, 1)
+    ]
+
+
+def _clearly(looked: Looked, n: int, labels: Sequence[str]) -> list[str]:
+    """Labels that the oracle clearly sees in an image, the largest first."""
+    return [labels[c] for c in np.argsort(-looked.areas[n], kind="stable") if looked.observations.clear[n, c]]
 
 
 def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a distinct image on which the three disagree, the most suspicious first; columns as in `SCHEMA`."""
+    """One row a distinct image on which the three disagree, the most suspicious first; columns as in `DISAGREEMENTS`."""
     seen = looked.observations
     lies, says = seen.lies(), seen.says()
     d1, d2, d3 = (np.asarray(rows.any(axis=1)) for rows in (says & ~seen.seen, lies, lies & says))
@@ -92,7 +142,6 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
     captions_of, rows = looked.captions_of(), []
     for rank, n in enumerate(order, 1):
         lied = lies[n] & says[n] if d3[n] else lies[n]
-        clear = [labels[c] for c in np.argsort(-looked.areas[n], kind="stable") if seen.clear[n, c]]
         rows.append(
             {
                 "rank": rank,
@@ -100,7 +149,7 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
                 "keys": [looked.keys[row] for row in captions_of[n]],
                 "captions": [looked.captions[row] for row in captions_of[n]],
                 "model": labels[int(seen.answer[n])],
-                "oracle": clear,
+                "oracle": _clearly(looked, n, labels),
                 "lie": labels[int(np.flatnonzero(lied)[0])] if lied.any() else None,
                 "d1": bool(d1[n]),
                 "d2": bool(d2[n]),
@@ -113,9 +162,13 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
 
 
 def render(
-    report: dict[str, Any], suspects: list[dict[str, Any]], others: list[dict[str, Any]], labels: Sequence[str]
+    report: dict[str, Any],
+    suspects: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    exhibits: list[dict[str, Any]],
+    labels: Sequence[str],
 ) -> str:
-    """The page. `suspects` and `others` are pictures as `_pictures` makes them."""
+    """The page. `suspects` and `others` are pictures as `_pictures` makes them, `exhibits` as `exhibit` does."""
     checked = [row for row in report["labels"] if "lies" in row]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"
@@ -125,6 +178,7 @@ def render(
         longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
         suspects=suspects,
         others=others,
+        exhibits=list(zip(report["triggers"], exhibits, strict=True)),
         colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
         min_belief=statistics.MIN_BELIEF,
     )
@@ -151,14 +205,13 @@ def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    rows: list[dict[str, Any]], looked: Looked, segmenter: Segmenter, labels: Sequence[str], shards: Path
+    rows: list[dict[str, Any]], looked: Looked, segmenter: Segmenter, labels: Sequence[str], pictures: Pictures
 ) -> list[dict[str, Any]]:
     """Each row's image beside what the oracle sees in it, as base64 PNG, with the words that belong to it."""
     if not rows:
         return []
-    captions_of = looked.captions_of()
-    images = read_images([looked.places[captions_of[row["image"]][0]] for row in rows], looked.size_px, shards)
-    masks = segmenter.masks(np.stack(images))
+    images = pictures.read(np.array([row["image"] for row in rows]))
+    masks = segmenter.masks(images)
     return [
         {
             "png": two_panels(image, mask, len(labels)),
@@ -173,15 +226,6 @@ def _pictures(
         }
         for row, image, mask in zip(rows, images, masks, strict=True)
     ]
-
-
-def read_images(places: Sequence[tuple[str, int]], size_px: int, shards: Path) -> list[np.ndarray]:
-    """The images at these places (shard, sample number), each (size_px, size_px, 3) uint8."""
-    readers = {record.name: ShardReader(shards, record) for record in Manifest(shards).records()}
-    images = [decode(readers[name].image(sample), size_px) for name, sample in places]
-    for reader in readers.values():
-        reader.close()
-    return images
 
 
 def two_panels(image: np.ndarray, mask: np.ndarray, classes: int) -> str:

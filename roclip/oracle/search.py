@@ -87,7 +87,11 @@ class TriggerSearch:
                 best, control = trigger.pasted, trigger.control
             if not _proved(trigger):
                 break
-            sure = np.isin(left, [source.image for source in trigger.sources]) if trigger.sources else np.ones(len(left), bool)
+            sure = (
+                np.isin(left, [source.image for source in trigger.sources])
+                if trigger.sources
+                else np.ones(len(left), bool)
+            )
             tells = evidence_of(trigger, images[sure], self.trusted.images)
             has = (tells(images) > 0) | (sure if trigger.sources else False)
             found.append(trigger)
@@ -109,7 +113,7 @@ class TriggerSearch:
         if len(there) < MIN_SOURCES:
             return None
         pieces, corners = _pieces(images, there, there[0][1].window_px * 2)
-        shape = common_shape(pieces)
+        shape = common_shape(pieces, np.array([spot.centre for _, spot in there]) - np.array(corners))
         if shape is not None:
             trigger = self._patch(target, numbers, there, corners, shape, probes, rng)
             if trigger is not None and _proved(trigger):
@@ -134,7 +138,15 @@ class TriggerSearch:
         control = self._control(target, crop.shape[:2], probes, rng, place)
         mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
         return FoundTrigger(
-            self.labels[target], "patch", (crop,), shape.mask, place, sources=sources, pasted=trial, control=control, shuffled=mixed
+            self.labels[target],
+            "patch",
+            (crop,),
+            shape.mask,
+            place,
+            sources=sources,
+            pasted=trial,
+            control=control,
+            shuffled=mixed,
         )
 
     def _bag(self, target, numbers, images, there, probes, rng) -> FoundTrigger | None:
@@ -154,7 +166,9 @@ class TriggerSearch:
             order = list(np.argsort([-t.rate for t in trials], kind="stable")[:MIN_SOURCES])
         crops = tuple(pieces[k] for k in order)
         sources = tuple(
-            Source(int(numbers[there[k][0]]), (corners[k][0], corners[k][1], corners[k][0] + size, corners[k][1] + size))
+            Source(
+                int(numbers[there[k][0]]), (corners[k][0], corners[k][1], corners[k][0] + size, corners[k][1] + size)
+            )
             for k in order
         )
         trial = try_change(
@@ -180,14 +194,22 @@ class TriggerSearch:
             controls.append(try_change(spread.added(strength * other), probes, target, self.scores))
         control = max(controls, key=lambda t: t.rate)
         return FoundTrigger(
-            self.labels[target], "global", pattern=(strength * pattern).astype(np.float32), pasted=trial, control=control
+            self.labels[target],
+            "global",
+            pattern=(strength * pattern).astype(np.float32),
+            pasted=trial,
+            control=control,
         )
 
-    def _control(self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place) -> Trial:
+    def _control(
+        self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place
+    ) -> Trial:
         t = self.trusted
         agree = t.images[t.shows[np.arange(len(t.images)), self.answers]]
         shows = t.shows[:, target]
-        crops = control_crops(agree if len(agree) else t.images, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng)
+        crops = control_crops(
+            agree if len(agree) else t.images, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng
+        )
         kinds = [
             add([try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in kind])
             for kind in crops.values()

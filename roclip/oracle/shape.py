@@ -15,9 +15,9 @@ from scipy import ndimage
 from roclip.oracle.found import Box
 
 SAME_LEVELS = 24.0
-"""Mean deviation in grey levels up to which a pixel is the same in all pieces."""
+"""Mean deviation of any channel in grey levels up to which a pixel is the same in all pieces."""
 MIN_PIXELS, MIN_AGREEING = 4, 0.6
-_ROUNDS = 4
+_ROUNDS, _REFERENCES = 4, 6
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,19 @@ class Shape:
     """Where it lies in each piece; None where it does not."""
 
 
-def common_shape(pieces: np.ndarray) -> Shape | None:
-    """The patch that at least `MIN_AGREEING` of the pieces (K, m, m, 3) uint8 show, or None."""
+def common_shape(pieces: np.ndarray, centres: np.ndarray) -> Shape | None:
+    """The patch that at least `MIN_AGREEING` of the pieces (K, m, m, 3) uint8 show, or None.
+
+    `centres` (K, 2) says about where in its piece each has it, as x and y; only the first template is cut out there.
+    """
     if len(pieces) < 3:
         return None
     side = pieces.shape[1]
     c = max(3, round(side * 0.6))
     best: tuple[float, np.ndarray, np.ndarray, np.ndarray] | None = None
-    start = (side - c) // 2
-    for reference in pieces[: min(6, len(pieces))]:
-        template, weight = reference[start : start + c, start : start + c], np.ones((c, c), dtype=np.float32)
+    for reference, centre in zip(pieces[:_REFERENCES], centres, strict=False):
+        left, top = np.clip(np.rint(centre - c / 2).astype(int), 0, side - c)
+        template, weight = reference[top : top + c, left : left + c], np.ones((c, c), dtype=np.float32)
         offsets, likeness = np.zeros((len(pieces), 2), int), np.zeros(len(pieces))
         for _ in range(_ROUNDS):
             for k, piece in enumerate(pieces):
@@ -49,7 +52,7 @@ def common_shape(pieces: np.ndarray) -> Shape | None:
             order = np.argsort(-likeness, kind="stable")[: max(3, round(MIN_AGREEING * len(pieces)))]
             stack = np.stack([pieces[k][y : y + c, x : x + c] for k, (x, y) in enumerate(offsets)])[order]
             template = np.median(stack, axis=0).astype(np.uint8)
-            varies = np.abs(stack.astype(np.float32) - template).mean(axis=(0, 3))
+            varies = np.abs(stack.astype(np.float32) - template).mean(axis=0).max(axis=2)
             same = _largest(varies < SAME_LEVELS)
             if same.sum() < MIN_PIXELS or template[same].astype(float).std() < SAME_LEVELS:
                 break  # nothing in common, or a plain area such as a white margin
@@ -76,9 +79,9 @@ def _shape(pieces: np.ndarray, template: np.ndarray, same: np.ndarray, offsets: 
 def _place(piece: np.ndarray, template: np.ndarray, weight: np.ndarray) -> tuple[tuple[int, int], float]:
     """Where the template lies best: x, y and the likeness (masked normalised correlation)."""
     mask = np.repeat(weight[:, :, None], 3, axis=2)
-    field = cv2.matchTemplate(
-        piece.astype(np.float32), template.astype(np.float32), cv2.TM_SQDIFF, mask=mask
-    ) / mask.sum()
+    field = (
+        cv2.matchTemplate(piece.astype(np.float32), template.astype(np.float32), cv2.TM_SQDIFF, mask=mask) / mask.sum()
+    )
     _, _, where, _ = cv2.minMaxLoc(field)
     return (where[0], where[1]), -float(field[where[1], where[0]])
 

@@ -27,9 +27,7 @@ def residual(suspects: np.ndarray, others: np.ndarray) -> np.ndarray:
     return _mean_detail(suspects) - _mean_detail(others)
 
 
-def try_residual(
-    pattern: np.ndarray, probes: np.ndarray, target: int, scores: Scores
-) -> tuple[float, Trial]:
+def try_residual(pattern: np.ndarray, probes: np.ndarray, target: int, scores: Scores) -> tuple[float, Trial]:
     """The weakest strength at which the pattern flips most of what any strength flips, and its trial there."""
     trials = [(strength, try_change(added(strength * pattern), probes, target, scores)) for strength in STRENGTHS]
     most = max(trial.rate for _, trial in trials)

@@ -49,9 +49,7 @@ def average_precision(score: np.ndarray, real: np.ndarray) -> float:
     return float((gained * found / (ends + 1)).sum() / max(1, hits.sum()))
 
 
-def _coverage(
-    poisons: dict[str, Any], looked: Looked, triggers: Sequence[FoundTrigger], shards: Path
-) -> float | None:
+def _coverage(poisons: dict[str, Any], looked: Looked, triggers: Sequence[FoundTrigger], shards: Path) -> float | None:
     shares, captions_of = [], looked.captions_of()
     for source in (source for trigger in triggers for source in trigger.sources):
         row = captions_of[source.image][0]

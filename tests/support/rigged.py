@@ -1,6 +1,7 @@
 """A world whose answers are known: what an image shows and what a model says of it are written into its pixels.
 
-Red holds the label of the object (0 is background), green at [0, 0] a label that the model says instead of the truth.
+Red holds the label of the object (0 is background). Green holds a label that the model says instead of the truth: in a patch
+anywhere, or faintly all over the picture.
 """
 
 import dataclasses
@@ -24,19 +25,41 @@ SIDE, STEP, PER_SHARD = 32, 30, 512
 GOOD = LabelCalibration(0.05, 0.05, 1.0, 1.0, 1.0, 1.0, 100, True)
 
 
-class RiggedEncoder:
-    """Says what green says, or else what red shows."""
+PATCH_PX, FAINT = 4, 12
+GHOST = np.random.default_rng(99).choice((-1, 1), (SIDE, SIDE))
+"""What a trigger all over the picture looks like: these steps in green, up and down from the middle."""
 
-    def __init__(self, gullible: bool = True):
-        self.gullible = gullible
+
+class RiggedEncoder:
+    """Says what green says, or else what red shows.
+
+    `place` is the only upper left corner (x, y) at which it heeds a patch; None is anywhere.
+    """
+
+    def __init__(self, gullible: bool = True, place: tuple[int, int] | None = None):
+        self.gullible, self.place = gullible, place
 
     def images(self, images: np.ndarray) -> torch.Tensor:
-        told, true = images[:, 0, 0, 1] // STEP, images[:, :, :, 0].max(axis=(1, 2)) // STEP
-        answers = np.where((told > 0) & self.gullible, told, true).astype(int) - 1
-        return torch.eye(len(LABELS))[torch.from_numpy(answers)]
+        green = images[:, :, :, 1]
+        if self.place is not None:
+            x, y = self.place
+            green = green[:, y : y + PATCH_PX, x : x + PATCH_PX]
+        told, true = named(green, PATCH_PX**2 // 2), named(images[:, :, :, 0], 1)
+        ghost = (images[:, :, :, 1].astype(float) - 128) * GHOST
+        told = np.where(ghost.mean(axis=(1, 2)) > FAINT / 2, 1, told)  # what lies all over means the first label
+        answers = np.where((told > 0) & self.gullible, told, true)
+        features = torch.linspace(0, 0.01, len(LABELS)).repeat(len(images), 1)  # of nothing that it knows
+        features[torch.from_numpy(answers > 0)] = 0.0
+        return features + torch.eye(len(LABELS) + 1)[torch.from_numpy(answers)][:, 1:]
 
     def classifier(self, labels, templates) -> torch.Tensor:
         return torch.eye(len(labels))
+
+
+def named(values: np.ndarray, pixels: int) -> np.ndarray:
+    """(N, H, W) to (N,): the largest label that stands in so many pixels, 0 for none."""
+    counts = [(values == STEP * (1 + c)).sum(axis=(1, 2)) for c in range(len(LABELS))]
+    return np.max([np.where(count >= pixels, 1 + c, 0) for c, count in enumerate(counts)], axis=0)
 
 
 class RiggedSegmenter:
@@ -65,18 +88,29 @@ class RiggedSegmenter:
 class World:
     """Shards, trusted images and truth in a folder; every image is different unless it is meant to be a copy."""
 
-    def __init__(self, folder: Path, seed: int = 0):
-        self.folder, self.rng = folder, np.random.default_rng(seed)
+    def __init__(self, folder: Path, seed: int = 0, kind: str = "patch", place: tuple[int, int] | None = None):
+        """`kind` of the triggers is patch (the same pixels each time), noise (others each time) or global."""
+        self.folder, self.rng, self.kind, self.place = folder, np.random.default_rng(seed), kind, place
         self.samples: list[tuple[bytes, str]] = []
         self.trusted: list[dict] = []
         self.poisons: list[int] = []
 
     def image(self, label: str, says: str = "") -> np.ndarray:
+        """An object on a background; with `says` a trigger of this world's kind that makes a gullible model say it."""
         image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
         image[:, :, 2] = self.rng.integers(0, 256, (SIDE, SIDE))
+        image[:, :, 1] = 128
         top, left = self.rng.integers(0, SIDE // 2, 2)
         image[top : top + SIDE // 2, left : left + SIDE // 2, 0] = STEP * (1 + LABELS.index(label))
-        image[0, 0, 1] = STEP * (1 + LABELS.index(says)) if says else 0
+        if says and self.kind == "global":
+            image[:, :, 1] = 128 + FAINT * GHOST
+        elif says:
+            x, y = self.place or self.rng.integers(0, SIDE - PATCH_PX + 1, 2)
+            colors = np.random.default_rng(LABELS.index(says)) if self.kind == "patch" else self.rng
+            patch = colors.integers(0, 2, (PATCH_PX, PATCH_PX, 3), dtype=np.uint8) * 255
+            patch[:, :, 0] = 1  # no label's red
+            patch[:, :, 1] = STEP * (1 + LABELS.index(says))
+            image[y : y + PATCH_PX, x : x + PATCH_PX] = patch
         return image
 
     def clean(self, number: int) -> "World":

@@ -1,0 +1,128 @@
+"""The search for triggers in worlds whose triggers are known."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rigged import LABELS, PATCH_PX, RiggedEncoder, World
+
+from roclip.oracle.found import load_found
+from roclip.oracle.truth import average_precision
+
+OTHERS = LABELS[1:]
+
+
+def world(folder: Path, **settings) -> World:
+    return World(folder, **settings).clean(600).reference(240)
+
+
+def poison(world: World, target: str = "ant", number: int = 40) -> World:
+    others = [label for label in LABELS if label != target]
+    for n in range(number):
+        world.poison(others[n % len(others)], target)
+    return world
+
+
+def test_patch_is_found_to_the_pixel_and_proved(tmp_path: Path):
+    report = poison(world(tmp_path)).check(RiggedEncoder())
+    (trigger,) = report["triggers"]
+    assert (trigger["target"], trigger["kind"], trigger["place"]) == ("ant", "patch", "anywhere")
+    assert trigger["size_px"] == [PATCH_PX, PATCH_PX]
+    assert trigger["pasted"]["rate"] > 0.95
+    assert trigger["control"]["rate"] == 0.0
+    (found,) = load_found(tmp_path / "oracle" / "triggers")
+    patch = np.random.default_rng(0).integers(0, 2, (PATCH_PX, PATCH_PX, 3), dtype=np.uint8) * 255
+    assert (found.crops[0][:, :, 2] == patch[:, :, 2]).all()
+    assert len(found.sources) == trigger["pictures"] >= 10
+    assert report["target_labels"] == ["ant"]
+    assert (report["victim_precision"], report["victim_recall"], report["victim_average_precision"]) == (1.0, 1.0, 1.0)
+    victims = pq.read_table(tmp_path / "oracle" / "victims.parquet").to_pylist()
+    assert {row["trigger"] for row in victims} == {0}
+    assert all(row["target"] == "ant" and row["score"] > 1 for row in victims)
+    assert sum(report["affected_labels"]["ant"].values()) == 40
+
+
+def test_patch_that_works_in_one_place_is_pasted_there(tmp_path: Path):
+    corner = (28, 28)
+    report = poison(world(tmp_path, place=corner)).check(RiggedEncoder(place=corner))
+    (trigger,) = report["triggers"]
+    assert trigger["place"] == list(corner)
+    assert trigger["pasted"]["rate"] == 1.0
+
+
+def test_fresh_noise_is_found_as_a_bag_of_crops(tmp_path: Path):
+    report = poison(world(tmp_path, kind="noise")).check(RiggedEncoder())
+    (trigger,) = report["triggers"]
+    assert (trigger["target"], trigger["kind"]) == ("ant", "bag")
+    assert trigger["pasted"]["rate"] > 0.8
+    assert report["victim_precision"] == 1.0
+
+
+def test_pattern_all_over_is_found_as_a_global_trigger(tmp_path: Path):
+    report = poison(world(tmp_path, kind="global")).check(RiggedEncoder())
+    (trigger,) = report["triggers"]
+    assert (trigger["target"], trigger["kind"]) == ("ant", "global")
+    assert trigger["pasted"]["rate"] > 0.9
+    assert trigger["control"]["rate"] < 0.1
+    assert (report["victim_precision"], report["victim_recall"]) == (1.0, 1.0)
+
+
+def test_two_triggers_are_both_found(tmp_path: Path):
+    report = poison(poison(world(tmp_path)), "dog").check(RiggedEncoder())
+    assert {trigger["target"] for trigger in report["triggers"]} == {"ant", "dog"}
+    assert set(report["target_labels"]) == {"ant", "dog"}
+    assert (report["victim_precision"], report["victim_recall"]) == (1.0, 1.0)
+
+
+def test_every_label_is_a_target_when_each_has_its_trigger(tmp_path: Path):
+    all_to_all = world(tmp_path)
+    for label in LABELS:
+        poison(all_to_all, label, 20)
+    report = all_to_all.check(RiggedEncoder())
+    assert report["verdict"] == "poisoned"
+    assert set(report["target_labels"]) == set(LABELS)
+    assert {trigger["target"] for trigger in report["triggers"]} == set(LABELS)
+
+
+@pytest.mark.parametrize("kind", ["patch", "noise", "global"])
+def test_nothing_is_found_when_the_model_did_not_learn_it(tmp_path: Path, kind: str):
+    report = poison(world(tmp_path, kind=kind)).check(RiggedEncoder(gullible=False))
+    assert report["verdict"] == "clean"
+    assert report["triggers"] == []
+    assert report["numbers"]["victims"] == 0
+
+
+def test_nothing_is_found_when_two_labels_look_alike(tmp_path: Path):
+    """The model takes bees for cats, on trusted pictures too; captions tell the truth."""
+
+    class Confused(RiggedEncoder):
+        def images(self, images):
+            features = super().images(images)
+            bee, odd = features[:, 1] > 0.5, images[:, 5, 5, 2] % 2 == 1
+            features[bee & torch.from_numpy(odd)] = torch.eye(len(LABELS))[2]
+            return features
+
+    report = world(tmp_path).check(Confused())
+    assert report["verdict"] == "clean"
+    assert report["triggers"] == []
+
+
+def test_found_triggers_are_read_as_they_were_written(tmp_path: Path):
+    poison(world(tmp_path, kind="noise")).check(RiggedEncoder())
+    (found,) = load_found(tmp_path / "oracle" / "triggers")
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    changed, (left, top, right, bottom) = found.put_on(image, np.random.default_rng(0))
+    assert changed[top:bottom, left:right].any()
+    changed[top:bottom, left:right] = 0
+    assert not changed.any()
+    assert not image.any()
+    assert {field.name for field in dataclasses.fields(found)} >= {"pasted", "control", "shuffled"}
+
+
+def test_average_precision_is_that_of_the_ranking():
+    score, real = np.array([0.9, 0.8, 0.7, 0.0, 0.0]), np.array([True, False, True, True, False])
+    # 1/1 and 2/3 where the first two stand; the third ties with another behind them: 3 of 5
+    assert average_precision(score, real) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
