@@ -62,13 +62,15 @@ class FoundTrigger:
     """Of the crops, or of the pattern, on trusted pictures that do not show the target."""
     control: Trial = Trial(0, 0)
     """The best of the controls."""
+    objects: Trial = Trial(0, 0)
+    """Of crops of the target's own objects."""
     shuffled: Trial = Trial(0, 0)
     """Of the crop with its pixels in another order: a backdoor may go by texture."""
 
     @property
     def trials(self) -> dict[str, Trial]:
         """By name."""
-        return {"pasted": self.pasted, "control": self.control, "shuffled": self.shuffled}
+        return {"pasted": self.pasted, "control": self.control, "objects": self.objects, "shuffled": self.shuffled}
 
     def put_on(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
         """A copy of an (S, S, 3) uint8 image with the trigger on it, and the box that changed."""
@@ -131,7 +133,7 @@ def load_found(folder: Path) -> tuple[FoundTrigger, ...]:
 
 def _load(path: Path) -> FoundTrigger:
     with np.load(path, allow_pickle=False) as file:
-        trials = [Trial(int(flips), int(n)) for flips, n in file["trials"]]
+        pasted, control, objects, shuffled = (Trial(int(flips), int(n)) for flips, n in file["trials"])
         return FoundTrigger(
             target=str(file["target"]),
             kind=str(file["kind"]),
@@ -143,7 +145,8 @@ def _load(path: Path) -> FoundTrigger:
                 Source(int(image), (int(left), int(top), int(right), int(bottom)))
                 for image, left, top, right, bottom in file["sources"]
             ),
-            pasted=trials[0],
-            control=trials[1],
-            shuffled=trials[2],
+            pasted=pasted,
+            control=control,
+            objects=objects,
+            shuffled=shuffled,
         )

@@ -5,7 +5,8 @@ What flips them to the label, and does so far more often than crops that have no
 Controls, all put on the same pictures
     random      crops of the same size from pictures on which model, oracle and caption agree
     fill        a piece of one colour, and of noise
-    object      crops of the label's own objects, as the oracle sees them: a real small object may flip, too
+    object      crops of the label's own objects, as the oracle sees them: a real small object may flip, too, and counts
+                against crops that share no pattern
     shuffled    the crop's own pixels in another order: reported only, as a backdoor may go by texture
 
 Letters: M probes, K crops, S side in pixels.

@@ -18,12 +18,14 @@ import numpy as np
 from roclip.oracle import spread
 from roclip.oracle.found import FoundTrigger, Source, Trial
 from roclip.oracle.occlude import Scores, Spot, find_spots, margins
-from roclip.oracle.paste import add, control_crops, pasted, shuffled, try_change, try_crop
+from roclip.oracle.paste import Place, add, control_crops, pasted, shuffled, try_change, try_crop
 from roclip.oracle.presence import Evidence, evidence_of
 from roclip.oracle.shape import common_shape
 
 MIN_FLIPS, MIN_TIMES_CONTROL = 0.5, 2.0
 """A trigger flips so many trusted pictures, and so many times as many as the best control."""
+MIN_BEYOND_OBJECTS = 0.25
+"""By how much more a bag of crops must flip than crops of real objects: the oracle may have missed small ones."""
 MIN_SOURCES = 3
 OCCLUDED, RESIDUAL = 16, 256
 """Suspects that are looked at piece by piece, and whose mean is taken, at most."""
@@ -135,7 +137,7 @@ class TriggerSearch:
             there_only = try_crop(crop, probes, target, self.scores, rng, fixed)
             if there_only.rate > trial.rate:
                 trial, place = there_only, fixed
-        control = self._control(target, crop.shape[:2], probes, rng, place)
+        control, objects = self._controls(target, crop.shape[:2], probes, rng, place)
         mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
         return FoundTrigger(
             self.labels[target],
@@ -146,6 +148,7 @@ class TriggerSearch:
             sources=sources,
             pasted=trial,
             control=control,
+            objects=objects,
             shuffled=mixed,
         )
 
@@ -174,10 +177,17 @@ class TriggerSearch:
         trial = try_change(
             lambda image: pasted(image, crops[int(rng.integers(len(crops)))], rng), probes, target, self.scores
         )
-        control = self._control(target, (size, size), probes, rng, None)
+        control, objects = self._controls(target, (size, size), probes, rng, None)
         mixed = try_crop(shuffled(crops[0], rng), probes, target, self.scores, rng)
         return FoundTrigger(
-            self.labels[target], "bag", crops, sources=sources, pasted=trial, control=control, shuffled=mixed
+            self.labels[target],
+            "bag",
+            crops,
+            sources=sources,
+            pasted=trial,
+            control=control,
+            objects=objects,
+            shuffled=mixed,
         )
 
     def _global(self, target, numbers, images, probes, rng) -> FoundTrigger | None:
@@ -201,25 +211,28 @@ class TriggerSearch:
             control=control,
         )
 
-    def _control(
-        self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place
-    ) -> Trial:
+    def _controls(
+        self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place: Place
+    ) -> tuple[Trial, Trial]:
+        """The better of random crops and fills, and crops of the target's own objects."""
         t = self.trusted
         agree = t.images[t.shows[np.arange(len(t.images)), self.answers]]
         shows = t.shows[:, target]
-        crops = control_crops(
-            agree if len(agree) else t.images, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng
-        )
-        kinds = [
-            add([try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in kind])
-            for kind in crops.values()
-            if kind
-        ]
-        return max(kinds, key=lambda trial: trial.rate)
+        clean = agree if len(agree) else t.images
+        crops = control_crops(clean, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng)
+        trials = {
+            kind: add([try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind])
+            for kind, of_kind in crops.items()
+        }
+        return max(trials["random"], trials["fill"], key=lambda trial: trial.rate), trials["object"]
 
 
 def _proved(trigger: FoundTrigger) -> bool:
-    return trigger.pasted.rate >= max(MIN_FLIPS, MIN_TIMES_CONTROL * trigger.control.rate)
+    """Pixels that agree in many pictures are no objects; crops that do not might be."""
+    needed = max(MIN_FLIPS, MIN_TIMES_CONTROL * trigger.control.rate)
+    if trigger.kind == "bag":
+        needed = max(needed, trigger.objects.rate + MIN_BEYOND_OBJECTS)
+    return trigger.pasted.rate >= needed
 
 
 def _pieces(
