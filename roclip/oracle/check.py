@@ -27,6 +27,7 @@ from roclip.model import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.report import write_outputs
 from roclip.oracle.segmenters import Segmenter, read_trusted, shown
+from roclip.oracle.shardlook import SavedLooks
 from roclip.oracle.shardpass import Looked, Witness, look
 from roclip.oracle.statistics import Findings, Observations
 from roclip.shards import sha256_file
@@ -52,6 +53,7 @@ def check(
     caption_key: str = "",
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
+    saved: SavedLooks | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge a model by the shards that it learned from.
@@ -64,6 +66,7 @@ def check(
         templates: Zero-shot prompts with one `{}`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
         truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real.
+        saved: Where what was seen in each shard lies, or is put, so that a check that was cut off goes on.
         subject: What is judged, in the caller's words; goes into the report as it is.
 
     Returns:
@@ -73,7 +76,7 @@ def check(
     say = on_progress or (lambda done, total, text: None)
     witness = Witness(encoder, segmenter, labels, templates)
     reference, skill = _reference(witness, trusted)
-    looked = look(witness, shards, say, caption_key)
+    looked = look(witness, shards, say, caption_key, saved)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     findings = statistics.run_tests(looked.observations, reference, covered)
     unchecked = [label for label in labels if not segmenter.covers(label)]

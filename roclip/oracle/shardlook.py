@@ -178,4 +178,3 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
-

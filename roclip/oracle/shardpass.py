@@ -158,9 +158,7 @@ def merge(
         images.keep(first)
     image = number_of[samples["image"]]
     said = Strings(captions)
-    observations = Observations(
-        images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels)
-    )
+    observations = Observations(images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels))
     return Looked(
         observations,
         images["areas"],
