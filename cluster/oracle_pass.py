@@ -7,7 +7,8 @@ are left out, whoever made it, and nothing but counts goes through Ray.
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,12 +53,38 @@ def look_with_actors(
     records = [record for record in sealed(shards) if not saved.has(record)]
     if not records:
         return
+    pace = Pace(len(records), "shards looked at")
+    try:
+        with _quiet():
+            looks = _looks(records, make, shards, saved, name, actors, cpus, gpus)
+            with contextlib.closing(iter(looks.iter_batches(batch_size=1))) as done:
+                for batch in done:
+                    if error := str(batch["error"][0]):
+                        raise ShardError(error)
+                    pace.say(say, 1, int(batch["images"][0]))
+    except RayError as error:
+        raise StageError(
+            f"{name}: an actor failed, and a shard was given up after {TRIES_AGAIN} more tries ({words_of(error)}). "
+            "What was seen stays: run the same command again when the cause is gone."
+        ) from error
+
+
+def _looks(
+    records: Sequence[ShardRecord],
+    make: Callable[[], Witness],
+    shards: Path,
+    saved: SavedLooks,
+    name: str,
+    actors: int,
+    cpus: float,
+    gpus: float,
+) -> ray.data.Dataset:
     items = [json.dumps(asdict(record)) for record in records]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     dataset.set_name(name)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    looks = dataset.map_batches(
+    return dataset.map_batches(
         type(name, (_Looker,), {}),  # Ray names the actors by it
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=1),
         batch_size=1,
@@ -67,18 +94,6 @@ def look_with_actors(
         max_restarts=-1,
         max_task_retries=TRIES_AGAIN,
     )
-    pace = Pace(len(items), "shards looked at")
-    try:
-        with _quiet(), contextlib.closing(iter(looks.iter_batches(batch_size=1))) as done:
-            for batch in done:
-                if error := str(batch["error"][0]):
-                    raise ShardError(error)
-                pace.say(say, 1, int(batch["images"][0]))
-    except RayError as error:
-        raise StageError(
-            f"{name}: an actor failed, and a shard was given up after {TRIES_AGAIN} more tries ({words_of(error)}). "
-            "What was seen stays: run the same command again when the cause is gone."
-        ) from error
 
 
 def cpus_per_actor(nodes: Sequence[float], actors: int) -> float:
@@ -109,12 +124,15 @@ class _Looker:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Within it Ray Data says nothing but errors on the terminal, which is the display's."""
+def _quiet() -> Iterator[None]:
+    """Within it Ray Data says nothing but errors on the terminal, which is the display's, and warns of no setting that it
+    made itself."""
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         logger.setLevel(level)

@@ -7,7 +7,6 @@ Letters: n distinct images and m samples of a shard; N distinct images and M sam
 """
 
 import io
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from PIL import Image
 
 from roclip.errors import DataError
 from roclip.metrics import Progress
+from roclip.oracle.find_names import find_names
 from roclip.oracle.looking import look_at
 from roclip.oracle.sequences import Digests, Groups, Places, Strings
 from roclip.oracle.shardlook import SavedLooks, ShardLook, without_features
@@ -179,13 +179,9 @@ def merge(
 
 def name_labels(captions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins."""
-    order = sorted(range(len(labels)), key=lambda c: -len(labels[c]))
-    names = "|".join(rf"(?P<l{c}>{re.escape(labels[c])}(?:e?s)?)" for c in order)
-    pattern = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])", re.IGNORECASE)
     named = np.zeros((len(captions), len(labels)), dtype=bool)
-    for row, caption in enumerate(captions):
-        for found in pattern.finditer(caption):
-            named[row, int(str(found.lastgroup)[1:])] = True
+    rows, found = find_names(captions, labels)
+    named[rows, found] = True
     return named
 
 
