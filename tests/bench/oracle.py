@@ -2,7 +2,7 @@
 
     an image's share of the pass      seconds at the larger number of images against those at 1,000: flat is a ratio of 1
     forward passes an image           counted, against the budget of 2 of the model and 1 of the oracle
-    putting together 1,000,000        looks of 1,000 images each: seconds and peak memory of merge and statistics
+    putting together 1,000,000        looks of 1,000 images each: processor time and peak memory of merge and statistics
     victims (with --run)              average precision and AUROC of our order of suspects, against the local outlier factor
                                       (Breunig 2000) and the k-nearest distance of the same embeddings, found with FAISS; the
                                       model and the truth are the run's, one that `roclip run` has finished
@@ -48,7 +48,7 @@ from roclip.shards import Manifest, ShardRecord
 
 SMALL, PER_SHARD, SIDE_PX = 1000, 500, 64
 MERGED, LABELS = 1_000_000, (10, 100)
-TIME_BUDGET_S, MEMORY_BUDGET = 60.0, 4 * 2**30
+TIME_BUDGET_S, MEMORY_BUDGET = 60.0, 2 * 2**30
 NEIGHBOURS = 16
 SILENT = {"say": lambda *_: None}
 
@@ -124,7 +124,7 @@ def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
 
 
 def merge_millions(labels: int) -> dict[str, float]:
-    """Seconds of each stage, and bytes at the peak, of this process."""
+    """Processor seconds of each stage, and bytes at the peak, of this process."""
     rng, looks = np.random.default_rng(0), MERGED // 1000
     classes = [f"thing{c}" for c in range(labels)]
     one = synthetic_look(classes, rng)
@@ -136,14 +136,19 @@ def merge_millions(labels: int) -> dict[str, float]:
         for number in range(looks):
             digests = rng.integers(0, 256, (1000, 32), dtype=np.uint8)
             digests[:10] = shared
-            yield dataclasses.replace(record, name=f"{number:05d}.tar"), dataclasses.replace(one, sha256=digests)
+            order = pa.array(rng.permutation(1000))  # also, copies: no two looks share the memory of their words
+            words = {"keys": one.keys.take(order), "captions": one.captions.take(order)}
+            yield (
+                dataclasses.replace(record, name=f"{number:05d}.tar"),
+                dataclasses.replace(one, sha256=digests, **words),
+            )
 
-    start = time.perf_counter()
+    start = time.process_time()
     looked = merge(each(), classes, SIDE_PX, MERGED)
-    merged = time.perf_counter()
+    merged = time.process_time()
     assert len(looked.sha256) == MERGED - 10 * (looks - 1)
     statistics.run_tests(looked.observations, first(looked.observations, 2000), range(labels))
-    return {"merge": merged - start, "statistics": time.perf_counter() - merged, "bytes": peak_bytes() - before}
+    return {"merge": merged - start, "statistics": time.process_time() - merged, "bytes": peak_bytes() - before}
 
 
 def synthetic_look(classes: list[str], rng: np.random.Generator) -> ShardLook:
@@ -184,7 +189,7 @@ def time_merge(labels: int) -> None:
     spent = json.loads(done.stdout)
     for stage in ("merge", "statistics"):
         case = f"{stage} of {MERGED:,} images, {labels} labels"
-        measure("oracle", case, "s", lambda stage=stage: spent[stage], TIME_BUDGET_S, 1.0, 1)
+        measure("oracle", case, "s of a processor", lambda stage=stage: spent[stage], TIME_BUDGET_S, 1.0, 1)
     case = f"memory of both, {MERGED:,} images, {labels} labels"
     measure("oracle", case, "bytes", lambda: spent["bytes"], MEMORY_BUDGET, 1.0, 1)
 
