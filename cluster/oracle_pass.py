@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -57,7 +58,8 @@ def look_with_actors(
     try:
         with _quiet():
             looks = _looks(records, make, shards, saved, name, actors, cpus, gpus)
-            with contextlib.closing(iter(looks.iter_batches(batch_size=1))) as done:
+            replies: Any = iter(looks.iter_batches(batch_size=1))
+            with contextlib.closing(replies) as done:
                 for batch in done:
                     if error := str(batch["error"][0]):
                         raise ShardError(error)

@@ -5,7 +5,7 @@ Alternatives one after the other take 10,000 s for a million captions and a thou
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -23,15 +23,15 @@ def find_names(captions: Sequence[str], names: Sequence[str]) -> tuple[np.ndarra
     done, rest = 0, iter(captions)
     while piece := list(islice(rest, _AT_ONCE)):
         ends = np.cumsum([len(caption) + 1 for caption in piece])
-        hits = np.fromiter(_hits(pattern, "\n".join(piece)), dtype=np.dtype((np.int64, 2)))
+        hits = np.array(_hits(pattern, "\n".join(piece)), dtype=np.int64).reshape(-1, 2)
         rows.append(done + np.searchsorted(ends, hits[:, 0], side="right"))
         found.append(hits[:, 1])
         done += len(piece)
     return np.concatenate(rows), np.concatenate(found)
 
 
-def _hits(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    return ((hit.start(), int(str(hit.lastgroup)[1:])) for hit in pattern.finditer(text))
+def _hits(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    return [(hit.start(), int(str(hit.lastgroup)[1:])) for hit in pattern.finditer(text)]
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:

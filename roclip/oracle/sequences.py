@@ -52,7 +52,7 @@ class Places(Sequence[tuple[str, int]]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        return self._names[self._shard[index]], int(self._sample[index])
+        return self._names[int(self._shard[index])], int(self._sample[index])
 
 
 class Groups(Sequence[list[int]]):

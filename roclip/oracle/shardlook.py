@@ -22,7 +22,6 @@ from roclip.shards import ShardRecord, write_atomic
 
 FORMAT = 1
 _STAMP, _COUNTS = b"roclip.stamp", b"roclip.counts"
-_COUNTED = ("unreadable", "texts")
 _OF_IMAGES = ("sha256", "seen", "clear", "areas", "top", "scores", "margin", "features")
 _OF_SAMPLES = ("sample", "keys", "captions", "cosine")
 
@@ -109,7 +108,7 @@ class SavedLooks:
 
     def write(self, record: ShardRecord, look: ShardLook) -> None:
         table = _table(look)
-        counts = json.dumps({name: getattr(look, name) for name in _COUNTED})
+        counts = json.dumps({"unreadable": look.unreadable, "texts": look.texts})
         table = table.replace_schema_metadata({_STAMP: self.stamp(record), _COUNTS: counts.encode()})
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, use_dictionary=False, compression="zstd")
@@ -167,7 +166,8 @@ def _look(table: pa.Table, counts: dict[str, int]) -> ShardLook:
         cosine=samples["cosine"].to_numpy(),
         keys=samples["keys"],
         captions=samples["captions"],
-        **counts,
+        unreadable=counts["unreadable"],
+        texts=counts["texts"],
     )
 
 

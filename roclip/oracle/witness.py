@@ -23,7 +23,8 @@ BATCH = 64
 """Images, or captions, of one forward pass."""
 MAX_THREADS = 16
 """Batches under way in one process, which each have their pixels in memory. For more cores take more actors."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

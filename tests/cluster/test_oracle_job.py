@@ -153,8 +153,9 @@ def test_job_says_what_is_missing(run: Path):
         judge(settings(), run, "clip")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
+    """One Ray for the tests that need it: starting it takes seconds."""
     support = REPOSITORY / "tests" / "support"
     ray.init(
         num_cpus=4,
@@ -171,7 +172,7 @@ def cluster():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_job_says_the_same_to_the_bit_when_one_or_four_actors_look(run: Path, cluster: None, tmp_path: Path):
+def test_job_says_the_same_to_the_bit_when_one_or_four_actors_look(run: Path, cluster: None):
     in_process, alone = looks(run), read_report(run)
     assert len(in_process) == 4
     for actors in (1, 4):
@@ -182,7 +183,6 @@ def test_job_says_the_same_to_the_bit_when_one_or_four_actors_look(run: Path, cl
     before = {path: path.stat().st_mtime_ns for path in (run / "clip" / "oracle").rglob("*.parquet")}
     oracle(settings(actors=3), run, "clip")  # judged before: nobody looks
     assert before == {path: path.stat().st_mtime_ns for path in (run / "clip" / "oracle").rglob("*.parquet")}
-    a_shard_is_tried_again_when_its_actor_was_killed(tmp_path)
     (run / "origin" / "trusted.parquet").unlink()
     with pytest.raises(DataError, match="expected trusted images"):
         oracle(settings(), run, "clip")
@@ -192,13 +192,14 @@ def looks(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "clip" / "oracle" / "pass").iterdir()}
 
 
-def a_shard_is_tried_again_when_its_actor_was_killed(folder: Path) -> None:
-    """In the same Ray, which takes seconds to start."""
-    shards = World(folder).clean(60).seal(per_shard=20)
-    saved = SavedLooks(folder / "looks", "rigged", "", side_of(shards))
+@pytest.mark.ray
+@pytest.mark.slow
+def test_shard_is_tried_again_when_its_actor_was_killed(cluster: None, tmp_path: Path):
+    shards = World(tmp_path).clean(60).seal(per_shard=20)
+    saved = SavedLooks(tmp_path / "looks", "rigged", "", side_of(shards))
     told: list[tuple[int, int]] = []
     look_with_actors(
-        functools.partial(fatal_witness, folder / "killed", 10),
+        functools.partial(fatal_witness, tmp_path / "killed", 10),
         shards,
         saved,
         name="oracle:rigged:look",
@@ -207,7 +208,7 @@ def a_shard_is_tried_again_when_its_actor_was_killed(folder: Path) -> None:
         gpus=0,
         say=lambda done, total, _: told.append((done, total)),
     )
-    assert (folder / "killed").exists()
+    assert (tmp_path / "killed").exists()
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert len(look(witness(), shards, lambda *_: None, saved=saved).sha256) == 60
 
