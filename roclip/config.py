@@ -95,10 +95,16 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
 
 def identity(config: Config) -> str:
     """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
-    oracle = dataclasses.replace(config.oracle, fail_on="never")
     train = dataclasses.replace(config.train, checkpoint_store="", mirrors=())
     measured = dataclasses.replace(config.evaluate, class_file="", template_file="", webdataset="")
-    same = {"run_dir": "", "runs": "", "source": "", "train": train, "oracle": oracle, "evaluate": measured}
+    same = {
+        "run_dir": "",
+        "runs": "",
+        "source": "",
+        "train": train,
+        "oracle": config.oracle.of_verdict,
+        "evaluate": measured,
+    }
     return dump_config(dataclasses.replace(config, **same))
 
 

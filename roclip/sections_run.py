@@ -1,6 +1,6 @@
 """The sections of a config around the training: data, attacks, evaluation, oracle, cluster."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from roclip.errors import ConfigError
@@ -222,10 +222,22 @@ class OracleConfig:
     """Family-wise error rate of the label test (Holm)."""
     fail_on: Literal["never", "suspicious", "poisoned"] = "never"
     """Verdict from which on the command ends with 10 (suspicious) or 20 (poisoned)."""
+    actors: int = 1
+    """Ray actors that look at the shards. Each takes what CPUs there are for it: one takes a whole node, so take as many
+    as there are nodes, or GPUs. What they see does not depend on their number."""
+    gpus_per_actor: float = 0.0
+    """Such as 0.5, for two on one GPU."""
 
     def __post_init__(self) -> None:
-        positive(self, "oracle", "trusted", "epochs", "alpha")
+        positive(self, "oracle", "trusted", "epochs", "alpha", "actors")
+        if self.gpus_per_actor < 0:
+            raise ConfigError(f"oracle.gpus_per_actor: expected 0 or more, got {self.gpus_per_actor}.")
         fraction(self, "oracle", "reference_frac")
+
+    @property
+    def of_verdict(self) -> "OracleConfig":
+        """The same settings without those that the verdict does not depend on."""
+        return replace(self, fail_on="never", actors=1, gpus_per_actor=0.0)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from roclip.oracle.pictures import Pictures
 from roclip.oracle.report import SCHEMA, write_outputs
 from roclip.oracle.search import Search, TriggerSearch, Trusted
 from roclip.oracle.segmenters import Segmenter, read_trusted, shown
+from roclip.oracle.shardlook import SavedLooks
 from roclip.oracle.shardpass import Looked, Witness, look
 from roclip.oracle.statistics import Findings, Observations
 from roclip.oracle.truth import against_truth
@@ -63,6 +64,7 @@ def check(
     caption_key: str = "",
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
+    saved: SavedLooks | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def check(
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
         truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real, and
             how much of the true trigger the boxes cover.
+        saved: Where what was seen in each shard lies, or is put, so that a check that was cut off goes on.
         subject: What is judged, in the caller's words; goes into the report as it is.
         seed: Of the places and pictures that the search draws.
 
@@ -87,7 +90,7 @@ def check(
     started = time.monotonic()
     say = on_progress or (lambda done, total, text: None)
     witness = Witness(encoder, segmenter, labels, templates)
-    looked = look(witness, shards, say, caption_key)
+    looked = look(witness, shards, say, caption_key, saved)
     pictures = Pictures(looked, shards)
     held_out = _held_out(segmenter, trusted, labels, looked.size_px)
     reference, skill = _reference(witness, held_out)
@@ -119,8 +122,8 @@ def check(
             "labels_searched": len(searches),
             "alpha": config.alpha,
             "victims": int(victims.named.sum()),
-            "clip_forwards": witness.asked,
-            "oracle_forwards": witness.shown,
+            "clip_forwards": {**looked.forwards, "reference": len(reference.answer), "search": witness.asked},
+            "oracle_forwards": looked.forwards["images"] + len(reference.answer),
         },
         "oracle": {
             **{key: value for key, value in segmenter.info.items() if key != "reference_rows"},

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from roclip.oracle.found import FoundTrigger, picture_of
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.search import Trusted
-from roclip.oracle.shardpass import Witness
+from roclip.oracle.witness import Witness
 
 SHOWN = 8
 _SIDE_PX, _CROP_PX, _MARK = 128, 96, (255, 0, 90)

@@ -1,173 +1,285 @@
-"""One sequential pass over the sealed shards: every distinct image is shown once to the model and once to the oracle.
+"""The pass over the sealed shards: every distinct image of a shard is shown once to the model and once to the oracle.
 
-Letters: N distinct images, M captions, C labels.
+Each shard is looked at for itself (`look_at`), in batches that do not depend on any other, by whoever has time; the looks
+are put together in the order of the manifest (`merge`). So it is the same to the bit who looked at what, and how many did.
+
+Letters: n distinct images and m samples of a shard; N distinct images and M samples (captions) of all; C labels.
 """
 
-import hashlib
 import io
-import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from roclip.errors import DataError
 from roclip.metrics import Progress
-from roclip.model import Encoder
-from roclip.oracle.segmenters import Segmenter
+from roclip.oracle.find_names import find_names
+from roclip.oracle.looking import look_at
+from roclip.oracle.sequences import Digests, Groups, Places, Strings
+from roclip.oracle.shardlook import SavedLooks, ShardLook, without_features
 from roclip.oracle.statistics import Observations
-from roclip.reader import BadSampleError, ShardReader, decode
+from roclip.oracle.witness import Witness as Witness
+from roclip.reader import FORMATS, BadSampleError, ShardReader, decode
 from roclip.shards import Manifest, ShardRecord
 
-BATCH = 256
 MAX_SIDE_PX = 512
+_MERGED = ("sha256", "seen", "clear", "areas", "top", "scores", "margin")
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What the pass found; `keys`, `captions` and `places` have one entry a caption, the rest one an image."""
+    """What the pass found; `keys`, `captions`, `places` and `cosine` have one entry a caption, the rest one an image."""
 
     observations: Observations
     areas: np.ndarray
-    """(N, C) float: the oracle's area shares."""
-    sha256: list[str]
+    """(N, C) float16: the oracle's area shares."""
+    sha256: Sequence[str]
     """Of the original image's bytes where img2dataset noted it, else of the stored ones."""
-    keys: list[str]
-    captions: list[str]
-    places: list[tuple[str, int]]
+    keys: Sequence[str]
+    captions: Sequence[str]
+    places: Sequence[tuple[str, int]]
     """Shard and sample number within it."""
     size_px: int
     """Side at which the images were looked at."""
     unreadable: int
+    top: np.ndarray
+    """(N, k) int32: the model's best labels, the best first."""
+    scores: np.ndarray
+    """(N, k) float32: cosine of the image and these labels."""
+    margin: np.ndarray
+    """(N,) float32: see `ShardLook`."""
+    cosine: np.ndarray
+    """(M,) float32: of image and caption."""
+    forwards: dict[str, int]
+    """Images that the model and the oracle saw each, and captions that the model read (`images`, `texts`)."""
+    _features: "_Features"
 
-    def captions_of(self) -> list[list[int]]:
+    def captions_of(self) -> Sequence[list[int]]:
         """For each image, its entries of `keys` and `captions`."""
-        rows: list[list[int]] = [[] for _ in self.sha256]
-        for row, image in enumerate(self.observations.image):
-            rows[image].append(row)
-        return rows
+        return Groups(self.observations.image, len(self.areas))
+
+    def features(self, images: np.ndarray | None = None) -> np.ndarray:
+        """(k, D) float16, unit length: those of these images, or of all; read from where they lie."""
+        return self._features(np.arange(len(self.areas)) if images is None else images)
 
 
-class Witness:
-    """The model's zero-shot answer and the oracle's sight, side by side."""
+def look(
+    witness: Witness, shards: Path, say: Progress, caption_key: str = "", saved: SavedLooks | None = None
+) -> Looked:
+    """Look at every sealed shard that `saved` does not have yet, and put all together.
 
-    def __init__(self, encoder: Encoder, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]):
-        if tuple(segmenter.labels) != tuple(labels):
-            raise DataError(
-                f"oracle: expected a segmenter for {', '.join(labels)}; it knows {', '.join(segmenter.labels)}. "
-                "Train one for these labels: leave oracle.weights empty."
-            )
-        self.encoder, self.segmenter, self.labels = encoder, segmenter, tuple(labels)
-        self.asked = self.shown = 0  # forward passes of model and oracle, in pictures
-        self._classifier = encoder.classifier(labels, templates)
-        order = [segmenter.calibration.get(label) for label in labels]
-        self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
-        self._clear = np.array([row.clear if row and row.covered else np.inf for row in order])
-
-    def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Answers (N,) and area shares (N, C) for images (N, S, S, 3) uint8."""
-        if not len(images):
-            return np.empty(0, dtype=np.int64), np.empty((0, len(self.labels)), dtype=np.float32)
-        answers, areas = [], []
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            answers.append(self.scores(batch).argmax(axis=1))
-            areas.append(self.segmenter.segment(batch))
-            self.shown += len(batch)
-        return np.concatenate(answers), np.concatenate(areas)
-
-    def scores(self, images: np.ndarray) -> np.ndarray:
-        """(N, S, S, 3) uint8 to the model's cosine with each label (N, C)."""
-        self.asked += len(images)
-        return (self.encoder.images(images) @ self._classifier.T).numpy()
-
-    def sees(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Area shares to (N, C) bool each: may be there, certainly is there. An unchecked label may be anywhere."""
-        return areas >= self._seen, areas >= self._clear
-
-
-def look(witness: Witness, shards: Path, say: Progress, caption_key: str = "") -> Looked:
-    """Read every usable sample of every sealed shard once, with its first caption (`ShardReader`).
-
-    Raises `DataError` where there is no shard.
+    Reads every usable sample once, with its first caption (`ShardReader`). Raises `DataError` where there is no shard.
     """
+    records = sealed(shards)
+    size_px = saved.size_px if saved else side_of(shards, caption_key)
+    pace = Pace(sum(not (saved and saved.has(record)) for record in records), "shards looked at")
+
+    def each() -> Iterator[tuple[ShardRecord, ShardLook]]:
+        for record in records:
+            look = saved.read(record) if saved else None
+            if look is None:
+                look = look_at(witness, shards, record, caption_key, size_px)
+                if saved:
+                    saved.write(record, look)
+                    look = without_features(look)
+                pace.say(say, 1, len(look.sha256))
+            yield record, look
+
+    return merge(each(), witness.labels, size_px, sum(record.samples for record in records), saved)
+
+
+def sealed(shards: Path) -> tuple[ShardRecord, ...]:
+    """The shards to look at. Raises `DataError` where there are none."""
     records = Manifest(shards).records()
     if not records:
         raise DataError(f"{shards}: expected sealed shards, got none. Run `roclip ingest` first.")
-    numbers: dict[str, int] = {}
-    image: list[int] = []
-    keys: list[str] = []
-    captions: list[str] = []
-    places: list[tuple[str, int]] = []
-    answers, areas, waiting = [], [], []
-    unreadable = size = 0
-    for number, record in enumerate(records, start=1):
-        reader, originals = ShardReader(shards, record, caption_key=caption_key), _originals(shards, record)
+    return records
+
+
+def side_of(shards: Path, caption_key: str = "") -> int:
+    """Side at which to look: the longer one of the first image that can be read, whose size the others share."""
+    for record in sealed(shards):
+        reader = ShardReader(shards, record, caption_key=caption_key)
         for sample in range(len(reader.index["key"])):
-            key = reader.key(sample)
             try:
-                encoded, caption = reader.read(sample)
-                sha = originals.get(key) or hashlib.sha256(encoded).hexdigest()
-                if sha not in numbers:
-                    size = size or _side(encoded)
-                    waiting.append(decode(encoded, size))
-                    numbers[sha] = len(numbers)
+                encoded = reader.image(sample)
+                decode(encoded, 16)
             except BadSampleError:
-                unreadable += 1
                 continue
-            image.append(numbers[sha])
-            keys.append(key)
-            captions.append(caption)
-            places.append((record.name, sample))
-            if len(waiting) == BATCH:
-                _flush(witness, waiting, answers, areas)
-        reader.close()
-        say(number, len(records), f"{record.name}: {len(keys):,} samples, {len(numbers):,} distinct images so far")
-    _flush(witness, waiting, answers, areas)
-    named = name_labels(captions, witness.labels)
-    answer = np.concatenate(answers) if answers else np.empty(0, dtype=np.int64)
-    area = np.concatenate(areas) if areas else np.empty((0, len(witness.labels)), dtype=np.float32)
-    seen, clear = witness.sees(area)
-    observations = Observations(answer, seen, clear, np.array(image, dtype=np.int64), named)
-    return Looked(observations, area, list(numbers), keys, captions, places, size, unreadable)
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as first:
+                return max(16, min(MAX_SIDE_PX, max(first.size)))
+    return 16
+
+
+def merge(
+    looks: Iterable[tuple[ShardRecord, ShardLook]],
+    labels: Sequence[str],
+    size_px: int,
+    capacity: int,
+    saved: SavedLooks | None = None,
+) -> Looked:
+    """Put shards together, in the order given. An image that several hold counts once, as the first has it; its captions
+    collect.
+
+    Args:
+        capacity: At least as many images as there are: memory is taken for them when they come.
+        saved: Where the looks' features lie, for looks that came without.
+    """
+    records: list[ShardRecord] = []
+    kept: list[np.ndarray | None] = []
+    images, samples = _Rows(capacity), _Rows(capacity)
+    keys, captions = [], []
+    unreadable = texts = 0
+    for number, (record, look) in enumerate(looks):
+        n = len(look.sha256)
+        samples.add(
+            image=look.image.astype(np.int64) + len(images),
+            shard=np.full(len(look.sample), number, dtype=np.int32),
+            sample=look.sample,
+            cosine=look.cosine,
+        )
+        images.add(
+            **{name: getattr(look, name) for name in _MERGED},
+            shard=np.full(n, number, dtype=np.int32),
+            row=np.arange(n, dtype=np.int32),
+        )
+        records.append(record)
+        kept.append(look.features)
+        keys.append(look.keys)
+        captions.append(look.captions)
+        unreadable, texts = unreadable + look.unreadable, texts + look.texts
+    shown = len(images)
+    first, number_of = _distinct(images["sha256"])
+    if len(first) < shown:
+        images.keep(first)
+    image = number_of[samples["image"]]
+    said = Strings(captions)
+    observations = Observations(images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels))
+    return Looked(
+        observations,
+        images["areas"],
+        Digests(images["sha256"]),
+        Strings(keys),
+        said,
+        Places([record.name for record in records], samples["shard"], samples["sample"]),
+        size_px,
+        unreadable,
+        top=images["top"],
+        scores=images["scores"],
+        margin=images["margin"],
+        cosine=samples["cosine"],
+        forwards={"images": shown, "texts": texts},
+        _features=_Features(images["shard"], images["row"], records, kept, saved),
+    )
 
 
 def name_labels(captions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins."""
-    order = sorted(range(len(labels)), key=lambda c: -len(labels[c]))
-    names = "|".join(rf"(?P<l{c}>{re.escape(labels[c])}(?:e?s)?)" for c in order)
-    pattern = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])", re.IGNORECASE)
     named = np.zeros((len(captions), len(labels)), dtype=bool)
-    for row, caption in enumerate(captions):
-        for found in pattern.finditer(caption):
-            named[row, int(str(found.lastgroup)[1:])] = True
+    rows, found = find_names(captions, labels)
+    named[rows, found] = True
     return named
 
 
-def _flush(witness: Witness, waiting: list[np.ndarray], answers: list, areas: list) -> None:
-    if waiting:
-        answer, area = witness.ask(np.stack(waiting))
-        answers.append(answer)
-        areas.append(area)
-        waiting.clear()
+class Pace:
+    """Says how far a pass is, how fast it goes and when it will have ended."""
+
+    def __init__(self, total: int, what: str):
+        self.total, self.what, self.done, self.images, self._started_s = total, what, 0, 0, time.monotonic()
+
+    def say(self, say: Progress, done: int, images: int) -> None:
+        """So many more are done, with so many images."""
+        self.done, self.images = self.done + done, self.images + images
+        seconds = max(time.monotonic() - self._started_s, 1e-9)
+        left = seconds / self.done * (self.total - self.done)
+        rate = f"{self.images:,} images  {self.images / seconds:,.0f} images/s"
+        ends = f"  {left:.0f} s left" if self.done < self.total else ""
+        say(self.done, self.total, f"{self.done} of {self.total} {self.what}  {rate}{ends}")
 
 
-def _originals(shards: Path, record: ShardRecord) -> dict[str, str]:
-    """Key -> sha256 of the bytes that were fetched, where img2dataset noted it."""
-    path = shards / f"{Path(record.name).stem}.parquet"
-    if not path.exists() or not {"key", "sha256"} <= set(pq.read_schema(path).names):
-        return {}
-    table = pq.read_table(path, columns=["key", "sha256"])
-    return {key: sha for key, sha in zip(table["key"].to_pylist(), table["sha256"].to_pylist(), strict=True) if sha}
+# ---- putting shards together --------------------------------------------------------------------------------
 
 
-def _side(encoded: bytes) -> int:
-    """Side at which to look: that of the first image, whose size the others of a run share."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as first:
-            return max(16, min(MAX_SIDE_PX, max(first.size)))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadSampleError("undecodable_image") from error
+class _Rows:
+    """Columns that grow by pieces, each in one array that the system gives memory for as it fills."""
+
+    def __init__(self, capacity: int):
+        self._capacity, self._used = capacity, 0
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._used
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._columns[name][: self._used]
+
+    def add(self, **pieces: np.ndarray) -> None:
+        """Rows of all columns, the same each time."""
+        end = self._used
+        for name, piece in pieces.items():
+            if name not in self._columns:
+                self._columns[name] = np.empty((self._capacity, *piece.shape[1:]), dtype=piece.dtype)
+            end = self._used + len(piece)
+            self._columns[name][self._used : end] = piece
+        self._used = end
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Only these rows, ascending, moved down where they lie."""
+        for column in self._columns.values():
+            for start in range(0, len(rows), _MOVED):
+                column[start : start + len(rows[start : start + _MOVED])] = column[rows[start : start + _MOVED]]
+        self._used = len(rows)
+
+
+_MOVED = 1 << 14
+
+
+def _distinct(sha256: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R, 32) uint8 to the rows that come first with theirs, ascending, and (R,) the place of each row's in that list."""
+    words = np.ascontiguousarray(sha256).view(np.uint64)
+    order = np.lexsort(words.T)  # stable: of equal ones the first row stays first
+    ordered = words[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = order[new]
+    by_row = np.argsort(first)
+    place = np.empty(len(first), dtype=np.int64)
+    place[by_row] = np.arange(len(first))
+    number_of = np.empty(len(order), dtype=np.int64)
+    number_of[order] = place[np.cumsum(new) - 1]
+    return first[by_row], number_of
+
+
+class _Features:
+    """Features of images by their number, out of the looks that hold them."""
+
+    def __init__(
+        self,
+        shard: np.ndarray,
+        row: np.ndarray,
+        records: Sequence[ShardRecord],
+        kept: Sequence[np.ndarray | None],
+        saved: SavedLooks | None,
+    ):
+        self._shard, self._row, self._records, self._kept, self._saved = shard, row, records, kept, saved
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        shards, result = self._shard[images], None
+        for number in np.unique(shards):
+            here = shards == number
+            features = self._of(int(number))[self._row[images[here]]]
+            if result is None:
+                result = np.empty((len(images), features.shape[1]), dtype=features.dtype)
+            result[here] = features
+        return np.empty((0, 0), dtype=np.float16) if result is None else result
+
+    def _of(self, number: int) -> np.ndarray:
+        kept = self._kept[number]
+        if kept is not None:
+            return kept
+        assert self._saved is not None
+        return self._saved.features(self._records[number])

@@ -1,7 +1,9 @@
 """The oracle's job: what it judges, when it need not, and that only a clean verdict moves TRUSTED."""
 
+import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,16 @@ import pytest
 import ray
 import torch
 from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
+from rigged import World, fatal_witness, witness
 
 from cluster.oracle_job import judge, oracle
+from cluster.oracle_pass import cpus_per_actor, look_with_actors
 from roclip import scenes
 from roclip.config import Config, DataConfig, OracleConfig
 from roclip.errors import CheckpointError, DataError
 from roclip.model import CONFIG, WEIGHTS, Towers
+from roclip.oracle.shardlook import SavedLooks
+from roclip.oracle.shardpass import look, side_of
 from roclip.shards import Manifest
 
 TRUSTED, STEP = 100, "step-00000010"
@@ -44,8 +50,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of its own, judged once."""
-    import shutil
-
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -149,24 +153,71 @@ def test_job_says_what_is_missing(run: Path):
         judge(settings(), run, "clip")
 
 
-@pytest.mark.ray
-def test_job_runs_as_a_ray_task(run: Path):
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for the tests that need it: starting it takes seconds."""
+    support = REPOSITORY / "tests" / "support"
     ray.init(
-        num_cpus=1,
+        num_cpus=4,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
         logging_level="error",
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+        runtime_env={"env_vars": {"PYTHONPATH": f"{REPOSITORY}:{support}"}},
     )
-    try:
-        assert oracle(settings(), run, "clip")["verdict"] == "inconclusive"
-        (run / "origin" / "trusted.parquet").unlink()
-        with pytest.raises(DataError, match="expected trusted images"):
-            oracle(settings(), run, "clip")
-    finally:
-        ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_job_says_the_same_to_the_bit_when_one_or_four_actors_look(run: Path, cluster: None):
+    in_process, alone = looks(run), read_report(run)
+    assert len(in_process) == 4
+    for actors in (1, 4):
+        shutil.rmtree(run / "clip" / "oracle")
+        assert oracle(settings(actors=actors), run, "clip")["verdict"] == "inconclusive"
+        assert looks(run) == in_process
+        assert {**read_report(run), "numbers": None} == {**alone, "numbers": None}
+    before = {path: path.stat().st_mtime_ns for path in (run / "clip" / "oracle").rglob("*.parquet")}
+    oracle(settings(actors=3), run, "clip")  # judged before: nobody looks
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "clip" / "oracle").rglob("*.parquet")}
+    (run / "origin" / "trusted.parquet").unlink()
+    with pytest.raises(DataError, match="expected trusted images"):
+        oracle(settings(), run, "clip")
+
+
+def looks(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "clip" / "oracle" / "pass").iterdir()}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_shard_is_tried_again_when_its_actor_was_killed(cluster: None, tmp_path: Path):
+    shards = World(tmp_path).clean(60).seal(per_shard=20)
+    saved = SavedLooks(tmp_path / "looks", "rigged", "", side_of(shards))
+    told: list[tuple[int, int]] = []
+    look_with_actors(
+        functools.partial(fatal_witness, tmp_path / "killed", 10),
+        shards,
+        saved,
+        name="oracle:rigged:look",
+        actors=1,
+        cpus=1,
+        gpus=0,
+        say=lambda done, total, _: told.append((done, total)),
+    )
+    assert (tmp_path / "killed").exists()
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert len(look(witness(), shards, lambda *_: None, saved=saved).sha256) == 60
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "cpus"), [([16], 1, 16), ([16], 5, 3), ([16, 16, 8], 4, 8), ([2], 4, 1), ([0.5], 1, 1)]
+)
+def test_actors_share_the_cpus_of_the_nodes(nodes: list[float], actors: int, cpus: float):
+    assert cpus_per_actor(nodes, actors) == cpus
 
 
 def test_reference_rows_are_not_trained_on(run: Path):

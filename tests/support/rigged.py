@@ -6,6 +6,8 @@ anywhere, or faintly all over the picture.
 
 import dataclasses
 import io
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 from roclip.config import OracleConfig
 from roclip.oracle.check import check
 from roclip.oracle.segmenters import LabelCalibration
+from roclip.oracle.witness import Witness
 from roclip.shards import Manifest, sample_key
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
@@ -52,6 +55,11 @@ class RiggedEncoder:
         features[torch.from_numpy(answers > 0)] = 0.0
         return features + torch.eye(len(LABELS) + 1)[torch.from_numpy(answers)][:, 1:]
 
+    def texts(self, captions) -> torch.Tensor:
+        """Of the label that a caption names; the first where it names none."""
+        named = [next((c for c, label in enumerate(LABELS) if label in caption.split()), 0) for caption in captions]
+        return torch.eye(len(LABELS))[named]
+
     def classifier(self, labels, templates) -> torch.Tensor:
         return torch.eye(len(labels))
 
@@ -83,6 +91,35 @@ class RiggedSegmenter:
     def segment(self, images: np.ndarray) -> np.ndarray:
         flat = self.masks(images).reshape(len(images), -1)
         return np.stack([(flat == 1 + c).mean(axis=1) for c in range(len(LABELS))], axis=1)
+
+
+class FatalSegmenter(RiggedSegmenter):
+    """Its process is killed when it has seen `after` images; where the file `killed` lies, that has happened before."""
+
+    def __init__(self, killed: Path, after: int):
+        super().__init__()
+        self.killed, self.left = killed, after
+
+    def segment(self, images: np.ndarray) -> np.ndarray:
+        self.left -= len(images)
+        if self.left < 0 and not self.killed.exists():
+            self.killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().segment(images)
+
+
+def witness(segmenter: RiggedSegmenter | None = None) -> Witness:
+    """Of a model that believes what it is told."""
+    return Witness(
+        RiggedEncoder(),  # pyright: ignore[reportArgumentType]
+        segmenter or RiggedSegmenter(),
+        LABELS,
+        ("a {}",),
+    )
+
+
+def fatal_witness(killed: Path, after: int) -> Witness:
+    return witness(FatalSegmenter(killed, after))
 
 
 class World:
@@ -141,11 +178,16 @@ class World:
             self.samples.append((png(self.image(label, says)), f"a photo of {label}"))
             self.trust(label, says)
 
-    def check(self, encoder: RiggedEncoder, segmenter: RiggedSegmenter | None = None, **settings) -> dict:
+    def seal(self, per_shard: int = PER_SHARD) -> Path:
+        """Write the samples as shards; returns their folder."""
         root = self.folder / "shards"
-        for number, start in enumerate(range(0, len(self.samples), PER_SHARD)):
-            write_shard(root, number, self.samples[start : start + PER_SHARD], PER_SHARD)
+        for number, start in enumerate(range(0, len(self.samples), per_shard)):
+            write_shard(root, number, self.samples[start : start + per_shard], per_shard)
         Manifest(root).finish({})
+        return root
+
+    def check(self, encoder: RiggedEncoder, segmenter: RiggedSegmenter | None = None, **settings) -> dict:
+        root = self.seal()
         pq.write_table(pa.Table.from_pylist(self.trusted), self.folder / "trusted.parquet")
         keys = [sample_key(row, PER_SHARD) for row in self.poisons]
         pq.write_table(pa.table({"key": pa.array(keys, pa.string())}), self.folder / "poison.parquet")
