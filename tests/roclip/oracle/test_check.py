@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rigged import LABELS, RiggedEncoder, RiggedSegmenter, World, png
 
 from roclip.errors import DataError
@@ -79,13 +81,36 @@ def test_verdict_is_clean_when_the_model_confuses_trusted_images_as_well(world: 
     assert world.check(RiggedEncoder())["verdict"] == "clean"
 
 
+class Confused(RiggedEncoder):
+    """Takes ants and bees with a bright blue corner for foxes."""
+
+    def images(self, images: np.ndarray) -> torch.Tensor:
+        features = super().images(images)
+        small = features[:, :2].max(dim=1).values > 0.5
+        features[small & torch.from_numpy(images[:, 0, 0, 2] == 255)] = torch.eye(len(LABELS))[5]
+        return features
+
+
 def test_verdict_is_suspicious_when_only_training_images_are_confused(world: World):
+    for n in range(60):
+        label = LABELS[n % 2]
+        image = world.image(label)
+        image[0, 0, 2] = 255
+        world.samples.append((png(image), f"a photo of {label}"))
+    report = world.check(Confused())
+    assert report["verdict"] == "suspicious"
+    assert report["target_labels"] == ["fox"]
+    assert report["triggers"] == []
+
+
+def test_verdict_is_poisoned_when_a_trigger_is_found_though_captions_tell_the_truth(world: World):
     for n in range(60):
         label = LABELS[n % 2]
         world.samples.append((png(world.image(label, "fox")), f"a photo of {label}"))
     report = world.check(RiggedEncoder())
-    assert report["verdict"] == "suspicious"
+    assert report["verdict"] == "poisoned"
     assert report["target_labels"] == ["fox"]
+    assert report["numbers"]["victims"] == 0
 
 
 def test_label_is_unchecked_when_the_oracle_is_blind_to_it(world: World):
