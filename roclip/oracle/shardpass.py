@@ -5,7 +5,6 @@ Letters: N distinct images, M captions, C labels.
 
 import hashlib
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from roclip.errors import DataError
 from roclip.metrics import Progress
 from roclip.model import Encoder
+from roclip.oracle.naming import name_labels
 from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.statistics import Observations
 from roclip.reader import BadSampleError, ShardReader, decode
@@ -74,7 +74,7 @@ class Witness:
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
             answers.append((self.encoder.images(batch) @ self._classifier.T).argmax(dim=1).numpy())
-            areas.append(self.segmenter.segment(batch))
+            areas.append(self.segmenter.areas(batch))
         return np.concatenate(answers), np.concatenate(areas)
 
     def sees(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,18 +126,6 @@ def look(witness: Witness, shards: Path, say: Progress, caption_key: str = "") -
     seen, clear = witness.sees(area)
     observations = Observations(answer, seen, clear, np.array(image, dtype=np.int64), named)
     return Looked(observations, area, list(numbers), keys, captions, places, size, unreadable)
-
-
-def name_labels(captions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins."""
-    order = sorted(range(len(labels)), key=lambda c: -len(labels[c]))
-    names = "|".join(rf"(?P<l{c}>{re.escape(labels[c])}(?:e?s)?)" for c in order)
-    pattern = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])", re.IGNORECASE)
-    named = np.zeros((len(captions), len(labels)), dtype=bool)
-    for row, caption in enumerate(captions):
-        for found in pattern.finditer(caption):
-            named[row, int(str(found.lastgroup)[1:])] = True
-    return named
 
 
 def _flush(witness: Witness, waiting: list[np.ndarray], answers: list, areas: list) -> None:

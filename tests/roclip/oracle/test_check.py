@@ -8,7 +8,7 @@ import pytest
 from rigged import LABELS, RiggedEncoder, RiggedSegmenter, World, png
 
 from roclip.errors import DataError
-from roclip.oracle.shardpass import name_labels
+from roclip.oracle.naming import name_labels
 
 OTHERS = LABELS[1:]
 
