@@ -2,21 +2,23 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from roclip import checkpoint as checkpoints
+from cluster.oracle_case import Case, case_of
 from roclip.config import Config, dump_config, environment_defaults, parse_config
-from roclip.errors import CheckpointError, DataError, StageError
+from roclip.errors import DataError, StageError
 from roclip.metrics import Progress
-from roclip.model import WEIGHTS, Encoder
+from roclip.model import Encoder, weights_file
 from roclip.oracle.check import SCHEMA, check
-from roclip.oracle.segmenters import CARD, TrainedSegmenter, train_segmenter
+from roclip.oracle.opening import open_segmenter
+from roclip.oracle.segmenters import Segmenter, calibrate_on
+from roclip.oracle.trained import train_segmenter
 from roclip.shards import Manifest, digest, sha256_file, write_atomic
-from roclip.tar_sources import shards_root
 
 
 def oracle(
@@ -24,26 +26,30 @@ def oracle(
     run: Path,
     arm: str,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
+    data: str = "",
+    truth: Path | None = None,
+    out: Path | None = None,
     in_process: bool = False,
 ) -> dict[str, Any]:
     """Judge the checkpoint that `<run>/<arm>/checkpoints/LATEST` names; returns what summary.json keeps of the verdict.
 
-    The report lies in `<run>/<arm>/oracle/`. A checkpoint of the arm that is called clean becomes TRUSTED. With
-    `checkpoint`, any folder with open_clip weights is judged instead, and TRUSTED stays as it is. A checkpoint that
-    was judged before, by the same oracle on the same shards, is not judged again. Runs as one Ray task; Ray must be
-    initialised by the caller, unless `in_process`.
+    The report lies in `<run>/<arm>/oracle/`. A checkpoint of the arm that is called clean becomes TRUSTED. What else can be
+    judged, on which data: `oracle_case.case_of`; TRUSTED then stays as it is. A checkpoint that was judged before, by the
+    same oracle on the same shards, is not judged again. Runs as one Ray task; Ray must be initialised by the caller, unless
+    `in_process`.
 
-    Raises `CheckpointError` without a checkpoint, `DataError` without trusted images, `StageError` if the task is lost.
+    Raises `CheckpointError` without a checkpoint, `DataError` without trusted images to train an oracle on, `StageError` if
+    the task is lost.
     """
+    named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out}
     if in_process:
-        return judge(config, run, arm, checkpoint)
+        return judge(config, run, arm, **named)
     largest = max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, largest)  # training is over: take its share
     task = _judge.options(num_cpus=cpus, max_retries=1)
-    where = None if checkpoint is None else str(checkpoint.resolve())
     try:
-        return ray.get(task.remote(dump_config(config), str(run.resolve()), arm, where))
+        return ray.get(task.remote(dump_config(config), str(run.resolve()), arm, str(Path.cwd()), named))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from error
     except ray.exceptions.RayError as error:
@@ -54,62 +60,57 @@ def judge(
     config: Config,
     run: Path,
     arm: str,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """`oracle` in this process, without Ray."""
-    folder = run / arm / "checkpoints"
-    path = checkpoint or checkpoints.named(folder, "LATEST")
-    if path is None:
-        raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first.")
-    if (path / checkpoints.SUMS).exists() or checkpoint is None:
-        checkpoints.verify(path)
-    origin, out = run / "origin", run / arm / "oracle"
-    shards = shards_root(config.data.shards, run)
-    names = _labels(origin / "labels.json")
-    trusted = origin / "trusted.parquet"
-    if not trusted.exists():
-        raise DataError(f"{trusted}: expected trusted images with masks, got none. Run `roclip ingest` first.")
-    segmenter = _segmenter(config, run, trusted, names["labels"], on_progress)
+    case = case_of(config, run, arm, checkpoint=checkpoint, on_progress=on_progress, **named)
+    encoder = Encoder.load(case.checkpoint)
+    segmenter = _segmenter(config, run, case, on_progress)
     subject = {
-        "checkpoint": path.name,
-        "weights_sha256": sha256_file(path / WEIGHTS),
-        "shards_digest": digest(Manifest(shards).records()),
+        "checkpoint": case.checkpoint.name,
+        "weights_sha256": sha256_file(weights_file(case.checkpoint)),
+        "shards_digest": digest(Manifest(case.shards).records()),
         "oracle_sha256": segmenter.info["sha256"],
-        "trusted_sha256": sha256_file(trusted),
+        "trusted_sha256": sha256_file(case.trusted) if case.trusted else None,
+        "labels": case.labels,
+        "templates": case.templates,
         "config": dataclasses.asdict(dataclasses.replace(config.oracle, fail_on="never")),
     }
-    report = _earlier(out / "report.json", subject)
+    subject = json.loads(json.dumps(subject))  # as the report will have it: tuples are lists there
+    report = _earlier(case.out / "report.json", subject)
     if report is None:
         report = check(
-            Encoder.load(path),
+            encoder,
             segmenter,
-            shards=shards,
-            trusted=trusted,
-            labels=names["labels"],
-            templates=names["templates"],
+            shards=case.shards,
+            trusted=case.trusted,
+            labels=case.labels,
+            templates=case.templates,
             config=config.oracle,
-            out=out,
-            caption_key=config.data.caption_key,
-            truth=origin / "poison.parquet",
+            out=case.out,
+            caption_key=case.caption_key,
+            truth=case.truth,
             subject=subject,
             on_progress=on_progress,
         )
-    if checkpoint is None:
-        _trust(folder, path.name, report["verdict"])
+    if case.own:
+        _trust(run / arm / "checkpoints", case.checkpoint.name, report["verdict"])
     kept = ("verdict", "target_labels", "victim_precision", "victim_recall")
-    return {"checkpoint": path.name, **{key: report[key] for key in kept if key in report}}
+    return {"checkpoint": case.checkpoint.name, **{key: report[key] for key in kept if key in report}}
 
 
 @ray.remote
-def _judge(config: str, run: str, arm: str, checkpoint: str | None) -> dict[str, Any]:
+def _judge(config: str, run: str, arm: str, where: str, named: dict[str, Any]) -> dict[str, Any]:
     environment_defaults()
-    where = progress_file(Path(run), arm)
+    os.chdir(where)  # relative paths are the caller's
+    told = progress_file(Path(run), arm)
 
     def say(done: int, total: int, text: str) -> None:
-        write_atomic(where, json.dumps([done, total, text]))
+        write_atomic(told, json.dumps([done, total, text]))
 
-    return judge(parse_config(config), Path(run), arm, None if checkpoint is None else Path(checkpoint), say)
+    return judge(parse_config(config), Path(run), arm, on_progress=say, **named)
 
 
 def progress_file(run: Path, arm: str) -> Path:
@@ -126,28 +127,21 @@ def _trust(folder: Path, name: str, verdict: str) -> None:
         pointer.unlink()
 
 
-def _segmenter(
-    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Progress | None
-) -> TrainedSegmenter:
-    """The given segmenter, or the run's own, which is trained once for these trusted images and settings."""
-    if config.oracle.weights:
-        return TrainedSegmenter.load(Path(config.oracle.weights))
-    folder = run / "segmenter"
-    if (folder / CARD).exists():
-        segmenter = TrainedSegmenter.load(folder)
-        made_for = (segmenter.info["trusted_sha256"], segmenter.info["epochs"], segmenter.info["seed"])
-        if segmenter.labels == tuple(labels) and made_for == (sha256_file(trusted), config.oracle.epochs, config.seed):
-            return segmenter
-    return train_segmenter(trusted, labels, config.oracle, config.seed, folder, on_progress)
-
-
-def _labels(path: Path) -> dict[str, list[str]]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+def _segmenter(config: Config, run: Path, case: Case, on_progress: Progress | None) -> Segmenter:
+    """The oracle that is named, calibrated where trusted images are there; or the run's own, which is trained once for
+    these trusted images and settings."""
+    settings = config.oracle
+    if settings.weights:
+        segmenter = open_segmenter(settings.weights, case.labels, settings.label_map)
+        if case.trusted and not segmenter.info["calibrated"]:
+            calibrate_on(segmenter, case.trusted, settings.reference_frac, config.seed)
+        return segmenter
+    if case.trusted is None:
         raise DataError(
-            f"{path}: expected the run's labels and templates, got {error}. Run `roclip ingest` first."
-        ) from error
+            f"{run / 'origin' / 'trusted.parquet'}: expected trusted images with masks, which the oracle learns from, got "
+            "none. Run `roclip ingest` first, set oracle.trusted_file, or name an oracle in oracle.weights."
+        )
+    return train_segmenter(case.trusted, case.labels, settings, config.seed, run / "segmenter", on_progress)
 
 
 def _earlier(path: Path, subject: dict[str, Any]) -> dict[str, Any] | None:

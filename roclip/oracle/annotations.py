@@ -71,9 +71,7 @@ class AnnotatedSegmenter(Segmenter):
         if side_px not in self._found:
             found = self._set
             images, masks = decode_masked(found.images, found.masks, found.labels, side_px, found.name, exact=True)
-            self._found[side_px] = {
-                _name(image): mask for image, mask in zip(images, self._values[masks], strict=True)
-            }
+            self._found[side_px] = {_name(image): mask for image, mask in zip(images, self._values[masks], strict=True)}
         return self._found[side_px]
 
 

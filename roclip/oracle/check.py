@@ -44,7 +44,7 @@ def check(
     segmenter: Segmenter,
     *,
     shards: Path,
-    trusted: Path,
+    trusted: Path | None,
     labels: Sequence[str],
     templates: Sequence[str],
     config: OracleConfig,
@@ -59,7 +59,8 @@ def check(
     Writes report.html, disagreements.parquet and, last, report.json to `out`.
 
     Args:
-        trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null.
+        trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null. Without
+            one nothing is, and no verdict is given.
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
@@ -71,7 +72,7 @@ def check(
     """
     started = time.monotonic()
     say = on_progress or (lambda done, total, text: None)
-    witness = Witness(encoder, segmenter, labels, templates)
+    witness = Witness(encoder, segmenter, labels, templates, config.label_map)
     reference, skill = _reference(witness, trusted)
     looked = look(witness, shards, say, caption_key)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
@@ -110,11 +111,13 @@ def check(
     return report
 
 
-def _reference(witness: Witness, trusted: Path) -> tuple[Observations, float]:
+def _reference(witness: Witness, trusted: Path | None) -> tuple[Observations, float]:
     """What model and oracle say of the trusted images that neither learned from, and the model's accuracy there."""
-    images, masks = read_trusted(trusted, witness.labels, REFERENCE_SIDE_PX)
+    images, masks = np.empty((0, 32, 32, 3), dtype=np.uint8), np.empty((0, 32, 32), dtype=np.uint8)
+    if trusted is not None:
+        images, masks = read_trusted(trusted, witness.labels, REFERENCE_SIDE_PX)
     info = witness.segmenter.info
-    if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
+    if trusted is not None and "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
         images, masks = images[info["reference_rows"]], masks[info["reference_rows"]]
     there = shown(masks, len(witness.labels))
     images, there = images[there.any(axis=1)], there[there.any(axis=1)]

@@ -111,7 +111,9 @@ def read_labels(path: Path) -> list[str]:
             f"{path}: expected class names (a JSON list, or a text with one a line), got {error!r}."
         ) from error
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{path}: expected different class names, got {len(names)}, {len(set(names))} of them different.")
+        raise ConfigError(
+            f"{path}: expected different class names, got {len(names)}, {len(set(names))} of them different."
+        )
     return names
 
 

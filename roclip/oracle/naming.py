@@ -11,7 +11,9 @@ import numpy as np
 from roclip.errors import ConfigError
 
 
-def name_labels(captions: Sequence[str], labels: Sequence[str], synonyms: Mapping[str, str] | None = None) -> np.ndarray:
+def name_labels(
+    captions: Sequence[str], labels: Sequence[str], synonyms: Mapping[str, str] | None = None
+) -> np.ndarray:
     """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins.
 
     Args:
@@ -44,8 +46,16 @@ def match_classes(
     loose: dict[str, int] = {}
     for name, column in names.items():
         exact.setdefault(_plain(name), column)
-        loose.setdefault(_singular(_plain(name)), column)
-    return [exact.get(_plain(name), loose.get(_singular(_plain(name)))) for name in classes]
+        for form in _forms(name):
+            loose.setdefault(form, column)
+    return [_find(name, exact, loose) for name in classes]
+
+
+def _find(name: str, exact: Mapping[str, int], loose: Mapping[str, int]) -> int | None:
+    if _plain(name) in exact:
+        return exact[_plain(name)]
+    plural_of = [exact[form] for form in _forms(name) if form in exact]
+    return plural_of[0] if plural_of else loose.get(_plain(name))
 
 
 def _columns(labels: Sequence[str], synonyms: Mapping[str, str] | None) -> dict[str, int]:
@@ -66,7 +76,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
-def _singular(name: str) -> str:
-    if re.search(r"(s|x|z|ch|sh)es$", name):
-        return name[:-2]
-    return name[:-1] if name.endswith("s") and not name.endswith("ss") else name
+def _forms(name: str) -> list[str]:
+    """The name, and what it may be the plural of."""
+    plain = _plain(name)
+    return [plain, *(plain.removesuffix(ending) for ending in ("s", "es") if plain.endswith(ending))]

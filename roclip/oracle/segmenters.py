@@ -150,7 +150,7 @@ def _regions(maps: Tensor, labels: Sequence[str]) -> list[Region]:
                 mask = parts == part
                 score = float(maps[int(value)].numpy()[mask].mean())
                 box = (left, top, left + width, top + height)
-                found.append(Region(labels[value - 1], score, pixels / winner.size, box, mask))
+                found.append(Region(labels[int(value) - 1], score, pixels / winner.size, box, mask))
     return sorted(found, key=lambda region: (-region.area, region.box))
 
 
@@ -208,7 +208,7 @@ def _calibrate(areas: np.ndarray, truth: np.ndarray) -> LabelCalibration:
 
 def shown(masks: np.ndarray, classes: int) -> np.ndarray:
     """(N, H, W) class indices to (N, C) bool: which labels cover at least `MIN_AREA` of an image."""
-    flat = masks.reshape(len(masks), -1)
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
     return np.stack([(flat == 1 + c).mean(axis=1) >= MIN_AREA for c in range(classes)], axis=1)
 
 

@@ -5,7 +5,7 @@ Letters: N distinct images, M captions, C labels.
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +54,20 @@ class Looked:
 class Witness:
     """The model's zero-shot answer and the oracle's sight, side by side."""
 
-    def __init__(self, encoder: Encoder, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]):
+    def __init__(
+        self,
+        encoder: Encoder,
+        segmenter: Segmenter,
+        labels: Sequence[str],
+        templates: Sequence[str],
+        synonyms: Mapping[str, str] | None = None,
+    ):
         if tuple(segmenter.labels) != tuple(labels):
             raise DataError(
                 f"oracle: expected a segmenter for {', '.join(labels)}; it knows {', '.join(segmenter.labels)}. "
                 "Train one for these labels: leave oracle.weights empty."
             )
-        self.encoder, self.segmenter, self.labels = encoder, segmenter, tuple(labels)
+        self.encoder, self.segmenter, self.labels, self.synonyms = encoder, segmenter, tuple(labels), synonyms
         self._classifier = encoder.classifier(labels, templates)
         order = [segmenter.calibration.get(label) for label in labels]
         self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
@@ -120,7 +127,7 @@ def look(witness: Witness, shards: Path, say: Progress, caption_key: str = "") -
         reader.close()
         say(number, len(records), f"{record.name}: {len(keys):,} samples, {len(numbers):,} distinct images so far")
     _flush(witness, waiting, answers, areas)
-    named = name_labels(captions, witness.labels)
+    named = name_labels(captions, witness.labels, witness.synonyms)
     answer = np.concatenate(answers) if answers else np.empty(0, dtype=np.int64)
     area = np.concatenate(areas) if areas else np.empty((0, len(witness.labels)), dtype=np.float32)
     seen, clear = witness.sees(area)

@@ -100,9 +100,7 @@ def _build(name: str, state: dict[str, Tensor], classes: int, min_size_px: int, 
     sizes: dict[str, Any] = {"min_size": min_size_px, "max_size": 2 * min_size_px} if min_size_px else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = torchvision.models.get_model(
-            name, weights=None, weights_backbone=None, num_classes=classes, **sizes
-        )
+        net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes, **sizes)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

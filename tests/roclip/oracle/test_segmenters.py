@@ -38,9 +38,7 @@ def test_regions_are_the_connected_parts_of_a_mask():
 def test_region_scores_the_mean_of_its_label_and_comes_in_pixels_of_the_image():
     class Unsure(RiggedSegmenter):
         def maps(self, images):
-            yield torch.tensor(
-                [[[[0.2, 1.0]] * 2, [[0.8, 0.0]] * 2, *[[[0.0, 0.0]] * 2] * 5]]
-            )
+            yield torch.tensor([[[[0.2, 1.0]] * 2, [[0.8, 0.0]] * 2, *[[[0.0, 0.0]] * 2] * 5]])
 
     (region,) = Unsure().regions(np.zeros((1, 4, 4, 3), dtype=np.uint8))[0]
     assert (region.label, region.box, region.area) == ("ant", (0, 0, 2, 4), 0.5)
@@ -104,9 +102,9 @@ def test_label_is_covered_only_when_the_oracle_can_tell_it_apart():
 
 
 def test_label_without_a_class_stays_unknown_when_the_oracle_is_calibrated(tmp_path):
-    from rigged import World
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from rigged import World
 
     world = World(tmp_path).reference(240)
     pq.write_table(pa.Table.from_pylist(world.trusted), tmp_path / "trusted.parquet")
