@@ -153,17 +153,17 @@ def _labels(config: Config, origin: Path) -> tuple[list[str], list[str]]:
 
 def _shards_of(data: str, config: Config, out: Path, say: Progress | None) -> tuple[Path, str]:
     """Folder with a manifest of this data, and the key of its captions."""
-    if is_pattern(data):
+    path = Path(data)
+    if path.is_file() and path.suffix != ".tar":
+        samples, about = _parquet_samples(path, config), _state([path])
+    elif is_pattern(data):
         work = out / f"data-{_digest(data)}"
         index_tars(data, work, on_progress=say)
         return work, config.data.caption_key
-    path = Path(data)
-    if path.is_dir() and (path / "manifest").is_dir():
+    elif path.is_dir() and (path / "manifest").is_dir():
         return path, config.data.caption_key
-    if path.is_dir():
+    elif path.is_dir():
         samples, about = _folder_samples(path), _state(path.rglob("*"))
-    elif path.is_file():
-        samples, about = _parquet_samples(path, config), _state([path])
     else:
         raise DataError(
             f"{data}: expected shards, tars, a parquet or a folder of images (--data), got nothing there. Check the path."

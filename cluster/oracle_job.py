@@ -44,7 +44,7 @@ def oracle(
     """
     named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out}
     if in_process:
-        return judge(config, run, arm, **named)
+        return judge(config, run, arm, on_progress=_told(run, arm), **named)
     largest = max(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, largest)  # training is over: take its share
     task = _judge.options(num_cpus=cpus, max_retries=1)
@@ -105,12 +105,17 @@ def judge(
 def _judge(config: str, run: str, arm: str, where: str, named: dict[str, Any]) -> dict[str, Any]:
     environment_defaults()
     os.chdir(where)  # relative paths are the caller's
-    told = progress_file(Path(run), arm)
+    run_path = Path(run)
+    return judge(parse_config(config), run_path, arm, on_progress=_told(run_path, arm), **named)
 
-    def say(done: int, total: int, text: str) -> None:
-        write_atomic(told, json.dumps([done, total, text]))
 
-    return judge(parse_config(config), Path(run), arm, on_progress=say, **named)
+def _told(run: Path, arm: str) -> Progress:
+    """What a judge says, into `progress_file`."""
+
+    def say(done: float, total: float, text: str) -> None:
+        write_atomic(progress_file(run, arm), json.dumps([done, total, text]))
+
+    return say
 
 
 def progress_file(run: Path, arm: str) -> Path:

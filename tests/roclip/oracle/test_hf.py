@@ -47,9 +47,9 @@ def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **names(
             {
                 "backbone_config": backbone,
-                "hidden_dim": 16,
-                "feature_size": 16,
-                "mask_feature_size": 16,
+                "hidden_dim": 32,
+                "feature_size": 32,
+                "mask_feature_size": 32,
                 "num_queries": 4,
                 "num_attention_heads": 2,
                 "encoder_layers": 1,
@@ -115,7 +115,14 @@ def test_sam_masks_are_named_by_a_classifier(tmp_path: Path):
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16}
     config = transformers.SamConfig(
-        vision_config={**small, "image_size": 64, "patch_size": 16, "output_channels": 16, "global_attn_indexes": [0]},
+        vision_config={
+            **small,
+            "image_size": 64,
+            "patch_size": 16,
+            "output_channels": 16,
+            "num_pos_feats": 8,
+            "global_attn_indexes": [0],
+        },
         prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 16},
         mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
     )
