@@ -1,5 +1,6 @@
 """Judges a finished checkpoint as a Ray task. The only code that moves TRUSTED, and only for a verdict of clean."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -104,7 +105,8 @@ def judge(
 @ray.remote
 def _judge(config: str, run: str, arm: str, where: str, named: dict[str, Any]) -> dict[str, Any]:
     environment_defaults()
-    os.chdir(where)  # relative paths are the caller's
+    with contextlib.suppress(OSError):  # another machine may not have it
+        os.chdir(where)  # relative paths are the caller's
     run_path = Path(run)
     return judge(parse_config(config), run_path, arm, on_progress=_told(run_path, arm), **named)
 

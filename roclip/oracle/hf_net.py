@@ -4,6 +4,7 @@ Letters: n images of a batch, K classes, Q queries of a universal model, P promp
 """
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class SamSegmenter(_Net):
 def _load(name: str, folder: Path) -> Any:
     """What a class of transformers makes of a local folder. Raises `ConfigError` or `CheckpointError`."""
     try:
-        import transformers
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigError("oracle.weights=hf:…: expected transformers, got none. Install roclip[hf].") from error
     if not (folder / "config.json").is_file():
