@@ -122,7 +122,7 @@ def evaluate(
         "oracle runs/2026-01-31-demo",
         "oracle runs/2026-01-31-demo oracle.fail_on=suspicious",
         "oracle runs/2026-01-31-demo --checkpoint step-00000500",
-        "oracle configs/demo.yaml --checkpoint downloads/model --data photos.parquet oracle.label_file=labels.txt",
+        "oracle my.yaml --checkpoint downloads/model --data photos.parquet --out report",
     )
 )
 def oracle(

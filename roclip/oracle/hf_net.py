@@ -20,6 +20,8 @@ from roclip.shards import sha256_file
 UNIVERSAL = ("mask2former", "maskformer", "oneformer")
 SEMANTIC = ("segformer", "upernet", "beit", "data2vec-vision", "mobilevit", "mobilenet_v2", "dpt")
 PROMPT = "a photo of a {}"
+TASK = "the task is semantic"
+"""What OneFormer is told."""
 SAM_GRID = 8
 """Points along each side that SAM is asked about."""
 MIN_MASK_SCORE, MIN_CLASS_SCORE = 0.5, 0.5
@@ -89,12 +91,18 @@ class HuggingFaceSegmenter(_Net):
         self._universal = kind in UNIVERSAL
         task = "AutoModelForUniversalSegmentation" if self._universal else "AutoModelForSemanticSegmentation"
         super().__init__(folder, kind, task, labels, independent=True)
-        self._prompt = {"task_inputs": ["semantic"]} if kind == "oneformer" else {}
-        self._processor = _load("AutoProcessor" if self._prompt else "AutoImageProcessor", folder)
+        self._task: Tensor | None = None
+        if kind == "oneformer":
+            asks = {"padding": "max_length", "max_length": self.net.config.task_seq_len, "truncation": True}
+            self._task = _load("AutoTokenizer", folder)([TASK], return_tensors="pt", **asks)["input_ids"]
+        more = {} if self._task is None else {"class_info_file": None}  # only its training asks for that file
+        self._processor = _load("AutoImageProcessor", folder, **more)
 
     def _maps(self, images: np.ndarray) -> Tensor:
-        prompt = {name: values * len(images) for name, values in self._prompt.items()}
-        found = self.net(**self._to_device(self._processor(images=list(images), return_tensors="pt", **prompt)))
+        inputs = self._processor(images=list(images), return_tensors="pt")
+        if self._task is not None:
+            inputs["task_inputs"] = self._task.repeat(len(images), 1)
+        found = self.net(**self._to_device(inputs))
         if not self._universal:  # it calls every pixel something
             shares = found.logits.softmax(dim=1)
             return torch.cat([torch.zeros_like(shares[:, :1]), shares], dim=1)
@@ -173,7 +181,7 @@ class SamSegmenter(_Net):
         return list(different.values())
 
 
-def _load(name: str, folder: Path) -> Any:
+def _load(name: str, folder: Path, **more: Any) -> Any:
     """What a class of transformers makes of a local folder. Raises `ConfigError` or `CheckpointError`."""
     try:
         transformers = importlib.import_module("transformers")
@@ -181,7 +189,7 @@ def _load(name: str, folder: Path) -> Any:
         raise ConfigError("oracle.weights=hf:…: expected transformers, got none. Install roclip[hf].") from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'}: expected a model of transformers, got no such file.")
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **more}
     if "Model" in name or "For" in name:
         _sha256(folder)  # says so where there is only a pickle
         options["use_safetensors"] = True

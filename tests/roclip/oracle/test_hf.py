@@ -77,6 +77,36 @@ def test_universal_model_sees_its_classes_under_the_labels_of_a_run(mask2former:
     assert np.allclose(areas[4:], segmenter.areas(pixels(5)[4:]), atol=1e-5)
 
 
+def test_oneformer_is_told_its_task(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocabulary.json"), str(tmp_path / "merges.txt"))
+    backbone = transformers.SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = transformers.OneFormerConfig(
+        **names({"backbone_config": backbone, "hidden_dim": 32, "conv_dim": 32, "mask_dim": 32, "num_queries": 4}),
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        query_dec_layers=1,
+        dim_feedforward=16,
+        encoder_feedforward_dim=16,
+        task_seq_len=12,
+    )
+    transformers.OneFormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    size = {"height": 64, "width": 64}
+    transformers.OneFormerImageProcessor(size=size, class_info_file=None).save_pretrained(tmp_path)
+    areas = open_segmenter(f"hf:{tmp_path}", ["couch", "tv"]).areas(pixels(2))
+    assert areas.shape == (2, 2)
+    assert (areas > 0).all()
+
+
 def test_semantic_model_is_read(tmp_path: Path):
     config = transformers.SegformerConfig(
         **names({"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8})
