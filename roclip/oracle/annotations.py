@@ -51,6 +51,11 @@ class AnnotatedSegmenter(Segmenter):
             "licence": "that of the masks' source",
             "independent_of_clip": True,
             "calibrated": True,
+            "classes": {
+                label: [name for name, found in zip(self._set.labels, columns, strict=True) if found == column]
+                for column, label in enumerate(labels)
+                if column in columns
+            },
         }
         self._found: dict[int, dict[bytes, np.ndarray]] = {}
 

@@ -160,6 +160,7 @@ def test_drawn_masks_follow_the_label_map(annotated: tuple[Path, np.ndarray, np.
     assert np.array_equal(segmenter.masks(images[:3]) > 0, masks[:3] > 0)
     assert segmenter.masks(images).max(axis=(1, 2)).tolist() == [1, 1, 2, 0, 0, 0]
     assert [segmenter.covers(label) for label in segmenter.labels] == [True, True, False]
+    assert segmenter.info["classes"] == {"insect": ["ant", "bee"], "pet": ["cat"]}
     assert (segmenter.areas(images ^ 1) < 2 * MIN_AREA).all()  # two classes of one label are not twice as sure
     with pytest.raises(DataError, match="expected masks of some of the labels yak"):
         AnnotatedSegmenter(folder, ["yak"])
