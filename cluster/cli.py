@@ -1,6 +1,5 @@
 """The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
-import dataclasses
 import shlex
 import sys
 import traceback
@@ -11,7 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from roclip.config import Config, environment_defaults, load_config, run_directory
+from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
+from cluster.cli_poison import POISON_EXAMPLES, poison
+from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
+from roclip.config import Config, environment_defaults, run_directory
 from roclip.errors import CheckpointError, ConfigError, RoclipError
 
 EXIT_CODES = """\
@@ -46,25 +48,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A preset (YAML), or a run directory: its config.yaml.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, such as pool.size=4096 train.lr=1e-3."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the resolved config, the plan, the steps and the bytes; do nothing."),
-]
-
-
-def _examples(*lines: str) -> str:
-    return "[bold]Examples[/]\n\n" + "\n\n".join(f"  roclip {line}" for line in lines)
-
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "run configs/demo.yaml",
         "run configs/demo.yaml pool.size=4096 train.lr=1e-3 --dry-run",
         "run runs/2026-01-31-demo",
@@ -76,11 +62,11 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
     The same config goes on where it stopped.
     """
     settings = resolve(config, overrides)
-    return _dry_run(settings, "run") if dry_run else _finish(settings, _pipeline().run(settings))
+    return show_dry_run(settings, "run") if dry_run else _finish(settings, _pipeline().run(settings))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "ingest configs/demo.yaml",
         "ingest configs/web.yaml data.urls=urls/*.parquet data.shards=/data/shards",
         "ingest configs/web.yaml ingest.max_in_flight=8 --dry-run",
@@ -90,14 +76,14 @@ def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
     """URL lists to sealed shards and their manifest. Running it again fetches only what is missing."""
     settings = resolve(config, overrides)
     if dry_run:
-        return _dry_run(settings, "ingest")
+        return show_dry_run(settings, "ingest")
     from cluster.ingest_stage import ingest_only
 
     return _finish(settings, ingest_only(settings))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "train configs/demo.yaml",
         "train configs/web.yaml data.shards=/data/shards cluster.workers=8 cluster.gpus_per_worker=1",
         "train configs/demo.yaml 'arms=[clip]' --dry-run",
@@ -106,11 +92,11 @@ def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
 def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
     """Train every arm on shards that were ingested before. Goes on from the newest checkpoint."""
     settings = resolve(config, overrides)
-    return _dry_run(settings, "train") if dry_run else _finish(settings, _pipeline().train_only(settings))
+    return show_dry_run(settings, "train") if dry_run else _finish(settings, _pipeline().train_only(settings))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "evaluate runs/2026-01-31-demo",
         "evaluate runs/2026-01-31-demo evaluate.webdataset=sets/cifar10",
         "evaluate configs/demo.yaml --checkpoint downloads/model",
@@ -127,34 +113,46 @@ def evaluate(
     """Measure the newest checkpoints: zero-shot, linear probe, retrieval, attack success."""
     settings = resolve(config, overrides)
     if dry_run:
-        return _dry_run(settings, "evaluate")
+        return show_dry_run(settings, "evaluate")
     return _finish(settings, _pipeline().evaluate_only(settings, checkpoint))
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "oracle runs/2026-01-31-demo",
         "oracle runs/2026-01-31-demo oracle.fail_on=suspicious",
-        "oracle configs/demo.yaml --checkpoint downloads/model",
+        "oracle runs/2026-01-31-demo --checkpoint step-00000500",
+        "oracle my.yaml --checkpoint downloads/model --data photos.parquet --out report",
     )
 )
 def oracle(
     config: ConfigPath,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Check this checkpoint instead of the run's own.")
+        str | None,
+        typer.Option(metavar="DIR|STEP", help="A step of the run, or any folder with weights of open_clip."),
     ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="DATA", help="Shards, tars, a parquet, or a folder of images with a .txt each.")
+    ] = "",
+    truth: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="poison.parquet: measures the victims that are named.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the report is written.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
     dry_run: DryRun = False,
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
     settings = resolve(config, overrides)
     if dry_run:
-        return _dry_run(settings, "oracle")
-    return _finish(settings, _pipeline().oracle_only(settings, checkpoint))
+        return show_dry_run(settings, "oracle")
+    return _finish(
+        settings, _pipeline().oracle_only(settings, checkpoint, data=data, truth=truth, out=out, in_process=in_process)
+    )
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "compare configs/experiments/fashion.yaml",
         "compare configs/experiments/fashion.yaml 'seeds=[0]' train.epochs=4 --dry-run",
         "compare configs/experiments/cifar10.yaml 'points=[n8,n40,n160]' arms.paper.set.pool.match_every=3",
@@ -189,7 +187,7 @@ def compare(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "export runs/2026-01-31-demo --out model",
         "export configs/demo.yaml --arm clip --untrusted --out model",
         "export runs/2026-01-31-demo/roclip/checkpoints/step-00000500 --out model",
@@ -222,7 +220,7 @@ def export(
         require_trust(checkpoint)
     if dry_run:
         if settings is not None:
-            _dry_run(settings, "export")
+            show_dry_run(settings, "export")
         typer.echo(f"would export {checkpoint} to {out}")
         return 0
     from roclip import checkpoint as checkpoints
@@ -233,61 +231,7 @@ def export(
 
 
 @app.command(
-    epilog=_examples(
-        "poison configs/demo.yaml --shards runs/2026-01-31-demo/shards --out poisoned",
-        "poison configs/demo.yaml attacks.wanet.rate=0.005 --shards clean --out poisoned",
-        "poison configs/demo.yaml --urls urls.parquet --out list --base-url http://localhost/",
-    )
-)
-def poison(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="New folder to write; required.")] = None,
-    shards: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Clean shards; data.shards unless given.")
-    ] = None,
-    urls: Annotated[str | None, typer.Option(metavar="LIST", help="Clean URL list; data.urls unless given.")] = None,
-    labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Class names: a JSON list, or a text with one a line.")
-    ] = None,
-    base_url: Annotated[
-        str, typer.Option(metavar="URL", help="With --urls: what stands before images/… in the new rows.")
-    ] = "",
-    dry_run: DryRun = False,
-) -> int:
-    """Copy clean shards or a clean URL list with the attacks of the config in it, and the ground truth beside it.
-
-    For evaluation only. The source is only read; an --out that is not empty is refused. Train on the copy with
-    data.shards=FOLDER or data.urls=FOLDER/urls.parquet.
-    """
-    settings = resolve(config, overrides)
-    shards = shards or (Path(settings.data.shards) if settings.data.shards and not urls else None)
-    urls = urls or ("" if shards else settings.data.urls)
-    if out is None or bool(shards) == bool(urls):
-        raise ConfigError(
-            "poison: expected --out FOLDER and one of --shards FOLDER and --urls LIST, got "
-            f"--out {out}, --shards {shards}, --urls {urls or None}."
-        )
-    if dry_run:
-        return _dry_run(settings, "poison")
-    from cluster import poison_job
-    from cluster.progress import Display
-
-    with Display() as display:
-
-        def say(done: float, total: float, text: str) -> None:
-            display.show("poison", done, total, text)
-
-        if shards:
-            counts = poison_job.poison_shards(settings, shards, out, labels, say)
-        else:
-            counts = poison_job.poison_urls(settings, str(urls), out, labels, base_url, say)
-    typer.echo(f"wrote {out}: " + ", ".join(f"{name} {number}" for name, number in counts.items()))
-    return 0
-
-
-@app.command(
-    epilog=_examples(
+    epilog=examples(
         "doctor",
         "doctor configs/demo.yaml",
         "doctor configs/web.yaml cluster.workers=8 cluster.gpus_per_worker=1",
@@ -303,7 +247,7 @@ def doctor(
     """Does this machine have what is needed: cores, memory, disk, compiler, GPUs, FAISS, ports?"""
     settings = resolve(config, overrides) if config else None
     if dry_run and settings is not None:
-        return _dry_run(settings, "doctor")
+        return show_dry_run(settings, "doctor")
     if dry_run:
         typer.echo("would check this machine; name a config to check for what it needs")
         return 0
@@ -315,13 +259,8 @@ def doctor(
     return exit_code(checks)
 
 
-def resolve(path: Path, overrides: list[str] | None) -> Config:
-    """The config of a preset, or of a run directory, with overrides. Raises `ConfigError`."""
-    if not path.is_dir():
-        return load_config(path, overrides or ())
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: expected a preset or a run directory with a config.yaml, got neither.")
-    return dataclasses.replace(load_config(path / "config.yaml", overrides or ()), run_dir=str(path))
+app.command(epilog=POISON_EXAMPLES)(poison)
+app.command(epilog=SEGMENTER_EXAMPLES)(train_segmenter)
 
 
 def pointed_checkpoint(config: Config, arm: str, pointer: str) -> Path:
@@ -394,14 +333,6 @@ def _pipeline() -> Any:
     from cluster import pipeline
 
     return pipeline
-
-
-def _dry_run(config: Config, command: str) -> int:
-    from cluster.plan import make_plan, show_plan, stages_of
-
-    plan = make_plan(config)
-    show_plan(Console(), config, plan, stages_of(config, plan, command))
-    return 0
 
 
 def _finish(config: Config, result: dict[str, Any]) -> int:

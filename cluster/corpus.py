@@ -9,7 +9,6 @@ labels.json          class names and zero-shot templates; written last: the fold
 A run on shards or on a list that `roclip poison` wrote takes ground truth and attack images over from beside them.
 """
 
-import io
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
 from roclip import attacks, scenes
 from roclip.class_captions import class_captions
 from roclip.config import Config
 from roclip.errors import ConfigError, DataError
+from roclip.foregrounds import foreground, letterbox, stands_on_white
 from roclip.sections_run import DataConfig
 from roclip.shards import place, sample_key, write_atomic
 from roclip.truth import TRUTH, write_parquet, write_truth
@@ -206,10 +205,10 @@ def _images(config: Config) -> _Source:
     held_out = parts["held_out"]
     if config.evaluate.images:
         held_out = _held_out(config, read_images(config.evaluate.images, data), labels)
-    on_white = [_stands_on_white(image) for image in parts["trusted"]["image"].to_pylist()]
+    on_white = [stands_on_white(image) for image in parts["trusted"]["image"].to_pylist()]
     trusted = _letterboxed(parts["trusted"].filter(pa.array(on_white)), config.ingest.image_size)
     masks = [
-        _foreground(image, 1 + labels.index(label))
+        foreground(image, 1 + labels.index(label))
         for image, label in zip(trusted["image"].to_pylist(), trusted["label"].to_pylist(), strict=True)
     ]
     return _Source(
@@ -298,31 +297,8 @@ def _write_corpus(config: Config, clean: pa.Table, poisons: pa.Table, folder: Pa
 
 def _letterboxed(table: pa.Table, size: int) -> pa.Table:
     """The images as ingest stores them with `resize_mode: border`: fitted into a white square of `size` pixels."""
-    images = [_letterbox(image, size) for image in table["image"].to_pylist()]
+    images = [letterbox(image, size) for image in table["image"].to_pylist()]
     return table.set_column(table.schema.get_field_index("image"), "image", pa.array(images, pa.binary()))
-
-
-def _letterbox(encoded: bytes, size: int) -> bytes:
-    with Image.open(io.BytesIO(encoded)) as image:
-        if image.size == (size, size):
-            return encoded
-        square = ImageOps.pad(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR, color="white")
-    return scenes.encode(np.asarray(square))
-
-
-def _foreground(encoded: bytes, value: int) -> bytes:
-    """Mask of a product photo that stands on white: what is not nearly white is the product."""
-    return scenes.encode(np.where(_nearly_white(encoded), 0, value).astype(np.uint8))
-
-
-def _stands_on_white(encoded: bytes) -> bool:
-    """Whether the left and right borders of a picture are nearly white, as `_foreground` needs it."""
-    white = _nearly_white(encoded)
-    return bool(white[:, [0, -1]].mean() > 0.9)
-
-
-def _nearly_white(encoded: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).min(axis=2) >= 240
 
 
 def _suffix(encoded: bytes) -> str:

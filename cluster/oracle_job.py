@@ -1,5 +1,6 @@
 """Judges a finished checkpoint, in process or by Ray. The only code that moves TRUSTED, and only for a verdict of clean."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,20 +12,21 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from cluster.oracle_case import Case, case_of
 from cluster.oracle_pass import cpus_per_actor, look_with_actors
-from roclip import checkpoint as checkpoints
 from roclip.config import Config, dump_config, environment_defaults, parse_config
-from roclip.errors import CheckpointError, DataError, StageError
+from roclip.errors import DataError, StageError
 from roclip.metrics import Progress
-from roclip.model import WEIGHTS, Encoder, Towers
+from roclip.model import Encoder, Towers, weights_file
 from roclip.oracle.check import check
+from roclip.oracle.opening import open_segmenter
 from roclip.oracle.report import SCHEMA
-from roclip.oracle.segmenters import CARD, TrainedSegmenter, train_segmenter
+from roclip.oracle.segmenters import Segmenter, calibrate_on
 from roclip.oracle.shardlook import SavedLooks
 from roclip.oracle.shardpass import side_of
+from roclip.oracle.trained import train_segmenter
 from roclip.oracle.witness import Witness, made_by
 from roclip.shards import Manifest, digest, sha256_file, write_atomic
-from roclip.tar_sources import shards_root
 
 
 def oracle(
@@ -32,31 +34,36 @@ def oracle(
     run: Path,
     arm: str,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
+    data: str = "",
+    truth: Path | None = None,
+    out: Path | None = None,
     in_process: bool = False,
 ) -> dict[str, Any]:
     """Judge the checkpoint that `<run>/<arm>/checkpoints/LATEST` names; returns what summary.json keeps of the verdict.
 
-    The report lies in `<run>/<arm>/oracle/`. A checkpoint of the arm that is called clean becomes TRUSTED. With
-    `checkpoint`, any folder with open_clip weights is judged instead, and TRUSTED stays as it is. A checkpoint that
-    was judged before, by the same oracle on the same shards, is not judged again. Ray must be initialised by the caller,
-    unless `in_process`; then `oracle.actors` look at the shards between two Ray tasks, one that trains the segmenter
-    and one that judges. What was done is not done again when the same command follows one that was cut off.
+    The report lies in `<run>/<arm>/oracle/`. A checkpoint of the arm that is called clean becomes TRUSTED. What else can be
+    judged, on which data: `oracle_case.case_of`; TRUSTED then stays as it is. A checkpoint that was judged before, by the
+    same oracle on the same shards, is not judged again. Ray must be initialised by the caller, unless `in_process`; then
+    `oracle.actors` look at the shards between two Ray tasks, one that trains the segmenter and one that judges. What was
+    done is not done again when the same command follows one that was cut off.
 
-    Raises `CheckpointError` without a checkpoint, `DataError` without trusted images, `StageError` if a task is lost.
+    Raises `CheckpointError` without a checkpoint, `DataError` without trusted images to train an oracle on, `StageError` if
+    a task is lost.
     """
+    named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out}
     if in_process:
-        return judge(config, run, arm, checkpoint)
-    run, checkpoint = run.resolve(), None if checkpoint is None else checkpoint.resolve()
+        return judge(config, run, arm, on_progress=_teller(run, arm), **named)
     nodes = [node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]]
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, max(nodes))  # training is over: take its share
-    what = (dump_config(config), run, arm, checkpoint)
-    saved = _get(_prepare.options(num_cpus=cpus, name=f"oracle:{arm}:prepare").remote(*what), arm)
-    if saved is not None:
+    what = (dump_config(config), run.resolve(), arm, str(Path.cwd()), named)
+    looks = _get(_prepare.options(num_cpus=cpus, name=f"oracle:{arm}:prepare").remote(*what), arm)
+    if looks is not None:
+        shards, saved = looks
         mine = float(os.cpu_count() or 1) if config.cluster.address == "local" else max(nodes)
         look_with_actors(
             partial(_witness, *what),
-            shards_root(config.data.shards, run),
+            shards,
             saved,
             name=f"oracle:{arm}:look",
             actors=config.oracle.actors,
@@ -71,109 +78,101 @@ def judge(
     config: Config,
     run: Path,
     arm: str,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     on_progress: Progress | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """`oracle` in this process, without Ray."""
-    case = _case(config, run, arm, checkpoint, on_progress)
-    report = _earlier(case.out / "report.json", case.subject)
+    brief = _brief(config, run, arm, on_progress, checkpoint=checkpoint, **named)
+    case = brief.case
+    report = _earlier(case.out / "report.json", brief.subject)
     if report is None:
         report = check(
-            Encoder.load(case.path),
-            case.segmenter,
+            Encoder.load(case.checkpoint),
+            brief.segmenter,
             shards=case.shards,
             trusted=case.trusted,
             labels=case.labels,
             templates=case.templates,
             config=config.oracle,
             out=case.out,
-            caption_key=config.data.caption_key,
-            truth=run / "origin" / "poison.parquet",
-            subject=case.subject,
-            saved=case.saved(config.data.caption_key),
+            caption_key=case.caption_key,
+            truth=case.truth,
+            subject=brief.subject,
+            saved=brief.saved,
+            seed=config.seed,
             on_progress=on_progress,
         )
-    if checkpoint is None:
-        _trust(run / arm / "checkpoints", case.path.name, report["verdict"])
+    if case.own:
+        _trust(run / arm / "checkpoints", case.checkpoint.name, report["verdict"])
     kept = ("verdict", "target_labels", "victim_precision", "victim_recall")
-    return {"checkpoint": case.path.name, **{key: report[key] for key in kept if key in report}}
+    return {"checkpoint": case.checkpoint.name, **{key: report[key] for key in kept if key in report}}
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Brief:
     """What is judged, and by whom."""
 
-    path: Path
-    """Of the checkpoint."""
-    segmenter: TrainedSegmenter
-    labels: list[str]
-    templates: list[str]
-    shards: Path
-    trusted: Path
-    out: Path
+    case: Case
+    segmenter: Segmenter
     subject: dict[str, Any]
 
-    def saved(self, caption_key: str) -> SavedLooks:
-        witness = made_by(self.subject["weights_sha256"], self.segmenter, self.labels, self.templates)
-        return SavedLooks(self.out / "pass", witness, caption_key, side_of(self.shards, caption_key))
+    @property
+    def saved(self) -> SavedLooks:
+        case = self.case
+        witness = made_by(self.subject["weights_sha256"], self.segmenter, case.labels, case.templates)
+        return SavedLooks(case.out / "pass", witness, case.caption_key, side_of(case.shards, case.caption_key))
 
 
-def _case(config: Config, run: Path, arm: str, checkpoint: Path | None, on_progress: Progress | None) -> _Case:
+def _brief(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> _Brief:
     """Checks what must be there, and trains the segmenter if there is none yet."""
-    path = _checkpoint(run, arm, checkpoint)
-    if (path / checkpoints.SUMS).exists() or checkpoint is None:
-        checkpoints.verify(path)
-    shards, names, trusted = shards_root(config.data.shards, run), _labels(run), run / "origin" / "trusted.parquet"
-    if not trusted.exists():
-        raise DataError(f"{trusted}: expected trusted images with masks, got none. Run `roclip ingest` first.")
-    segmenter = _segmenter(config, run, trusted, names["labels"], on_progress)
+    case = case_of(config, run, arm, on_progress=on_progress, **named)
+    segmenter = _segmenter(config, run, case, on_progress)
     subject = {
-        "checkpoint": path.name,
-        "weights_sha256": sha256_file(path / WEIGHTS),
-        "shards_digest": digest(Manifest(shards).records()),
+        "checkpoint": case.checkpoint.name,
+        "weights_sha256": sha256_file(weights_file(case.checkpoint)),
+        "shards_digest": digest(Manifest(case.shards).records()),
         "oracle_sha256": segmenter.info["sha256"],
-        "trusted_sha256": sha256_file(trusted),
+        "trusted_sha256": sha256_file(case.trusted) if case.trusted else None,
+        "labels": case.labels,
+        "templates": case.templates,
         "config": dataclasses.asdict(config.oracle.of_verdict),
     }
-    return _Case(path, segmenter, names["labels"], names["templates"], shards, trusted, run / arm / "oracle", subject)
-
-
-def _checkpoint(run: Path, arm: str, checkpoint: Path | None) -> Path:
-    folder = run / arm / "checkpoints"
-    path = checkpoint or checkpoints.named(folder, "LATEST")
-    if path is None:
-        raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first.")
-    return path
+    # As the report will have it: tuples are lists there.
+    return _Brief(case, segmenter, json.loads(json.dumps(subject)))
 
 
 # ---- what runs on other processes ---------------------------------------------------------------------------
 
 
 @ray.remote(max_retries=1)
-def _prepare(config: str, run: Path, arm: str, checkpoint: Path | None) -> SavedLooks | None:
-    """All that the looks need; gives where they go, or None where the same check was made before."""
-    environment_defaults()
-    settings = parse_config(config)
-    case = _case(settings, run, arm, checkpoint, _teller(run, arm))
-    if _earlier(case.out / "report.json", case.subject) is not None:
+def _prepare(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> tuple[Path, SavedLooks] | None:
+    """The shards, and where their looks go; None where the same check was made before."""
+    brief = _brief(_settled(config, where), run, arm, _teller(run, arm), **named)
+    if _earlier(brief.case.out / "report.json", brief.subject) is not None:
         return None
-    return case.saved(settings.data.caption_key)
+    return brief.case.shards, brief.saved
 
 
 @ray.remote(max_retries=1)
-def _judge(config: str, run: Path, arm: str, checkpoint: Path | None) -> dict[str, Any]:
-    environment_defaults()
-    return judge(parse_config(config), run, arm, checkpoint, _teller(run, arm))
+def _judge(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> dict[str, Any]:
+    return judge(_settled(config, where), run, arm, on_progress=_teller(run, arm), **named)
 
 
-def _witness(config: str, run: Path, arm: str, checkpoint: Path | None) -> Witness:
+def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Witness:
     """An actor's, on its GPU if it has one."""
+    settings = _settled(config, where)
+    brief = _brief(settings, run, arm, None, **named)
+    towers = Towers.load(brief.case.checkpoint).to("cuda" if settings.oracle.gpus_per_actor else "cpu")
+    return Witness(Encoder(towers), brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
+
+
+def _settled(config: str, where: str) -> Config:
+    """A process of Ray's as the caller's: its folder, so that relative paths mean the same, and its settings."""
     environment_defaults()
-    settings, names = parse_config(config), _labels(run)
-    towers = Towers.load(_checkpoint(run, arm, checkpoint))
-    segmenter = _segmenter(settings, run, run / "origin" / "trusted.parquet", names["labels"], None)
-    device = "cuda" if settings.oracle.gpus_per_actor else "cpu"
-    return Witness(Encoder(towers.to(device)), segmenter, names["labels"], names["templates"])
+    with contextlib.suppress(OSError):  # another machine may not have it
+        os.chdir(where)
+    return parse_config(config)
 
 
 def _get(task: Any, arm: str) -> Any:
@@ -205,29 +204,21 @@ def _trust(folder: Path, name: str, verdict: str) -> None:
         pointer.unlink()
 
 
-def _segmenter(
-    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Progress | None
-) -> TrainedSegmenter:
-    """The given segmenter, or the run's own, which is trained once for these trusted images and settings."""
-    if config.oracle.weights:
-        return TrainedSegmenter.load(Path(config.oracle.weights))
-    folder = run / "segmenter"
-    if (folder / CARD).exists():
-        segmenter = TrainedSegmenter.load(folder)
-        made_for = (segmenter.info["trusted_sha256"], segmenter.info["epochs"], segmenter.info["seed"])
-        if segmenter.labels == tuple(labels) and made_for == (sha256_file(trusted), config.oracle.epochs, config.seed):
-            return segmenter
-    return train_segmenter(trusted, labels, config.oracle, config.seed, folder, on_progress)
-
-
-def _labels(run: Path) -> dict[str, list[str]]:
-    path = run / "origin" / "labels.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+def _segmenter(config: Config, run: Path, case: Case, on_progress: Progress | None) -> Segmenter:
+    """The oracle that is named, calibrated where trusted images are there; or the run's own, which is trained once for
+    these trusted images and settings."""
+    settings = config.oracle
+    if settings.weights:
+        segmenter = open_segmenter(settings.weights, case.labels, settings.label_map)
+        if case.trusted and not segmenter.info["calibrated"]:
+            calibrate_on(segmenter, case.trusted, settings.reference_frac, config.seed)
+        return segmenter
+    if case.trusted is None:
         raise DataError(
-            f"{path}: expected the run's labels and templates, got {error}. Run `roclip ingest` first."
-        ) from error
+            f"{run / 'origin' / 'trusted.parquet'}: expected trusted images with masks, which the oracle learns from, got "
+            "none. Run `roclip ingest` first, set oracle.trusted_file, or name an oracle in oracle.weights."
+        )
+    return train_segmenter(case.trusted, case.labels, settings, config.seed, run / "segmenter", on_progress)
 
 
 def _earlier(path: Path, subject: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,17 +6,19 @@ again goes on where it stopped. Training starts as soon as the manifest names `d
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cluster.ingest_stage import fetching, index
+from cluster.oracle_case import is_step
 from cluster.oracle_job import oracle, progress_file
 from cluster.progress import told_standing
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from roclip import checkpoint
 from roclip.config import Config
-from roclip.errors import CheckpointError, DataError
+from roclip.errors import CheckpointError, ConfigError, DataError
 from roclip.evaluate import evaluate, load_evaluation_set
 from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
@@ -82,14 +84,27 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
         return {"arms": arms}
 
 
-def oracle_only(config: Config, folder: str | None = None) -> dict:
-    """Let the oracle judge the newest checkpoint of every arm, or the checkpoint in `folder`."""
+def oracle_only(
+    config: Config,
+    checkpoint: str | None = None,
+    *,
+    data: str = "",
+    truth: Path | None = None,
+    out: Path | None = None,
+    in_process: bool = False,
+) -> dict:
+    """Let the oracle judge the newest checkpoint of every arm, one step of every arm that has it, or that of a folder."""
+    named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out, "in_process": in_process}
     with session(config, resumes=False) as here:
-        if folder is None:
-            return {"arms": {arm: {"oracle": _judge(here, arm)} for arm in config.arms}}
-        here.need_ray()
-        name = Path(folder).name
-        return {"arms": {name: {"oracle": oracle(config, here.path, name, checkpoint=Path(folder))}}}
+        arms = list(config.arms)
+        if checkpoint is not None:
+            having = [arm for arm in arms if is_step(here.path / arm, checkpoint)]
+            arms = having or [Path(checkpoint).resolve().name]
+        if out is not None and len(arms) > 1:
+            raise ConfigError(
+                f"--out: expected one training to report of, got {', '.join(arms)}. Set 'arms=[{arms[-1]}]'."
+            )
+        return {"arms": {arm: {"oracle": _judge(here, arm, **named)} for arm in arms}}
 
 
 def _encoder(folder: Path) -> Encoder:
@@ -107,19 +122,21 @@ def _train(here: Session, arm: str) -> None:
         train_arm(here.config, arm, here.path)
 
 
-def _judge(here: Session, arm: str) -> dict:
-    if not (here.path / "origin" / "trusted.parquet").exists():
+def _judge(here: Session, arm: str, **named: Any) -> dict:
+    settings = here.config.oracle
+    if not (settings.weights or settings.trusted_file or (here.path / "origin" / "trusted.parquet").exists()):
         here.display.say(
             f"oracle   {arm} is not checked: {here.path / 'origin' / 'trusted.parquet'} (image, mask, label), which the "
             "oracle learns from, is not there. TRUSTED does not move"
         )
         return {"verdict": "inconclusive"}
     here.display.say(f"oracle   checking {arm}")
-    here.need_ray()
+    if not named.get("in_process"):
+        here.need_ray()
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
     with here.display.follow("oracle", lambda: told_standing(said)):
-        return oracle(here.config, here.path, arm)
+        return oracle(here.config, here.path, arm, **named)
 
 
 def _figures(here: Session, arm: str) -> dict:

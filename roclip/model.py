@@ -15,16 +15,18 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from roclip.errors import CheckpointError, ConfigError
+from roclip.plain_weights import read_weights
 from roclip.sections_train import ModelConfig
 from roclip.shards import write_atomic
 from roclip.tensor_file import write_tensors
 from roclip.tower_options import apply_options, check_options
 
 WEIGHTS = "open_clip_model.safetensors"
+FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
+"""What open_clip calls them elsewhere; looked for in this order, after `WEIGHTS`."""
 CONFIG = "open_clip_config.json"
 MAX_LOG_SCALE = 4.6052
 """ln 100: the largest log of the temperature's inverse, as in CLIP."""
@@ -171,25 +173,36 @@ class Towers(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Towers":
-        """The towers that `save` wrote, in evaluation mode. Raises `CheckpointError` for anything else."""
+        """The towers that `save` wrote, or that open_clip saved or pushed elsewhere, in evaluation mode; mean and deviation of
+        the pixels are those of its preprocessing. Nothing is downloaded and no pickled code is run.
+
+        Raises `CheckpointError` for anything else, such as a text tower whose tokenizer is not on this machine.
+        """
+        state = read_weights(weights_file(folder))
         try:
             config = json.loads((folder / CONFIG).read_text())
-            state = load_file(folder / WEIGHTS)
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder}: expected {CONFIG} and {WEIGHTS}, got {error}. Name a checkpoint's folder."
-            ) from error
-        name = config.get("roclip_model", "checkpoint")
-        open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
+            name, cfg = config.get("roclip_model", "checkpoint"), config["model_cfg"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: expected {CONFIG} with model_cfg, got {error!r}.") from error
+        open_clip.factory._MODEL_CONFIGS[name] = cfg
         try:
-            return cls(name)._fill(state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}: the weights are not of the model in {CONFIG}: {error}") from error
+            return cls(name)._fill(state)._see_as(config.get("preprocess_cfg") or {})
+        except Exception as error:  # whatever a foreign config makes of open_clip
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{folder}: cannot build the model of {CONFIG} with these weights ({type(error).__name__}: {reason})."
+            ) from error
 
     def _fill(self, weights: dict[str, Tensor]) -> "Towers":
         ours = {key: weights[key].reshape(1) for key in ("logit_scale", "logit_bias") if key in weights}
         self.clip.load_state_dict({**weights, **ours})
         return self.eval()
+
+    def _see_as(self, preprocess: dict[str, Any]) -> "Towers":
+        for name, buffer in (("mean", self.mean), ("std", self.std)):
+            if name in preprocess:
+                buffer.copy_(torch.tensor(preprocess[name]).view(1, 3, 1, 1))
+        return self
 
 
 class Encoder:
@@ -231,6 +244,14 @@ class Encoder:
         return F.normalize(features, dim=-1)
 
 
+def weights_file(folder: Path) -> Path:
+    """Where the weights of a checkpoint lie: under this project's name, or one of open_clip's own. Raises `CheckpointError`."""
+    for name in (WEIGHTS, *FOREIGN_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder}: expected {CONFIG} and {WEIGHTS}, got no weights. Name a checkpoint's folder.")
+
+
 def _quiet_create(name: str, cfg: dict[str, Any], patch_dropout: float | None) -> nn.Module:
     root = logging.getLogger()
     level = root.level
@@ -238,7 +259,12 @@ def _quiet_create(name: str, cfg: dict[str, Any], patch_dropout: float | None) -
     temperature: dict[str, Any] = {key: cfg.get(key) for key in SIGLIP_START if key in cfg or key == "init_logit_bias"}
     try:
         return open_clip.create_model(
-            name, load_weights=False, force_patch_dropout=patch_dropout, nonscalar_logit_scale=True, **temperature
+            name,
+            load_weights=False,
+            pretrained_text=False,  # no weights of a text tower from elsewhere
+            force_patch_dropout=patch_dropout,
+            nonscalar_logit_scale=True,
+            **temperature,
         )
     finally:
         root.setLevel(level)

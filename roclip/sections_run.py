@@ -210,7 +210,18 @@ class OracleConfig:
     """The check of a finished checkpoint by a segmentation network that never saw the crawled data."""
 
     weights: str = ""
-    """Trained segmenter (a folder that `roclip.oracle.segmenters` wrote); empty trains one on the trusted images."""
+    """The oracle: a folder that `roclip train-segmenter` wrote; `torchvision:NAME:FILE` (such as deeplabv3_resnet50 or
+    maskrcnn_resnet50_fpn); `hf:FOLDER` (transformers); `masks:PATH` (drawn by people). All local: nothing is downloaded.
+    Empty trains one on the trusted images."""
+    labels: tuple[str, ...] = ()
+    """What is asked about, for data that ingest did not prepare (the run has no origin/labels.json)."""
+    label_file: str = ""
+    """The same in a file: a JSON list, or a text with one a line."""
+    label_map: dict[str, str] = field(default_factory=dict)
+    """Further names of labels, in captions and among the oracle's classes: `{couch: sofa, television: tv}`."""
+    trusted_file: str = ""
+    """Parquet of trusted images with masks (image, mask of indices into the labels, 0 background); empty is the run's
+    origin/trusted.parquet. Without either nothing says how often model and oracle disagree where nothing is poisoned."""
     trusted: int = 2000
     """Trusted images with masks, rendered or set aside, never served: they train the segmenter and give the null."""
     reference_frac: float = 0.3
@@ -229,6 +240,8 @@ class OracleConfig:
     """Such as 0.5, for two on one GPU."""
 
     def __post_init__(self) -> None:
+        if self.labels and self.label_file:
+            raise ConfigError("oracle: expected labels or label_file, got both. Keep one.")
         positive(self, "oracle", "trusted", "epochs", "alpha", "actors")
         if self.gpus_per_actor < 0:
             raise ConfigError(f"oracle.gpus_per_actor: expected 0 or more, got {self.gpus_per_actor}.")

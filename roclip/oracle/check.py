@@ -56,7 +56,7 @@ def check(
     segmenter: Segmenter,
     *,
     shards: Path,
-    trusted: Path,
+    trusted: Path | None,
     labels: Sequence[str],
     templates: Sequence[str],
     config: OracleConfig,
@@ -74,7 +74,7 @@ def check(
 
     Args:
         trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null, and the
-            pictures that a trigger is tried on.
+            pictures that a trigger is tried on. Without one nothing is, and no verdict is given.
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
@@ -89,7 +89,7 @@ def check(
     """
     started = time.monotonic()
     say = on_progress or (lambda done, total, text: None)
-    witness = Witness(encoder, segmenter, labels, templates)
+    witness = Witness(encoder, segmenter, labels, templates, config.label_map)
     looked = look(witness, shards, say, caption_key, saved)
     pictures = Pictures(looked, shards)
     held_out = _held_out(segmenter, trusted, labels, looked.size_px)
@@ -139,8 +139,11 @@ def check(
     return report
 
 
-def _held_out(segmenter: Segmenter, trusted: Path, labels: Sequence[str], size_px: int) -> Trusted:
+def _held_out(segmenter: Segmenter, trusted: Path | None, labels: Sequence[str], size_px: int) -> Trusted:
     """The trusted images that the segmenter did not train on and that show something, as large as the training images."""
+    if trusted is None:
+        empty = np.empty((0, size_px, size_px, 3), dtype=np.uint8)
+        return Trusted(empty, np.empty((0, len(labels)), dtype=bool), empty[..., 0])
     images, masks = read_trusted(trusted, labels, size_px)
     info = segmenter.info
     if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):

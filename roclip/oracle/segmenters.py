@@ -1,41 +1,34 @@
-"""What an image shows, and where: a small segmentation network, trained on trusted images with masks only.
+"""What an oracle is: it says what an image shows and where, how well it sees each label, and where it comes from.
 
-It shares nothing with the model that it judges: other weights, other data, another kind of label. What it cannot see
-well enough on held-out trusted images it says so about: such a label is unchecked, it never counts as agreement.
+An oracle defines `maps`; areas, masks and regions follow from them here, the same way for every oracle. It shares nothing
+with the model that it judges. What it cannot see well enough it says so about: such a label is unchecked, it never
+counts as agreement.
 
-Letters: N images, C labels, H and W height and width in pixels, S side of the network's input.
+Letters: N images, C labels, H and W height and width in pixels, h and w those of the maps, S side of trusted images.
 """
 
 import io
-import json
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from roclip.config import OracleConfig
-from roclip.errors import CheckpointError, DataError
-from roclip.metrics import Progress
+from roclip.errors import DataError
 from roclip.reader import decode
-from roclip.shards import sha256_file, write_atomic
+from roclip.shards import sha256_file
 
-WEIGHTS = "segmenter.safetensors"
-CARD = "segmenter.json"
-SCHEMA = 1
-MAX_SIDE_PX = 96
-"""Largest side of the network's input: enough to tell objects apart, cheap on a CPU."""
 MIN_AREA = 0.005
 """An object under this share of the image is not expected to be seen."""
+UNMEASURED_AREA = 0.01
+"""Share from which on a label counts as seen where no trusted image says how well the oracle sees it."""
 SEEN_RECALL, CLEAR_PRECISION = 0.95, 0.9
 """What the two thresholds of a label are set for, on held-out trusted images."""
 MIN_RECALL, MIN_SPECIFICITY, MIN_EXAMPLES = 0.9, 0.6, 10
@@ -44,234 +37,149 @@ MIN_RECALL, MIN_SPECIFICITY, MIN_EXAMPLES = 0.9, 0.6, 10
 
 @dataclass(frozen=True)
 class LabelCalibration:
-    """How well the oracle sees one label on held-out trusted images."""
+    """How well the oracle sees one label on trusted images that it did not learn from; None is not measured."""
 
     seen: float
     """Area share from which on the label may be there: `recall` of the images that show it reach this."""
     clear: float
     """Area share from which on it certainly is: `precision` of the images that reach this show it."""
-    recall: float
-    specificity: float
+    recall: float | None
+    specificity: float | None
     """Share of the images without the label that stay under `seen`."""
-    precision: float
-    clear_recall: float
+    precision: float | None
+    clear_recall: float | None
     examples: int
     """Held-out images that show the label."""
     covered: bool
 
 
+UNMEASURED = LabelCalibration(UNMEASURED_AREA, UNMEASURED_AREA, None, None, None, None, 0, True)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """One connected thing that the oracle sees."""
+
+    label: str
+    score: float
+    """Mean of the label's map over the region, 0 to 1."""
+    area: float
+    """Share of the image."""
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels of the image; right and bottom are the first outside."""
+    mask: np.ndarray
+    """(H, W) bool."""
+
+
 class Segmenter(Protocol):
-    """An oracle. `segment` and `masks` are pure functions of the images."""
+    """An oracle; `maps` is a pure function of the images, one by one."""
 
     labels: tuple[str, ...]
     calibration: dict[str, LabelCalibration]
+    """Of the labels that it knows at all."""
     info: dict[str, Any]
-    """name, provenance, sha256; may hold trusted_sha256 and reference_rows (rows of it that were held out)."""
+    """name, provenance, sha256 (of the weights), licence, independent_of_clip, calibrated (were the thresholds measured on
+    trusted images?). May hold trusted_sha256 and reference_rows (rows of that set which it did not learn from)."""
 
-    def segment(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 to (N, C): the share of the image's area that each label covers."""
+    def maps(self, images: np.ndarray) -> Iterator[Tensor]:
+        """(N, H, W, 3) uint8 to batches of (n, 1 + C, h, w), on the CPU: how much each pixel is background or a label."""
         ...
 
-    def masks(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 to (N, H, W) uint8: 0 background, 1 + labels.index(label) an object."""
-        ...
-
-    def covers(self, label: str) -> bool:
-        """Whether the oracle sees this label well enough to contradict anybody about it."""
-        ...
-
-
-class TrainedSegmenter:
-    """The network of `train_segmenter` with its calibration; implements `Segmenter`."""
-
-    def __init__(self, net: nn.Module, labels: Sequence[str], size_px: int, batch_size: int = 128):
-        self.net, self.labels, self.size_px, self.batch_size = net.eval(), tuple(labels), size_px, batch_size
-        self.calibration: dict[str, LabelCalibration] = {}
-        self.info: dict[str, Any] = {}
-
-    def covers(self, label: str) -> bool:
-        return label in self.calibration and self.calibration[label].covered
-
-    def segment(self, images: np.ndarray) -> np.ndarray:
-        """The mean over the pixels of each label's probability; see `Segmenter`."""
-        shares = [p[:, 1:].mean(dim=(2, 3)) for p in self._probabilities(images)]
+    def areas(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 to (N, C): the mean of each label's map, the share of the image's area that it covers."""
+        shares = [maps[:, 1:].mean(dim=(2, 3)) for maps in self.maps(images)]
         return torch.cat(shares).numpy() if shares else np.empty((0, len(self.labels)), dtype=np.float32)
 
     def masks(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 to (N, H, W): 0 background, 1 + labels.index(label) an object; uint8, or uint16 for 256
+        labels or more."""
+        dtype, size = np.uint8 if len(self.labels) < 256 else np.uint16, images.shape[1:3]
+        masks = [_enlarged(maps, size).argmax(dim=1).numpy().astype(dtype) for maps in self.maps(images)]
+        return np.concatenate(masks) if masks else np.empty((0, *size), dtype=dtype)
+
+    def regions(self, images: np.ndarray) -> list[list[Region]]:
+        """For each image (N, H, W, 3) uint8 its regions of at least `MIN_AREA`, the largest first."""
         size = images.shape[1:3]
-        maps = [
-            F.interpolate(p, size=size, mode="bilinear", align_corners=False).argmax(dim=1).to(torch.uint8)
-            for p in self._probabilities(images)
-        ]
-        return torch.cat(maps).numpy() if maps else np.empty((0, *size), dtype=np.uint8)
+        return [_regions(maps, self.labels) for batch in self.maps(images) for maps in _enlarged(batch, size)]
 
-    @torch.inference_mode()
-    def _probabilities(self, images: np.ndarray):
-        for start in range(0, len(images), self.batch_size):
-            batch = np.ascontiguousarray(images[start : start + self.batch_size])
-            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float().div(255)
-            if pixels.shape[-2:] != (self.size_px, self.size_px):
-                pixels = F.interpolate(pixels, self.size_px, mode="bilinear", antialias=True, align_corners=False)
-            yield self.net(pixels).float().softmax(dim=1)
+    def query(self, images: np.ndarray, labels: Sequence[str]) -> list[dict[str, Region | None]]:
+        """For each image the largest region of each of these labels, None where it sees none.
 
-    def save(self, folder: Path) -> None:
-        """Write weights, then the card that names their sha256; a reader sees both or neither."""
-        state = {key: value.detach().contiguous().cpu() for key, value in self.net.state_dict().items()}
-        write_atomic(folder / WEIGHTS, save(state))
-        self.info["sha256"] = sha256_file(folder / WEIGHTS)
-        card = {
-            "schema": SCHEMA,
-            "labels": list(self.labels),
-            "size_px": self.size_px,
-            "calibration": {label: asdict(values) for label, values in self.calibration.items()},
-            "info": self.info,
-        }
-        write_atomic(folder / CARD, json.dumps(card, indent=1))
+        Raises `DataError` for a label that it does not cover: that it sees none would say nothing.
+        """
+        if blind := [label for label in labels if not self.covers(label)]:
+            raise DataError(f"oracle: expected labels that it covers, got {', '.join(blind)}. They are unchecked.")
+        answers = []
+        for regions in self.regions(images):
+            largest = {region.label: region for region in reversed(regions)}
+            answers.append({label: largest.get(label) for label in labels})
+        return answers
 
-    @classmethod
-    def load(cls, folder: Path) -> "TrainedSegmenter":
-        """The segmenter that `save` wrote. Raises `CheckpointError` if it is missing, altered or of another kind."""
-        try:
-            card = json.loads((folder / CARD).read_text())
-            weights = (folder / WEIGHTS).read_bytes()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: expected {CARD} and {WEIGHTS}, got {error}. Name a folder that train_segmenter wrote, "
-                "or leave oracle.weights empty to train one."
-            ) from error
-        if card.get("schema") != SCHEMA:
-            raise CheckpointError(
-                f"{folder / CARD}: expected schema {SCHEMA}, got {card.get('schema')!r}. Delete it and train again."
-            )
-        if sha256_file(folder / WEIGHTS) != card["info"]["sha256"]:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: altered since it was trained (its sha256 is not the one in {CARD}). "
-                "Restore the file, or delete the folder and train again."
-            )
-        net = build_net(1 + len(card["labels"]))
-        net.load_state_dict(load(weights))
-        segmenter = cls(net, card["labels"], card["size_px"])
-        segmenter.calibration = {label: LabelCalibration(**row) for label, row in card["calibration"].items()}
-        segmenter.info = card["info"]
-        return segmenter
+    def covers(self, label: str) -> bool:
+        """Whether the oracle sees this label well enough to contradict anybody about it."""
+        return label in self.calibration and self.calibration[label].covered
 
 
-def build_net(classes: int) -> nn.Module:
-    """A narrow feature pyramid network with random weights (segmentation_models_pytorch).
-
-    Input sides are multiples of 32; logits come at half the resolution. On a CPU a U-Net spends most of its time in the
-    last, full-resolution block, which these masks do not need.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import segmentation_models_pytorch as smp
-
-        encoder: dict[str, Any] = {
-            "layers": (1, 1, 1, 1),
-            "channels": (32, 64, 128, 192),
-            "stem_type": "deep",
-            "stem_width": 16,
-        }
-        return smp.FPN(
-            "tu-resnet18",
-            encoder_weights=None,
-            decoder_pyramid_channels=48,
-            decoder_segmentation_channels=32,
-            decoder_dropout=0.0,
-            classes=classes,
-            upsampling=2,
-            **encoder,
-        )
+def one_hot(masks: np.ndarray, classes: int) -> Tensor:
+    """Maps (N, 1 + C, H, W) of masks (N, H, W) that are certain of every pixel."""
+    return F.one_hot(torch.from_numpy(masks.astype(np.int64)), 1 + classes).permute(0, 3, 1, 2).float()
 
 
-def train_segmenter(
-    trusted: Path,
-    labels: Sequence[str],
-    config: OracleConfig,
-    seed: int,
-    out: Path,
-    on_progress: Progress | None = None,
-) -> TrainedSegmenter:
-    """Train on the trusted images, calibrate on the share of them that is held out, save to `out` and return it.
-
-    `trusted` is a parquet with the columns image (encoded) and mask (PNG of class indices, 0 background). Half of the
-    training images get a sticker, labelled background, so that a trigger does not derail the oracle. The same seed and
-    number of threads on the same machine give the same weights.
-
-    Raises `DataError` when there are too few images or a mask names a class that is not there.
-    """
-    started = time.monotonic()
-    say = on_progress or (lambda done, total, text: None)
-    images, masks = read_trusted(trusted, labels, MAX_SIDE_PX)
-    rows = np.random.default_rng((seed, 61)).permutation(len(images))
-    held_out, train = np.split(rows, [round(config.reference_frac * len(rows))])
-    if len(train) < 32 or len(held_out) < 8:
-        raise DataError(
-            f"{trusted}: expected at least 32 images to train the oracle on and 8 to calibrate it, got {len(train)} "
-            f"and {len(held_out)}. Raise oracle.trusted or set oracle.reference_frac."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = build_net(1 + len(labels))
-    _fit(net, images[train], masks[train], config.epochs, seed, say)
-    segmenter = TrainedSegmenter(net, labels, images.shape[1])
-    segmenter.calibration = calibrate(segmenter, images[held_out], masks[held_out])
-    iou = mean_iou(segmenter.masks(images[held_out]), masks[held_out], len(labels))
-    segmenter.info = {
-        "name": "feature pyramid network",
-        "provenance": f"trained from random weights on {len(train)} trusted images with masks, on no crawled image",
-        "trusted_sha256": sha256_file(trusted),
-        "reference_rows": sorted(int(row) for row in held_out),
-        "mean_iou": round(iou, 4),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "epochs": config.epochs,
-        "seed": seed,
-        "train_s": round(time.monotonic() - started, 1),
-    }
-    segmenter.save(out)
-    covered = sum(segmenter.covers(label) for label in labels)
-    say(config.epochs, config.epochs, f"segmenter: mean IoU {iou:.2f}, {covered} of {len(labels)} labels covered")
-    return segmenter
+def with_background(evidence: Tensor) -> Tensor:
+    """Maps (n, 1 + C, h, w) out of what speaks for each label by itself, (n, C, h, w) in [0, 1]: all of a pixel that its
+    best label leaves is background, and the labels share the rest."""
+    best = evidence.amax(dim=1, keepdim=True)
+    return torch.cat([1 - best, evidence * (best / evidence.sum(dim=1, keepdim=True).clamp_min(1e-9))], dim=1)
 
 
-def read_trusted(trusted: Path, labels: Sequence[str], max_side_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, S, S, 3) uint8 and masks (N, S, S) uint8 of trusted.parquet.
-
-    S is the side of the first image, rounded down to a multiple of 32, and at most `max_side_px`.
-    """
-    try:
-        table = pq.read_table(trusted, columns=["image", "mask"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{trusted}: expected a parquet with columns image and mask, got {error}.") from error
-    if not len(table):
-        raise DataError(f"{trusted}: expected trusted images, got none. Raise oracle.trusted.")
-    with Image.open(io.BytesIO(table["image"][0].as_py())) as first:
-        size = max(32, min(max_side_px, max(first.size)) // 32 * 32)
-    images = np.stack([decode(encoded, size) for encoded in table["image"].to_pylist()])
-    masks = np.stack([_mask(encoded, size) for encoded in table["mask"].to_pylist()])
-    if masks.max() > len(labels):
-        raise DataError(
-            f"{trusted}: expected mask values 0 to {len(labels)} (background and {len(labels)} labels), got "
-            f"{masks.max()}. Were the masks written for another list of labels?"
-        )
-    return images, masks
+def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _mask(encoded: bytes, size: int) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as mask:
-        return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST), dtype=np.uint8)
+def _regions(maps: Tensor, labels: Sequence[str]) -> list[Region]:
+    """Connected parts of the mask of maps (1 + C, H, W)."""
+    winner, found = maps.argmax(dim=0).numpy(), []
+    for value in np.unique(winner[winner > 0]):
+        here = (winner == value).astype(np.uint8)
+        number, parts, stats, _ = cv2.connectedComponentsWithStats(here, connectivity=8)
+        for part in range(1, number):
+            left, top, width, height, pixels = (int(count) for count in stats[part])
+            if pixels >= MIN_AREA * winner.size:
+                mask = parts == part
+                score = float(maps[int(value)].numpy()[mask].mean())
+                box = (left, top, left + width, top + height)
+                found.append(Region(labels[int(value) - 1], score, pixels / winner.size, box, mask))
+    return sorted(found, key=lambda region: (-region.area, region.box))
 
 
-def shown(masks: np.ndarray, classes: int) -> np.ndarray:
-    """(N, H, W) class indices to (N, C) bool: which labels cover at least `MIN_AREA` of an image."""
-    flat = masks.reshape(len(masks), -1)
-    return np.stack([(flat == 1 + c).mean(axis=1) >= MIN_AREA for c in range(classes)], axis=1)
+# ---- how well it sees ---------------------------------------------------------------------------------------
 
 
-def calibrate(segmenter: TrainedSegmenter, images: np.ndarray, masks: np.ndarray) -> dict[str, LabelCalibration]:
-    """Set both thresholds of every label on held-out trusted images and measure what they are worth."""
-    areas, truth = segmenter.segment(images), shown(masks, len(segmenter.labels))
+def calibrate(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray) -> dict[str, LabelCalibration]:
+    """Set both thresholds of every label on trusted images that it did not learn from, and measure what they are worth."""
+    areas, truth = segmenter.areas(images), shown(masks, len(segmenter.labels))
     return {label: _calibrate(areas[:, c], truth[:, c]) for c, label in enumerate(segmenter.labels)}
+
+
+def calibrate_on(segmenter: Segmenter, trusted: Path, frac: float, seed: int) -> None:
+    """Calibrate an oracle that has learned from other images on a seeded share of a trusted set, and note which rows.
+
+    Labels that it has no class for stay unknown to it. Raises `DataError` as `read_trusted` does.
+    """
+    images, masks = read_trusted(trusted, segmenter.labels, CALIBRATION_SIDE_PX)
+    rows = np.sort(np.random.default_rng((seed, 61)).permutation(len(images))[: round(frac * len(images))])
+    measured = calibrate(segmenter, images[rows], masks[rows])
+    segmenter.calibration = {label: measured[label] for label in segmenter.calibration}
+    segmenter.info |= {
+        "calibrated": True,
+        "trusted_sha256": sha256_file(trusted),
+        "reference_rows": [int(row) for row in rows],
+    }
+
+
+CALIBRATION_SIDE_PX = 512
 
 
 def _calibrate(areas: np.ndarray, truth: np.ndarray) -> LabelCalibration:
@@ -298,6 +206,12 @@ def _calibrate(areas: np.ndarray, truth: np.ndarray) -> LabelCalibration:
     )
 
 
+def shown(masks: np.ndarray, classes: int) -> np.ndarray:
+    """(N, H, W) class indices to (N, C) bool: which labels cover at least `MIN_AREA` of an image."""
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
+    return np.stack([(flat == 1 + c).mean(axis=1) >= MIN_AREA for c in range(classes)], axis=1)
+
+
 def mean_iou(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
     """Intersection over union, averaged over background and all labels that occur."""
     scores = [
@@ -308,64 +222,55 @@ def mean_iou(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
     return float(np.mean(scores))
 
 
-_BATCH, _LR, _BACKGROUND_WEIGHT = 16, 4e-3, 0.3
+# ---- trusted images -----------------------------------------------------------------------------------------
 
 
-def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, seed: int, say: Progress) -> None:
-    generator = np.random.default_rng((seed, 62))
-    batch = min(_BATCH, len(images))
-    steps = len(images) // batch
-    optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=epochs * steps + 1, pct_start=0.2)
-    net.train()
-    for epoch in range(1, epochs + 1):
-        order, total = generator.permutation(len(images)), 0.0
-        for step in range(steps):
-            rows = order[step * batch : (step + 1) * batch]
-            pixels, target = _augment(images[rows], masks[rows], generator)
-            loss = _loss(net(pixels), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        say(epoch, epochs, f"segmenter: epoch {epoch} of {epochs}, loss {total / steps:.3f}")
-    net.eval()
+def read_trusted(trusted: Path, labels: Sequence[str], max_side_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, S, S, 3) uint8 and masks (N, S, S) of a parquet with the columns image (encoded) and mask (PNG of class
+    indices, 0 background).
+
+    S is the side of the first image, rounded down to a multiple of 32, and at most `max_side_px`.
+    """
+    try:
+        table = pq.read_table(trusted, columns=["image", "mask"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{trusted}: expected a parquet with columns image and mask, got {error}.") from error
+    if not len(table):
+        raise DataError(f"{trusted}: expected trusted images, got none. Raise oracle.trusted.")
+    return decode_masked(table["image"].to_pylist(), table["mask"].to_pylist(), labels, max_side_px, str(trusted))
 
 
-def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with a light background, plus one minus the mean Dice score, which small objects count in."""
-    stride = target.shape[-1] // logits.shape[-1]
-    target = target[:, stride // 2 :: stride, stride // 2 :: stride]
-    weight = torch.ones(logits.shape[1])
-    weight[0] = _BACKGROUND_WEIGHT
-    p, q = logits.softmax(dim=1), F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2).float()
-    both, sum_ = (p * q).sum(dim=(0, 2, 3)), (p + q).sum(dim=(0, 2, 3))
-    return F.cross_entropy(logits, target, weight=weight) + 1 - ((2 * both + 1) / (sum_ + 1)).mean()
+def decode_masked(
+    images: Sequence[bytes],
+    masks: Sequence[bytes],
+    labels: Sequence[str],
+    side_px: int,
+    where: str,
+    exact: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encoded images and masks to pixels, as `read_trusted` does, or `exact` at this side, which is then no maximum.
+
+    Raises `DataError` that names `where` they are from.
+    """
+    try:
+        with Image.open(io.BytesIO(images[0])) as first:
+            size = side_px if exact else max(32, min(side_px, max(first.size)) // 32 * 32)
+        pixels = np.stack([decode(encoded, size) for encoded in images])
+        classes = np.stack([decode_mask(encoded, size) for encoded in masks])
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: expected images and masks that can be decoded, got {error}.") from error
+    if classes.max() > len(labels):
+        raise DataError(
+            f"{where}: expected mask values 0 to {len(labels)} (background and {len(labels)} labels), got "
+            f"{classes.max()}. Were the masks written for another list of labels?"
+        )
+    return pixels, classes if len(labels) > 255 else classes.astype(np.uint8)
 
 
-def _augment(images: np.ndarray, masks: np.ndarray, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror, shift the brightness, and put stickers on half of a batch; pixels in [0, 1] and class indices."""
-    images, masks = images.copy(), masks.copy()
-    side = images.shape[1]
-    for image, mask in zip(images, masks, strict=True):
-        if generator.random() < 0.5:
-            image[:], mask[:] = image[:, ::-1].copy(), mask[:, ::-1].copy()
-        if generator.random() < 0.5:
-            size = int(generator.integers(max(2, side // 16), side // 4 + 1))
-            top, left = (int(v) for v in generator.integers(0, side - size + 1, 2))
-            image[top : top + size, left : left + size] = _sticker(size, generator)
-            mask[top : top + size, left : left + size] = 0
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
-    gain = torch.from_numpy(generator.uniform(0.8, 1.2, (len(images), 1, 1, 1))).float()
-    return (pixels * gain).clamp(0, 1), torch.from_numpy(masks).long()
-
-
-def _sticker(size: int, generator: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) uint8: random cells, from one flat colour to noise."""
-    cells = int(generator.integers(1, size + 1))
-    colors = generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-    if generator.random() < 0.5:
-        colors = (colors > 127).astype(np.uint8) * 255
-    index = np.arange(size) * cells // size
-    return colors[np.ix_(index, index)]
+def decode_mask(encoded: bytes, size: int) -> np.ndarray:
+    """An encoded image of class indices to (size, size) uint16, no index between two others made up."""
+    with Image.open(io.BytesIO(encoded), formats=("PNG", "GIF", "BMP")) as mask:
+        classes = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+    if classes.ndim != 2:
+        raise ValueError(f"a mask of {classes.shape[2]} channels instead of class indices")
+    return classes.astype(np.uint16)

@@ -8,7 +8,7 @@ Letters: n distinct images and m samples of a shard; N distinct images and M sam
 
 import io
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from PIL import Image
 
 from roclip.errors import DataError
 from roclip.metrics import Progress
-from roclip.oracle.find_names import find_names
 from roclip.oracle.looking import look_at
+from roclip.oracle.naming import name_labels
 from roclip.oracle.sequences import Digests, Groups, Places, Strings
 from roclip.oracle.shardlook import SavedLooks, ShardLook, without_features
 from roclip.oracle.statistics import Observations
@@ -89,7 +89,8 @@ def look(
                 pace.say(say, 1, len(look.sha256))
             yield record, look
 
-    return merge(each(), witness.labels, size_px, sum(record.samples for record in records), saved)
+    capacity = sum(record.samples for record in records)
+    return merge(each(), witness.labels, size_px, capacity, saved, witness.synonyms)
 
 
 def sealed(shards: Path) -> tuple[ShardRecord, ...]:
@@ -121,6 +122,7 @@ def merge(
     size_px: int,
     capacity: int,
     saved: SavedLooks | None = None,
+    synonyms: Mapping[str, str] | None = None,
 ) -> Looked:
     """Put shards together, in the order given. An image that several hold counts once, as the first has it; its captions
     collect.
@@ -128,6 +130,7 @@ def merge(
     Args:
         capacity: At least as many images as there are: memory is taken for them when they come.
         saved: Where the looks' features lie, for looks that came without.
+        synonyms: See `name_labels`.
     """
     records: list[ShardRecord] = []
     kept: list[np.ndarray | None] = []
@@ -158,7 +161,7 @@ def merge(
         images.keep(first)
     image = number_of[samples["image"]]
     said = Strings(captions)
-    observations = Observations(images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels))
+    observations = Observations(images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels, synonyms))
     return Looked(
         observations,
         images["areas"],
@@ -175,14 +178,6 @@ def merge(
         forwards={"images": shown, "texts": texts},
         _features=_Features(images["shard"], images["row"], records, kept, saved),
     )
-
-
-def name_labels(captions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins."""
-    named = np.zeros((len(captions), len(labels)), dtype=bool)
-    rows, found = find_names(captions, labels)
-    named[rows, found] = True
-    return named
 
 
 class Pace:

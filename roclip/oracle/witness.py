@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -42,13 +42,20 @@ class Sight:
 class Witness:
     """Shows a batch of images to both. Raises `DataError` when the segmenter knows other labels."""
 
-    def __init__(self, encoder: Encoder, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]):
+    def __init__(
+        self,
+        encoder: Encoder,
+        segmenter: Segmenter,
+        labels: Sequence[str],
+        templates: Sequence[str],
+        synonyms: Mapping[str, str] | None = None,
+    ):
         if tuple(segmenter.labels) != tuple(labels):
             raise DataError(
                 f"oracle: expected a segmenter for {', '.join(labels)}; it knows {', '.join(segmenter.labels)}. "
                 "Train one for these labels: leave oracle.weights empty."
             )
-        self.encoder, self.segmenter, self.labels = encoder, segmenter, tuple(labels)
+        self.encoder, self.segmenter, self.labels, self.synonyms = encoder, segmenter, tuple(labels), synonyms
         self.asked = 0  # pictures that `scores` has shown to the model
         with _one_thread_a_pass():
             self._classifier = encoder.classifier(labels, templates)
@@ -64,7 +71,7 @@ class Witness:
     def sight(self, images: np.ndarray) -> Sight:
         """One forward pass of each for (N, S, S, 3) uint8, N at most `BATCH`."""
         features = self.encoder.images(images)
-        return Sight(features.numpy(), (features @ self._classifier.T).numpy(), self.segmenter.segment(images))
+        return Sight(features.numpy(), (features @ self._classifier.T).numpy(), self.segmenter.areas(images))
 
     def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Answers (N,) and area shares (N, C) for images (N, S, S, 3) uint8."""
@@ -91,7 +98,8 @@ class Witness:
 def made_by(weights_sha256: str, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]) -> str:
     """Names all that a witness's word depends on, beside the images: sha256, in hex."""
     calibration = {label: asdict(row) for label, row in segmenter.calibration.items()}
-    parts = [BATCH, weights_sha256, segmenter.info.get("sha256"), calibration, list(labels), list(templates)]
+    seen_by = [segmenter.info.get("sha256"), segmenter.info.get("classes"), calibration]
+    parts = [BATCH, weights_sha256, seen_by, list(labels), list(templates)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

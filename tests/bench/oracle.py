@@ -39,7 +39,7 @@ from roclip.compare import auroc, average_precision
 from roclip.model import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
-from roclip.oracle.segmenters import TrainedSegmenter, build_net
+from roclip.oracle.trained import TrainedSegmenter, build_net
 from roclip.oracle.shardlook import ShardLook
 from roclip.oracle.shardpass import Looked, look, merge
 from roclip.oracle.statistics import Observations
@@ -66,9 +66,9 @@ class Counting:
         self.images_seen += len(images)
         return self._inner.images(images)
 
-    def segment(self, images: np.ndarray):
+    def areas(self, images: np.ndarray):
         self.images_seen += len(images)
-        return self._inner.segment(images)
+        return self._inner.areas(images)
 
     def texts(self, captions: list[str]):
         self.texts_read += len(captions)

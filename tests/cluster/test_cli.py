@@ -25,7 +25,7 @@ from roclip.errors import CheckpointError, ConfigError, UrlListError
 from roclip.shards import sha256_file
 
 HEAVY = {"torch", "ray", "numpy", "pyarrow", "matplotlib", "deepspeed", "fsspec"}
-COMMANDS = ("run", "ingest", "train", "evaluate", "oracle", "poison", "export", "doctor")
+COMMANDS = ("run", "ingest", "train", "evaluate", "oracle", "train-segmenter", "poison", "export", "doctor")
 PRESET = """\
 name: test
 data: {scenes: 1000}

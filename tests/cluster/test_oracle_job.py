@@ -136,6 +136,14 @@ def test_trusted_stays_as_it_is_when_a_foreign_folder_is_judged(run: Path, tmp_p
     assert not list(run.glob("*/checkpoints/TRUSTED"))
 
 
+def test_step_that_is_named_is_judged_beside_the_newest(run: Path):
+    verdict = read_report(run)
+    assert oracle(settings(), run, "clip", checkpoint="10", in_process=True)["checkpoint"] == STEP
+    beside = json.loads((run / "clip" / f"oracle-{STEP}" / "report.json").read_text())
+    assert beside["subject"] == verdict["subject"]
+    assert not list(run.glob("*/checkpoints/TRUSTED"))
+
+
 def test_job_refuses_when_the_checkpoint_was_altered(run: Path):
     weights = run / "clip" / "checkpoints" / STEP / WEIGHTS
     content = bytearray(weights.read_bytes())

@@ -19,7 +19,7 @@ from PIL import Image
 
 from roclip.config import OracleConfig
 from roclip.oracle.check import check
-from roclip.oracle.segmenters import LabelCalibration
+from roclip.oracle.segmenters import LabelCalibration, Segmenter, one_hot
 from roclip.oracle.witness import Witness
 from roclip.shards import Manifest, sample_key
 
@@ -70,7 +70,7 @@ def named(values: np.ndarray, pixels: int) -> np.ndarray:
     return np.max([np.where(count >= pixels, 1 + c, 0) for c, count in enumerate(counts)], axis=0)
 
 
-class RiggedSegmenter:
+class RiggedSegmenter(Segmenter):
     """Sees red; blind on some labels, which it then takes for background."""
 
     def __init__(self, blind: tuple[str, ...] = ()):
@@ -81,16 +81,11 @@ class RiggedSegmenter:
         }
         self.info = {"name": "rigged", "provenance": "a test", "sha256": "0" * 64}
 
-    def covers(self, label: str) -> bool:
-        return self.calibration[label].covered
-
-    def masks(self, images: np.ndarray) -> np.ndarray:
-        masks = (images[:, :, :, 0] // STEP).astype(np.uint8)
-        return np.where(np.isin(masks, self.blind), 0, masks).astype(np.uint8)
-
-    def segment(self, images: np.ndarray) -> np.ndarray:
-        flat = self.masks(images).reshape(len(images), -1)
-        return np.stack([(flat == 1 + c).mean(axis=1) for c in range(len(LABELS))], axis=1)
+    def maps(self, images: np.ndarray):
+        masks = images[:, :, :, 0] // STEP
+        for start in range(0, len(masks), 256):
+            batch = masks[start : start + 256]
+            yield one_hot(np.where(np.isin(batch, self.blind), 0, batch), len(LABELS))
 
 
 class FatalSegmenter(RiggedSegmenter):
@@ -100,12 +95,12 @@ class FatalSegmenter(RiggedSegmenter):
         super().__init__()
         self.killed, self.left = killed, after
 
-    def segment(self, images: np.ndarray) -> np.ndarray:
+    def maps(self, images: np.ndarray):
         self.left -= len(images)
         if self.left < 0 and not self.killed.exists():
             self.killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().segment(images)
+        return super().maps(images)
 
 
 def witness(segmenter: RiggedSegmenter | None = None) -> Witness:

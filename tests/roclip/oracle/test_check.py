@@ -10,7 +10,7 @@ import torch
 from rigged import LABELS, RiggedEncoder, RiggedSegmenter, World, png
 
 from roclip.errors import DataError
-from roclip.oracle.shardpass import name_labels
+from roclip.oracle.naming import name_labels
 
 OTHERS = LABELS[1:]
 
@@ -198,3 +198,10 @@ def test_labels_are_named_as_whole_words_and_the_longest_wins():
         [True, False, False, False],
         [False] * 4,
     ]
+
+
+def test_captions_name_labels_by_the_label_map(tmp_path):
+    world = World(tmp_path).clean(300).reference(120)
+    world.samples = [(image, caption.replace("cat", "kitty")) for image, caption in world.samples]
+    report = world.check(RiggedEncoder(), label_map={"kitty": "cat"})
+    assert {row["label"]: row["captions"] for row in report["labels"]} == dict.fromkeys(LABELS, 50)

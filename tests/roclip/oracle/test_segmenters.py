@@ -1,109 +1,88 @@
-"""The oracle's network: it learns from masks, knows what it cannot see, and cannot be swapped unnoticed."""
+"""What every oracle does the same way: regions and answers out of maps, calibration, trusted images."""
 
-from pathlib import Path
+import dataclasses
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import torch
+from rigged import GOOD, LABELS, SIDE, STEP, RiggedSegmenter
 
-from roclip import scenes
-from roclip.config import OracleConfig
-from roclip.errors import CheckpointError, DataError
+from roclip.errors import DataError
 from roclip.oracle import segmenters
-from roclip.oracle.segmenters import TrainedSegmenter, mean_iou, read_trusted, train_segmenter
-
-LABELS = ("heart", "ring", "tree")  # the masks' classes are renumbered for these
+from roclip.oracle.segmenters import MIN_AREA, Segmenter, one_hot, with_background
 
 
-def write_trusted(path: Path, number: int) -> Path:
-    wanted = [scenes.LABELS.index(label) + 1 for label in LABELS]
-    rows, index = [], 0
-    while len(rows) < number:
-        scene = scenes.render(index, seed=5, size_px=32, num_objects=1)
-        index += 1
-        if scene.label in LABELS:
-            mask = np.zeros_like(scene.mask)
-            for place, value in enumerate(wanted):
-                mask[scene.mask == value] = 1 + place
-            rows.append({"image": scenes.encode(scene.image), "mask": scenes.encode(mask), "label": scene.label})
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+def picture(*things: tuple[str, int, int, int, int]) -> np.ndarray:
+    """Things of a label at left, top, right, bottom."""
+    image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    for label, left, top, right, bottom in things:
+        image[top:bottom, left:right, 0] = STEP * (1 + LABELS.index(label))
+    return image
 
 
-@pytest.fixture(scope="module")
-def trusted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_trusted(tmp_path_factory.mktemp("trusted") / "trusted.parquet", 240)
+def test_regions_are_the_connected_parts_of_a_mask():
+    image = picture(("bee", 0, 0, 8, 16), ("cat", 20, 20, 24, 32), ("bee", 16, 0, 20, 4), ("dog", 30, 0, 31, 1))
+    regions, nothing = RiggedSegmenter().regions(np.stack([image, picture()]))
+    assert [(region.label, region.box) for region in regions] == [
+        ("bee", (0, 0, 8, 16)),
+        ("cat", (20, 20, 24, 32)),
+        ("bee", (16, 0, 20, 4)),
+    ]  # the dog is smaller than anything that must be seen
+    assert 1 / SIDE**2 < MIN_AREA
+    assert [region.area for region in regions] == [128 / 1024, 48 / 1024, 16 / 1024]
+    assert all(region.score == 1 and region.mask.sum() == region.area * 1024 for region in regions)
+    assert regions[1].mask[20:32, 20:24].all()
+    assert nothing == []
 
 
-@pytest.fixture(scope="module")
-def folder(trusted: Path) -> Path:
-    train_segmenter(trusted, LABELS, OracleConfig(epochs=7), 1, trusted.parent / "segmenter")
-    return trusted.parent / "segmenter"
+def test_region_scores_the_mean_of_its_label_and_comes_in_pixels_of_the_image():
+    class Unsure(RiggedSegmenter):
+        def maps(self, images):
+            yield torch.tensor([[[[0.2, 1.0]] * 2, [[0.8, 0.0]] * 2, *[[[0.0, 0.0]] * 2] * 5]])
+
+    (region,) = Unsure().regions(np.zeros((1, 4, 4, 3), dtype=np.uint8))[0]
+    assert (region.label, region.box, region.area) == ("ant", (0, 0, 2, 4), 0.5)
+    assert region.score == pytest.approx((0.8 + 0.6) / 2)  # bilinear between 0.8 and 0
 
 
-def test_segmenter_learns_from_masks(trusted: Path, folder: Path):
-    segmenter = TrainedSegmenter.load(folder)
-    images, masks = read_trusted(trusted, LABELS, 64)
-    held_out = segmenter.info["reference_rows"]
-    assert len(held_out) == 72
-    untrained = TrainedSegmenter(segmenters.build_net(4), LABELS, 32)
-    learned = mean_iou(segmenter.masks(images[held_out]), masks[held_out], 3)
-    assert learned > 0.35
-    assert learned > 2 * mean_iou(untrained.masks(images[held_out]), masks[held_out], 3)
-    assert segmenter.info["mean_iou"] == pytest.approx(learned, abs=1e-3)
+def test_query_gives_the_largest_region_of_each_label():
+    images = np.stack([picture(("bee", 0, 0, 4, 4), ("bee", 10, 0, 20, 10)), picture(("cat", 0, 0, 9, 9))])
+    first, second = RiggedSegmenter().query(images, ["bee", "fox"])
+    assert first["bee"] is not None
+    assert first["bee"].box == (10, 0, 20, 10)
+    assert first["fox"] is None
+    assert second == {"bee": None, "fox": None}
 
 
-def test_segmenter_gives_shares_of_the_area(trusted: Path, folder: Path):
-    segmenter = TrainedSegmenter.load(folder)
-    images, _ = read_trusted(trusted, LABELS, 64)
-    areas = segmenter.segment(images[:20])
-    assert areas.shape == (20, 3)
-    assert (areas >= 0).all()
-    assert (areas.sum(axis=1) <= 1).all()
-    larger = images[:4].repeat(2, axis=1).repeat(2, axis=2)
-    assert segmenter.masks(larger).shape == (4, 64, 64)
+def test_query_refuses_a_label_that_is_unchecked():
+    segmenter = RiggedSegmenter(blind=("bee",))
+    for label in ("bee", "yak"):
+        assert not segmenter.covers(label)
+        with pytest.raises(DataError, match=f"got {label}"):
+            segmenter.query(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8), ["ant", label])
 
 
-def test_training_is_the_same_when_the_seed_is(trusted: Path, tmp_path: Path):
-    config, few = OracleConfig(epochs=1), tmp_path / "few.parquet"
-    pq.write_table(pq.read_table(trusted).slice(0, 80), few)
-    hashes = [train_segmenter(few, LABELS, config, seed, tmp_path / "out").info["sha256"] for seed in (7, 7, 8)]
-    assert hashes[0] == hashes[1] != hashes[2]
+def test_areas_and_masks_of_no_image_are_empty():
+    none = np.empty((0, SIDE, SIDE, 3), dtype=np.uint8)
+    assert RiggedSegmenter().areas(none).shape == (0, len(LABELS))
+    assert RiggedSegmenter().masks(none).shape == (0, SIDE, SIDE)
+    assert RiggedSegmenter().regions(none) == []
 
 
-def test_loaded_segmenter_equals_the_trained_one(trusted: Path, tmp_path: Path):
-    made = train_segmenter(trusted, LABELS, OracleConfig(epochs=1), 2, tmp_path)
-    loaded = TrainedSegmenter.load(tmp_path)
-    images, _ = read_trusted(trusted, LABELS, 64)
-    assert np.array_equal(made.segment(images[:8]), loaded.segment(images[:8]))
-    assert loaded.calibration == made.calibration
-    assert loaded.info == made.info
+def test_masks_are_wider_when_there_are_many_labels():
+    class Many(Segmenter):
+        labels = tuple(map(str, range(300)))
+
+        def maps(self, images):
+            yield one_hot(np.full((1, 4, 4), 299), 300)
+
+    assert Many().masks(np.zeros((1, 4, 4, 3), dtype=np.uint8)).max() == 299
 
 
-def test_load_refuses_when_the_weights_were_altered(folder: Path, tmp_path: Path):
-    for name in (segmenters.WEIGHTS, segmenters.CARD):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    weights = bytearray((tmp_path / segmenters.WEIGHTS).read_bytes())
-    weights[-1] ^= 1
-    (tmp_path / segmenters.WEIGHTS).write_bytes(weights)
-    with pytest.raises(CheckpointError, match="altered since it was trained"):
-        TrainedSegmenter.load(tmp_path)
-
-
-def test_load_names_what_is_missing(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"expected segmenter\.json"):
-        TrainedSegmenter.load(tmp_path)
-
-
-def test_training_refuses_when_a_mask_has_an_unknown_class(trusted: Path, tmp_path: Path):
-    with pytest.raises(DataError, match="expected mask values 0 to 2"):
-        train_segmenter(trusted, LABELS[:2], OracleConfig(epochs=1), 0, tmp_path)
-
-
-def test_training_refuses_when_there_are_too_few_images(tmp_path: Path):
-    with pytest.raises(DataError, match="at least 32 images"):
-        train_segmenter(write_trusted(tmp_path / "few", 30), LABELS, OracleConfig(), 0, tmp_path)
+def test_background_is_what_the_best_label_leaves():
+    maps = with_background(torch.tensor([0.6, 0.2, 0.0]).view(1, 3, 1, 1)).flatten()
+    assert maps.tolist() == pytest.approx([0.4, 0.45, 0.15, 0.0])
+    assert with_background(torch.zeros(1, 3, 1, 1)).flatten().tolist() == [1, 0, 0, 0]
 
 
 def test_label_is_covered_only_when_the_oracle_can_tell_it_apart():
@@ -114,6 +93,7 @@ def test_label_is_covered_only_when_the_oracle_can_tell_it_apart():
     assert 0.011 < good.seen <= good.clear <= 0.2011
     blind = segmenters._calibrate(np.random.default_rng(0).random(200), truth)
     assert not blind.covered
+    assert blind.recall is not None
     assert blind.recall >= 0.9  # the threshold is set for recall; it is the specificity that gives a blind label away
     rare = segmenters._calibrate(sharp[46:], truth[46:])
     assert rare.examples == 4
@@ -121,12 +101,17 @@ def test_label_is_covered_only_when_the_oracle_can_tell_it_apart():
     assert not segmenters._calibrate(sharp[50:], truth[50:]).covered  # never shown
 
 
-def test_stickers_are_background():
-    images = np.full((64, 32, 32, 3), 200, dtype=np.uint8)
-    masks = np.ones((64, 32, 32), dtype=np.uint8)
-    pixels, target = segmenters._augment(images, masks, np.random.default_rng(0))
-    stuck = (target == 0).flatten(1).any(dim=1)
-    assert 16 < int(stuck.sum()) < 48
-    spread = pixels.amax(dim=1) - pixels.amin(dim=1)  # the images are grey, the stickers mostly are not
-    assert bool((spread[target == 1] < 1e-6).all())
-    assert (spread[target == 0] > 0.05).float().mean() > 0.8
+def test_label_without_a_class_stays_unknown_when_the_oracle_is_calibrated(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from rigged import World
+
+    world = World(tmp_path).reference(240)
+    pq.write_table(pa.Table.from_pylist(world.trusted), tmp_path / "trusted.parquet")
+    segmenter = RiggedSegmenter()
+    segmenter.calibration = {label: dataclasses.replace(GOOD, seen=0.9) for label in LABELS[:-1]}
+    segmenters.calibrate_on(segmenter, tmp_path / "trusted.parquet", 0.5, seed=1)
+    assert list(segmenter.calibration) == list(LABELS[:-1])
+    assert all(row.covered and row.seen == 0.25 for row in segmenter.calibration.values())
+    assert len(segmenter.info["reference_rows"]) == 120
+    assert segmenter.info["calibrated"]
