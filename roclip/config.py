@@ -49,6 +49,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ConfigError(f"arms: expected one or more different arms, got {list(self.arms)}.")
+        if self.train.push_away_weight and not self.model.pretrained:
+            raise ConfigError("train.push_away_weight: expected weights to get away from. Set model.pretrained.")
         if not self.name or any(not (c.isalnum() or c in "-_.") for c in self.name):
             raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', got {self.name!r}.")
 
@@ -95,7 +97,7 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
 
 def identity(config: Config) -> str:
     """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
-    oracle = dataclasses.replace(config.oracle, fail_on="never")
+    oracle = config.oracle.of_the_verdict
     train = dataclasses.replace(config.train, checkpoint_store="", mirrors=())
     measured = dataclasses.replace(config.evaluate, class_file="", template_file="", webdataset="")
     same = {"run_dir": "", "runs": "", "source": "", "train": train, "oracle": oracle, "evaluate": measured}

@@ -172,19 +172,23 @@ class Towers(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "Towers":
         """The towers that `save` wrote, in evaluation mode. Raises `CheckpointError` for anything else."""
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-            state = load_file(folder / WEIGHTS)
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder}: expected {CONFIG} and {WEIGHTS}, got {error}. Name a checkpoint's folder."
-            ) from error
+        config, state = _read(folder)
         name = config.get("roclip_model", "checkpoint")
         open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
         try:
             return cls(name)._fill(state)
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: the weights are not of the model in {CONFIG}: {error}") from error
+
+    def begin_from(self, folder: Path) -> None:
+        """Take over the weights that `save` wrote, before an engine is built. Raises `CheckpointError` if they do not fit."""
+        try:
+            self._fill(_read(folder)[1])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder}: expected weights of the model {self.name}, got others: {error}. Set model.name and train.loss "
+                "to those of model.pretrained."
+            ) from error
 
     def _fill(self, weights: dict[str, Tensor]) -> "Towers":
         ours = {key: weights[key].reshape(1) for key in ("logit_scale", "logit_bias") if key in weights}
@@ -229,6 +233,15 @@ class Encoder:
         prompts = [template.format(label) for label in labels for template in templates]
         features = self.texts(prompts).view(len(labels), len(templates), -1).mean(dim=1)
         return F.normalize(features, dim=-1)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: expected {CONFIG} and {WEIGHTS}, got {error}. Name a checkpoint's folder."
+        ) from error
 
 
 def _quiet_create(name: str, cfg: dict[str, Any], patch_dropout: float | None) -> nn.Module:

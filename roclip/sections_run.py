@@ -1,6 +1,6 @@
 """The sections of a config around the training: data, attacks, evaluation, oracle, cluster."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from roclip.errors import ConfigError
@@ -222,10 +222,34 @@ class OracleConfig:
     """Family-wise error rate of the label test (Holm)."""
     fail_on: Literal["never", "suspicious", "poisoned"] = "never"
     """Verdict from which on the command ends with 10 (suspicious) or 20 (poisoned)."""
+    repair: bool = False
+    """Fine-tune a checkpoint that is called poisoned or suspicious on a small set that the check has chosen, check it
+    again, and trust it if nothing is left."""
+    repair_frac: float = 0.02
+    """Size of that set, at most, as a share of the distinct images."""
+    repair_stamped_frac: float = 0.4
+    """Share of the set that shows a found trigger under the picture's own, true caption."""
+    repair_epochs: int = 10
+    """Passes over the set, at most; the first that is good enough is taken."""
+    repair_lr: float = 1e-4
+    repair_batch_size: int = 128
+    """Pairs a step, at most: a small set is divided into at least four steps."""
+    repair_in_modal_weight: float = 0.0
+    """`train.in_modal_weight` of the repair."""
+    repair_push_away_weight: float = 0.0
+    """`train.push_away_weight` of the repair."""
 
     def __post_init__(self) -> None:
         positive(self, "oracle", "trusted", "epochs", "alpha")
-        fraction(self, "oracle", "reference_frac")
+        positive(self, "oracle", "repair_frac", "repair_epochs", "repair_lr", "repair_batch_size")
+        fraction(self, "oracle", "reference_frac", "repair_frac", "repair_stamped_frac")
+
+    @property
+    def of_the_verdict(self) -> "OracleConfig":
+        """Without what no verdict depends on."""
+        plain = OracleConfig()
+        others = {item.name: getattr(plain, item.name) for item in fields(self) if item.name.startswith("repair")}
+        return replace(self, fail_on="never", **others)
 
 
 @dataclass(frozen=True)
