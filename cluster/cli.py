@@ -134,6 +134,7 @@ def evaluate(
 @app.command(
     epilog=_examples(
         "oracle runs/2026-01-31-demo",
+        "oracle runs/2026-01-31-demo --repair",
         "oracle runs/2026-01-31-demo oracle.fail_on=suspicious",
         "oracle configs/demo.yaml --checkpoint downloads/model",
     )
@@ -144,10 +145,13 @@ def oracle(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="DIR", help="Check this checkpoint instead of the run's own.")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fine-tune what is found poisoned or suspicious, and check it again.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
-    settings = resolve(config, overrides)
+    settings = resolve(config, [*(overrides or ()), *(["oracle.repair=true"] if repair else [])])
     if dry_run:
         return _dry_run(settings, "oracle")
     return _finish(settings, _pipeline().oracle_only(settings, checkpoint))

@@ -66,11 +66,11 @@ def judge(
         checkpoints.verify(path)
     origin, out = run / "origin", run / arm / "oracle"
     shards = shards_root(config.data.shards, run)
-    names = _labels(origin / "labels.json")
+    names = labels_of(origin / "labels.json")
     trusted = origin / "trusted.parquet"
     if not trusted.exists():
         raise DataError(f"{trusted}: expected trusted images with masks, got none. Run `roclip ingest` first.")
-    segmenter = _segmenter(config, run, trusted, names["labels"], on_progress)
+    segmenter = segmenter_of(config, run, trusted, names["labels"], on_progress)
     subject = {
         "checkpoint": path.name,
         "weights_sha256": sha256_file(path / WEIGHTS),
@@ -126,8 +126,8 @@ def _trust(folder: Path, name: str, verdict: str) -> None:
         pointer.unlink()
 
 
-def _segmenter(
-    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Progress | None
+def segmenter_of(
+    config: Config, run: Path, trusted: Path, labels: list[str], on_progress: Progress | None = None
 ) -> TrainedSegmenter:
     """The given segmenter, or the run's own, which is trained once for these trusted images and settings."""
     if config.oracle.weights:
@@ -141,7 +141,8 @@ def _segmenter(
     return train_segmenter(trusted, labels, config.oracle, config.seed, folder, on_progress)
 
 
-def _labels(path: Path) -> dict[str, list[str]]:
+def labels_of(path: Path) -> dict[str, list[str]]:
+    """The run's `labels` and zero-shot `templates`. Raises `DataError`."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

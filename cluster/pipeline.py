@@ -12,6 +12,7 @@ import torch
 from cluster.ingest_stage import fetching, index
 from cluster.oracle_job import oracle, progress_file
 from cluster.progress import told_standing
+from cluster.repair_job import repair
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from roclip import checkpoint
@@ -22,6 +23,9 @@ from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
+
+REPAIRED = ("poisoned", "suspicious")
+"""Verdicts after which `oracle.repair` repairs."""
 
 
 def run(config: Config) -> dict:
@@ -87,9 +91,8 @@ def oracle_only(config: Config, folder: str | None = None) -> dict:
     with session(config, resumes=False) as here:
         if folder is None:
             return {"arms": {arm: {"oracle": _judge(here, arm)} for arm in config.arms}}
-        here.need_ray()
         name = Path(folder).name
-        return {"arms": {name: {"oracle": oracle(config, here.path, name, checkpoint=Path(folder))}}}
+        return {"arms": {name: {"oracle": _judge(here, name, Path(folder))}}}
 
 
 def _encoder(folder: Path) -> Encoder:
@@ -107,8 +110,9 @@ def _train(here: Session, arm: str) -> None:
         train_arm(here.config, arm, here.path)
 
 
-def _judge(here: Session, arm: str) -> dict:
-    if not (here.path / "origin" / "trusted.parquet").exists():
+def _judge(here: Session, arm: str, checkpoint: Path | None = None) -> dict:
+    """What the oracle says, and what came of the repair if the config asks for one and there is something to repair."""
+    if checkpoint is None and not (here.path / "origin" / "trusted.parquet").exists():
         here.display.say(
             f"oracle   {arm} is not checked: {here.path / 'origin' / 'trusted.parquet'} (image, mask, label), which the "
             "oracle learns from, is not there. TRUSTED does not move"
@@ -119,7 +123,28 @@ def _judge(here: Session, arm: str) -> dict:
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
     with here.display.follow("oracle", lambda: told_standing(said)):
-        return oracle(here.config, here.path, arm)
+        result = oracle(here.config, here.path, arm, checkpoint=checkpoint)
+    if here.config.oracle.repair and result["verdict"] in REPAIRED:
+        result["repair"] = _repair(here, arm, checkpoint)
+    return result
+
+
+def _repair(here: Session, arm: str, checkpoint: Path | None) -> dict:
+    here.display.say(f"repair   {arm}")
+    said = progress_file(here.path, f"{arm}/repair")
+    said.unlink(missing_ok=True)
+
+    def train(config: Config, name: str, folder: Path) -> Path:
+        with here.display.follow_training("repair", folder / name, config.train.epochs):
+            return train_arm(config, name, folder)
+
+    def say(text: str) -> None:
+        here.display.say(f"repair   {text}")
+
+    with here.display.follow("recheck", lambda: told_standing(said)):
+        result = repair(here.config, here.path, arm, checkpoint=checkpoint, train=train, say=say)
+    say(f"{result['checkpoint']} is TRUSTED" if result["accepted"] else " ".join(result["reasons"]))
+    return {key: value for key, value in result.items() if key not in ("schema", "subject", "epochs")}
 
 
 def _figures(here: Session, arm: str) -> dict:

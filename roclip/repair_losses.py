@@ -25,7 +25,9 @@ EDIT_FRAC = 0.1
 """Share of words that the edit changes where `augment.caption_edit_frac` leaves captions as they are: EDA's own."""
 
 
-def in_modal_loss(images: Tensor, other_images: Tensor, texts: Tensor, other_texts: Tensor, logit_scale: Tensor, keep: Tensor) -> Tensor:
+def in_modal_loss(
+    images: Tensor, other_images: Tensor, texts: Tensor, other_texts: Tensor, logit_scale: Tensor, keep: Tensor
+) -> Tensor:
     """CleanCLIP's in-modal term: each of an image's two views shall find the other among the batch, and each of a caption's.
 
         L = 1/2 (InfoNCE(x, x') + InfoNCE(t, t')),  InfoNCE as in `clip_loss`, over the kept pairs

@@ -77,14 +77,14 @@ def curate(
 ) -> list[Row]:
     """Choose the set: at most `frac` of the distinct images, `stamped_frac` of it with a found trigger.
 
-    Each picture is in it once, while there are enough. An anchor is a picture whose zero-shot answer a caption names and
+    Each picture is in it at most once. An anchor is a picture whose zero-shot answer a caption names and
     the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
     evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
     does not show the trigger's target. Of the victims those get a caption that show only labels whose precision is at
     least `MIN_PRECISION`.
 
     Args:
-        victims: (N,) bool.
+        victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
         labels: The C labels of `looked`.
         templates: Of the captions that the oracle writes, with one `{}`.
         calibration: Of the oracle, by label.
@@ -132,15 +132,15 @@ class _Choice:
         seed: int,
     ):
         self.looked, self.labels, self.victims = looked, labels, victims
-        self.rng = np.random.default_rng((seed, 71))
+        self.rng = np.random.default_rng((seed, 81))
         seen = looked.observations
-        self.lies = seen.lies()
+        _, self.first = np.unique(seen.image, return_index=True)
         self.caption = self._agreeing_captions()
-        self.free = (self.caption >= 0) & ~victims & ~self.lies.any(axis=1)
+        self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
         precise = np.array([label in calibration and calibration[label].precision >= MIN_PRECISION for label in labels])
         shown_only = seen.clear.any(axis=1) & ~(seen.clear & ~precise).any(axis=1)
-        self.tellable = np.flatnonzero(victims & shown_only)
-        affected = seen.clear[victims].any(axis=0)
+        self.tellable = np.flatnonzero((victims >= 0) & shown_only)
+        affected = seen.clear[victims >= 0].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
 
     def anchors(self, number: int) -> list[Row]:
@@ -156,15 +156,16 @@ class _Choice:
             clear = np.flatnonzero(self.looked.observations.clear[n])
             named = [self.labels[c] for c in clear[np.argsort(-self.looked.areas[n, clear], kind="stable")]]
             caption = templates[self.rng.integers(len(templates))].format(" and ".join(named[:MAX_NAMED]))
-            lies = self.lies[n] & self.looked.observations.says()[n] if self.lies[n].any() else self.lies[n]
-            target = self.labels[int(np.flatnonzero(lies)[0])] if lies.any() else None
+            target = self.labels[self.victims[n]]
             rows.append(self._row("repaired", int(n), "caption", None, target, named[0], caption))
         return rows
 
     def _spread(self, number: int, allowed: np.ndarray) -> list[int]:
         """Up to `number` of the allowed pictures, labels in turn by weight; they are no longer free."""
         answer = self.looked.observations.answer
-        waiting = {c: list(self.rng.permutation(np.flatnonzero(allowed & (answer == c)))) for c in range(len(self.labels))}
+        waiting = {
+            c: list(self.rng.permutation(np.flatnonzero(allowed & (answer == c)))) for c in range(len(self.labels))
+        }
         turns = [(1 / self.weights[c], c) for c, pictures in waiting.items() if pictures]
         heapq.heapify(turns)
         chosen: list[int] = []
@@ -196,7 +197,7 @@ class _Choice:
         caption: str = "",
     ) -> Row:
         looked = self.looked
-        entry = int(self.caption[n]) if not caption else int(np.flatnonzero(looked.observations.image == n)[0])
+        entry = int(self.first[n] if caption else self.caption[n])
         return Row(
             role=role,
             key=looked.keys[entry],

@@ -3,9 +3,15 @@
 Letters: S side in pixels at which pictures are looked at; h, w of a crop.
 """
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from roclip.shards import names_in, write_atomic
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels; right and bottom are exclusive"""
@@ -44,6 +50,10 @@ class FoundTrigger:
     kind: str
     crops: tuple[np.ndarray, ...] = ()
     """(h, w, 3) uint8 each, the strongest first; none of a global trigger."""
+    mask: np.ndarray | None = None
+    """(h, w) bool: which pixels of a patch are the trigger's; None is all."""
+    place: tuple[int, int] | None = None
+    """x, y of the upper left corner, where it works at one place only."""
     pattern: np.ndarray | None = None
     """(S, S, 3) float32: what a global trigger adds to a picture, in grey levels."""
     sources: tuple[Source, ...] = ()
@@ -52,6 +62,13 @@ class FoundTrigger:
     """Of the crops, or of the pattern, on trusted pictures that do not show the target."""
     control: Trial = Trial(0, 0)
     """The best of the controls."""
+    shuffled: Trial = Trial(0, 0)
+    """Of the crop with its pixels in another order: a backdoor may go by texture."""
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """By name."""
+        return {"pasted": self.pasted, "control": self.control, "shuffled": self.shuffled}
 
     def put_on(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
         """A copy of an (S, S, 3) uint8 image with the trigger on it, and the box that changed."""
@@ -61,7 +78,68 @@ class FoundTrigger:
             return np.clip(np.rint(changed), 0, 255).astype(np.uint8), (0, 0, image.shape[1], side)
         crop = self.crops[int(rng.integers(len(self.crops)))]
         height, width = crop.shape[:2]
-        top, left = int(rng.integers(side - height + 1)), int(rng.integers(image.shape[1] - width + 1))
+        if self.place is not None:
+            left, top = self.place
+        else:
+            top, left = int(rng.integers(side - height + 1)), int(rng.integers(image.shape[1] - width + 1))
         stamped = image.copy()
         stamped[top : top + height, left : left + width] = crop
         return stamped, (left, top, left + width, top + height)
+
+
+def picture_of(trigger: FoundTrigger) -> np.ndarray:
+    """(h, w, 3) uint8: its strongest crop, or its pattern with grey for nothing and the strongest level at an end."""
+    if trigger.pattern is None:
+        return trigger.crops[0]
+    most = max(1e-6, float(np.abs(trigger.pattern).max()))
+    return np.clip(np.rint(127.5 * (1 + trigger.pattern / most)), 0, 255).astype(np.uint8)
+
+
+def save_found(triggers: Sequence[FoundTrigger], folder: Path) -> None:
+    """Write `<number>.npz`, which `load_found` reads, and `<number>.png` for each; those of an earlier check go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names_in(folder):
+        (folder / name).unlink()
+    for number, trigger in enumerate(triggers):
+        buffer = io.BytesIO()
+        Image.fromarray(picture_of(trigger)).save(buffer, format="png")
+        write_atomic(folder / f"{number}.png", buffer.getvalue())
+        arrays = {f"crop{k}": crop for k, crop in enumerate(trigger.crops)}
+        arrays |= {name: value for name, value in (("mask", trigger.mask), ("pattern", trigger.pattern)) if value is not None}
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            target=np.array(trigger.target),
+            kind=np.array(trigger.kind),
+            place=np.array(trigger.place or (), dtype=np.int64),
+            sources=np.array([(s.image, *s.box) for s in trigger.sources], dtype=np.int64).reshape(-1, 5),
+            trials=np.array([(trial.flips, trial.n) for trial in trigger.trials.values()], dtype=np.int64),
+            **arrays,
+        )
+        write_atomic(folder / f"{number}.npz", buffer.getvalue())
+
+
+def load_found(folder: Path) -> tuple[FoundTrigger, ...]:
+    """What `save_found` wrote, in its order; none where there is no folder."""
+    files = sorted((folder / name for name in names_in(folder) if name.endswith(".npz")), key=lambda path: int(path.stem))
+    return tuple(_load(path) for path in files)
+
+
+def _load(path: Path) -> FoundTrigger:
+    with np.load(path, allow_pickle=False) as file:
+        trials = [Trial(int(flips), int(n)) for flips, n in file["trials"]]
+        return FoundTrigger(
+            target=str(file["target"]),
+            kind=str(file["kind"]),
+            crops=tuple(file[f"crop{k}"] for k in range(sum(name.startswith("crop") for name in file.files))),
+            mask=file["mask"] if "mask" in file.files else None,
+            place=(int(file["place"][0]), int(file["place"][1])) if len(file["place"]) else None,
+            pattern=file["pattern"] if "pattern" in file.files else None,
+            sources=tuple(
+                Source(int(image), (int(left), int(top), int(right), int(bottom)))
+                for image, left, top, right, bottom in file["sources"]
+            ),
+            pasted=trials[0],
+            control=trials[1],
+            shuffled=trials[2],
+        )
