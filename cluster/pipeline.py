@@ -110,9 +110,9 @@ def _train(here: Session, arm: str) -> None:
         train_arm(here.config, arm, here.path)
 
 
-def _judge(here: Session, arm: str, checkpoint: Path | None = None) -> dict:
+def _judge(here: Session, arm: str, foreign: Path | None = None) -> dict:
     """What the oracle says, and what came of the repair if the config asks for one and there is something to repair."""
-    if checkpoint is None and not (here.path / "origin" / "trusted.parquet").exists():
+    if foreign is None and not (here.path / "origin" / "trusted.parquet").exists():
         here.display.say(
             f"oracle   {arm} is not checked: {here.path / 'origin' / 'trusted.parquet'} (image, mask, label), which the "
             "oracle learns from, is not there. TRUSTED does not move"
@@ -123,13 +123,13 @@ def _judge(here: Session, arm: str, checkpoint: Path | None = None) -> dict:
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
     with here.display.follow("oracle", lambda: told_standing(said)):
-        result = oracle(here.config, here.path, arm, checkpoint=checkpoint)
+        result = oracle(here.config, here.path, arm, checkpoint=foreign)
     if here.config.oracle.repair and result["verdict"] in REPAIRED:
-        result["repair"] = _repair(here, arm, checkpoint)
+        result["repair"] = _repair(here, arm, foreign)
     return result
 
 
-def _repair(here: Session, arm: str, checkpoint: Path | None) -> dict:
+def _repair(here: Session, arm: str, foreign: Path | None) -> dict:
     here.display.say(f"repair   {arm}")
     said = progress_file(here.path, f"{arm}/repair")
     said.unlink(missing_ok=True)
@@ -142,8 +142,8 @@ def _repair(here: Session, arm: str, checkpoint: Path | None) -> dict:
         here.display.say(f"repair   {text}")
 
     with here.display.follow("recheck", lambda: told_standing(said)):
-        result = repair(here.config, here.path, arm, checkpoint=checkpoint, train=train, say=say)
-    say(f"{result['checkpoint']} is TRUSTED" if result["accepted"] else " ".join(result["reasons"]))
+        result = repair(here.config, here.path, arm, checkpoint=foreign, train=train, say=say)
+    say("nothing is left: TRUSTED" if result["accepted"] else f"not trusted. {' '.join(result['reasons'])}")
     return {key: value for key, value in result.items() if key not in ("schema", "subject", "epochs")}
 
 

@@ -105,7 +105,7 @@ def _pictures(
         row = by_key[key]
         if row.trigger is not None:
             image = decode(encoded, row.size_px)
-            objects = segmenter.masks(image[None])[0] > 0
+            objects = segmenter.masks(np.stack([image]))[0] > 0  # a copy that can be written to, as torch wants it
             rng = np.random.default_rng((seed, 83, *hashlib.sha256(key.encode()).digest()[:8]))
             encoded = scenes.encode(stamp(found[row.trigger], image, objects, rng))
         yield row, encoded
