@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import torch
 from forked import TRAIN, forks_that_say
-from kit import TINY_MODEL, scene_samples, write_shard
+from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 
 from cluster import repair_job
 from cluster.oracle_job import judge, labels_of, segmenter_of
@@ -45,8 +47,6 @@ def settings(**oracle_settings) -> Config:
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose checkpoint, which has learned nothing, was judged; the check's findings are made by hand."""
-    import torch
-
     run = tmp_path_factory.mktemp("run")
     for number in range(4):
         write_shard(run / "shards", number, scene_samples(64 * number, 64))
@@ -115,10 +115,26 @@ def never(config: Config, arm: str, folder: Path) -> Path:
     raise AssertionError("trained again")
 
 
+@pytest.fixture
+def a_cluster():
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        logging_level="error",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+    )
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
-def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path, tmp_path: Path):
+@pytest.mark.ray
+def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path, tmp_path: Path, a_cluster):
     said = []
-    result = repair(settings(), run, "clip", in_process=True, train=in_a_fork, say=said.append)
+    result = repair(settings(), run, "clip", say=said.append)
     assert result["accepted"], result["reasons"]
     assert result["samples"] == 51
     assert result["share"] == pytest.approx(51 / 256)
