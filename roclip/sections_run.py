@@ -229,9 +229,9 @@ class OracleConfig:
     """Size of that set, at most, as a share of the distinct images."""
     repair_stamped_frac: float = 0.4
     """Share of the set that shows a found trigger under the picture's own, true caption."""
-    repair_epochs: int = 10
+    repair_epochs: int = 12
     """Passes over the set, at most; the first that is good enough is taken."""
-    repair_lr: float = 1e-4
+    repair_lr: float = 3e-4
     repair_batch_size: int = 128
     """Pairs a step, at most: a small set is divided into at least four steps."""
     repair_in_modal_weight: float = 0.0

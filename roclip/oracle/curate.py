@@ -152,12 +152,13 @@ class _Choice:
 
     def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
         rows = []
-        for n in self.rng.permutation(self.tellable)[:number]:
+        for n in self.rng.permutation(self.tellable)[:number].tolist():
             clear = np.flatnonzero(self.looked.observations.clear[n])
-            named = [self.labels[c] for c in clear[np.argsort(-self.looked.areas[n, clear], kind="stable")]]
-            caption = templates[self.rng.integers(len(templates))].format(" and ".join(named[:MAX_NAMED]))
-            target = self.labels[self.victims[n]]
-            rows.append(self._row("repaired", int(n), "caption", None, target, named[0], caption))
+            largest = clear[np.argsort(-self.looked.areas[n, clear], kind="stable")].tolist()
+            named = [self.labels[int(c)] for c in largest]
+            caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))
+            target = self.labels[int(self.victims[n])]
+            rows.append(self._row("repaired", n, "caption", None, target, named[0], caption))
         return rows
 
     def _spread(self, number: int, allowed: np.ndarray) -> list[int]:

@@ -163,7 +163,7 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     assert not repair(settings(), run, "clip", in_process=True, train=never)["accepted"]
     assert not (folder / "TRUSTED").exists()
     with pytest.raises(AssertionError, match="trained again"):
-        repair(settings(repair_lr=1e-3), run, "clip", in_process=True, train=never)
+        repair(settings(repair_lr=1e-2), run, "clip", in_process=True, train=never)
     assert not (run / "clip" / "repair" / "repair.json").exists()
 
 
