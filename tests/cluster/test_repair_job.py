@@ -132,6 +132,7 @@ def a_cluster():
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray warns of what it does itself
 def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path, tmp_path: Path, a_cluster):
     said = []
     result = repair(settings(), run, "clip", say=said.append)
