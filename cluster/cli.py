@@ -120,6 +120,7 @@ def evaluate(
 @app.command(
     epilog=examples(
         "oracle runs/2026-01-31-demo",
+        "oracle runs/2026-01-31-demo --repair",
         "oracle runs/2026-01-31-demo oracle.fail_on=suspicious",
         "oracle runs/2026-01-31-demo --checkpoint step-00000500",
         "oracle my.yaml --checkpoint downloads/model --data photos.parquet --out report",
@@ -140,10 +141,13 @@ def oracle(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the report is written.")] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fine-tune what is found poisoned or suspicious, and check it again.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
-    settings = resolve(config, overrides)
+    settings = resolve(config, [*(overrides or ()), *(["oracle.repair=true"] if repair else [])])
     if dry_run:
         return show_dry_run(settings, "oracle")
     return _finish(

@@ -83,7 +83,7 @@ def judge(
     **named: Any,
 ) -> dict[str, Any]:
     """`oracle` in this process, without Ray."""
-    brief = _brief(config, run, arm, on_progress, checkpoint=checkpoint, **named)
+    brief = brief_of(config, run, arm, on_progress, checkpoint=checkpoint, **named)
     case = brief.case
     report = _earlier(case.out / "report.json", brief.subject)
     if report is None:
@@ -110,7 +110,7 @@ def judge(
 
 
 @dataclass(frozen=True)
-class _Brief:
+class Brief:
     """What is judged, and by whom."""
 
     case: Case
@@ -124,7 +124,7 @@ class _Brief:
         return SavedLooks(case.out / "pass", witness, case.caption_key, side_of(case.shards, case.caption_key))
 
 
-def _brief(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> _Brief:
+def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> Brief:
     """Checks what must be there, and trains the segmenter if there is none yet."""
     case = case_of(config, run, arm, on_progress=on_progress, **named)
     segmenter = _segmenter(config, run, case, on_progress)
@@ -139,7 +139,7 @@ def _brief(config: Config, run: Path, arm: str, on_progress: Progress | None, **
         "config": dataclasses.asdict(config.oracle.of_verdict),
     }
     # As the report will have it: tuples are lists there.
-    return _Brief(case, segmenter, json.loads(json.dumps(subject)))
+    return Brief(case, segmenter, json.loads(json.dumps(subject)))
 
 
 # ---- what runs on other processes ---------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def _brief(config: Config, run: Path, arm: str, on_progress: Progress | None, **
 @ray.remote(max_retries=1)
 def _prepare(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> tuple[Path, SavedLooks] | None:
     """The shards, and where their looks go; None where the same check was made before."""
-    brief = _brief(_settled(config, where), run, arm, _teller(run, arm), **named)
+    brief = brief_of(_settled(config, where), run, arm, _teller(run, arm), **named)
     if _earlier(brief.case.out / "report.json", brief.subject) is not None:
         return None
     return brief.case.shards, brief.saved
@@ -162,7 +162,7 @@ def _judge(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) 
 def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Witness:
     """An actor's, on its GPU if it has one."""
     settings = _settled(config, where)
-    brief = _brief(settings, run, arm, None, **named)
+    brief = brief_of(settings, run, arm, None, **named)
     towers = Towers.load(brief.case.checkpoint).to("cuda" if settings.oracle.gpus_per_actor else "cpu")
     return Witness(Encoder(towers), brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
 

@@ -14,6 +14,7 @@ from cluster.ingest_stage import fetching, index
 from cluster.oracle_case import is_step
 from cluster.oracle_job import oracle, progress_file
 from cluster.progress import told_standing
+from cluster.repair_job import repair
 from cluster.session import Session, session
 from cluster.train_job import finished, train_arm
 from roclip import checkpoint
@@ -24,6 +25,9 @@ from roclip.metrics import read_metrics
 from roclip.model import Encoder, Towers
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
+
+REPAIRED = ("poisoned", "suspicious")
+"""Verdicts after which `oracle.repair` repairs."""
 
 
 def run(config: Config) -> dict:
@@ -123,6 +127,7 @@ def _train(here: Session, arm: str) -> None:
 
 
 def _judge(here: Session, arm: str, **named: Any) -> dict:
+    """What the oracle says, and what came of the repair if the config asks for one and there is something to repair."""
     settings = here.config.oracle
     if not (settings.weights or settings.trusted_file or (here.path / "origin" / "trusted.parquet").exists()):
         here.display.say(
@@ -136,7 +141,28 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
     with here.display.follow("oracle", lambda: told_standing(said)):
-        return oracle(here.config, here.path, arm, **named)
+        result = oracle(here.config, here.path, arm, **named)
+    if here.config.oracle.repair and result["verdict"] in REPAIRED:
+        result["repair"] = _repair(here, arm, **named)
+    return result
+
+
+def _repair(here: Session, arm: str, **named: Any) -> dict:
+    here.display.say(f"repair   {arm}")
+    said = progress_file(here.path, f"{arm}/repair")
+    said.unlink(missing_ok=True)
+
+    def train(config: Config, name: str, folder: Path) -> Path:
+        with here.display.follow_training("repair", folder / name, config.train.epochs):
+            return train_arm(config, name, folder)
+
+    def say(text: str) -> None:
+        here.display.say(f"repair   {text}")
+
+    with here.display.follow("recheck", lambda: told_standing(said)):
+        result = repair(here.config, here.path, arm, train=train, say=say, **named)
+    say("nothing is left: TRUSTED" if result["accepted"] else f"not trusted. {' '.join(result['reasons'])}")
+    return {key: value for key, value in result.items() if key not in ("schema", "subject", "epochs")}
 
 
 def _figures(here: Session, arm: str) -> dict:

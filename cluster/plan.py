@@ -231,7 +231,7 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         "ingest": [source, ingest],
         "train": [f"train {arms}: {steps}, on {_ranks(plan.ranks)}"],
         "evaluate": [f"evaluate the newest checkpoint of {arms}: zero-shot, linear probe, retrieval, attack success"],
-        "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED"],
+        "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED", *_repair(config)],
         "export": [f"export a checkpoint of {arms} in open_clip's format"],
         "doctor": ["check this machine against the plan"],
         "poison": ["choose pictures and captions for the attacks", "write a poisoned copy and its ground truth"],
@@ -240,6 +240,13 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
         return by_command[command]
     order = ("ingest", "train", "evaluate", "oracle")
     return [*(stage for name in order for stage in by_command[name]), "write summary.json and report.html"]
+
+
+def _repair(config: Config) -> list[str]:
+    if not config.oracle.repair:
+        return []
+    share = f"{100 * config.oracle.repair_frac:g} % of the images"
+    return [f"repair what is poisoned or suspicious on at most {share}, and check it again; TRUSTED if nothing is left"]
 
 
 def human_bytes(count: int | None) -> str:

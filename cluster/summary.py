@@ -54,6 +54,9 @@ def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
     if any(verdicts):
         table.add_section()
         table.add_row("oracle", *(Text(v or "not checked", VERDICT_STYLES.get(v or "", "dim")) for v in verdicts))
+    repairs = [(arm.get("oracle") or {}).get("repair") for arm in arms.values()]
+    if any(repairs):
+        table.add_row("repair", *map(_repair, repairs))
     return table
 
 
@@ -68,3 +71,13 @@ def attack(result: dict[str, Any] | None) -> str:
         return "–"
     low, high = result["ci95"]
     return f"{result['successes']}/{result['n']}  {percent(result['rate'])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _repair(result: dict[str, Any] | None) -> Text:
+    """Attack success before and after, and whether the repaired checkpoint is trusted."""
+    if not result:
+        return Text("–", "dim")
+    if not result.get("samples"):
+        return Text("nothing to repair with", "yellow")
+    words = f"{percent(result['before']['attack'])} -> {percent(result['after']['attack'])}, "
+    return Text(words + ("trusted" if result["accepted"] else "not trusted"), "green" if result["accepted"] else "red")

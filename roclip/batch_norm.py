@@ -24,11 +24,13 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     across_ranks = False
+    frozen = False
+    """Normalise as in evaluation, in training too."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()  # DeepSpeed's bf16 leaves the statistics in fp32
         mean, variance = self.running_mean, self.running_var
-        if not self.training:
+        if self.frozen or not self.training:
             return F.batch_norm(input, mean, variance, weight, bias, eps=self.eps)
         momentum = self.momentum if self.momentum is not None else 0.0
         tracked = self.track_running_stats
@@ -45,15 +47,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return _Normalize.apply(input, weight, bias, batch_mean, batch_variance, self.eps)  # pyright: ignore
 
 
-def converted(module: nn.Module, across_ranks: bool) -> nn.Module:
+def converted(module: nn.Module, across_ranks: bool, frozen: bool = False) -> nn.Module:
     """`module` with each `nn.BatchNorm2d` replaced by one of the same state: torch's `SyncBatchNorm` for statistics over
-    all ranks where CUDA is, ours elsewhere."""
-    if across_ranks and torch.cuda.is_available():
+    all ranks where CUDA is, ours elsewhere and for those that stay as they are."""
+    if across_ranks and not frozen and torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for norm in module.modules():
         if type(norm) is nn.BatchNorm2d and norm.affine:
             norm.__class__ = BatchNorm2d
-            norm.across_ranks = across_ranks  # pyright: ignore
+            norm.across_ranks, norm.frozen = across_ranks, frozen  # pyright: ignore
     return module
 
 

@@ -193,6 +193,16 @@ class Towers(nn.Module):
                 f"{folder}: cannot build the model of {CONFIG} with these weights ({type(error).__name__}: {reason})."
             ) from error
 
+    def begin_from(self, folder: Path) -> None:
+        """Take over the weights that `save` wrote, before an engine is built. Raises `CheckpointError` if they do not fit."""
+        try:
+            self._fill(read_weights(weights_file(folder)))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder}: expected weights of the model {self.name}, got others: {error}. Set model.name and train.loss "
+                "to those of model.pretrained."
+            ) from error
+
     def _fill(self, weights: dict[str, Tensor]) -> "Towers":
         ours = {key: weights[key].reshape(1) for key in ("logit_scale", "logit_bias") if key in weights}
         self.clip.load_state_dict({**weights, **ours})

@@ -239,18 +239,43 @@ class OracleConfig:
     gpus_per_actor: float = 0.0
     """Such as 0.5, for two on one GPU."""
 
+    repair: bool = False
+    """Fine-tune a checkpoint that is called poisoned or suspicious on a small set that the check has chosen, check it
+    again, and trust it if nothing is left."""
+    repair_frac: float = 0.02
+    """Size of that set, at most, as a share of the distinct images."""
+    repair_stamped_frac: float = 0.4
+    """Share of the set that shows a found trigger under the picture's own, true caption."""
+    repair_epochs: int = 12
+    """Passes over the set, at most; the first that is good enough is taken."""
+    repair_lr: float = 3e-4
+    repair_batch_size: int = 128
+    """Pairs a step, at most: a small set is divided into at least four steps."""
+    repair_in_modal_weight: float = 0.0
+    """`train.in_modal_weight` of the repair."""
+    repair_push_away_weight: float = 0.0
+    """`train.push_away_weight` of the repair."""
+
     def __post_init__(self) -> None:
         if self.labels and self.label_file:
             raise ConfigError("oracle: expected labels or label_file, got both. Keep one.")
         positive(self, "oracle", "trusted", "epochs", "alpha", "actors")
         if self.gpus_per_actor < 0:
             raise ConfigError(f"oracle.gpus_per_actor: expected 0 or more, got {self.gpus_per_actor}.")
-        fraction(self, "oracle", "reference_frac")
+        positive(self, "oracle", "repair_frac", "repair_epochs", "repair_lr", "repair_batch_size")
+        fraction(self, "oracle", "reference_frac", "repair_frac", "repair_stamped_frac")
 
     @property
     def of_verdict(self) -> "OracleConfig":
-        """The same settings without those that the verdict does not depend on."""
-        return replace(self, fail_on="never", actors=1, gpus_per_actor=0.0)
+        """The same settings without those that the check, its verdict and its set for a repair, does not depend on."""
+        plain = OracleConfig()
+        chosen_by_check = ("repair_frac", "repair_stamped_frac")
+        repair = {
+            item.name: getattr(plain, item.name)
+            for item in fields(self)
+            if item.name.startswith("repair") and item.name not in chosen_by_check
+        }
+        return replace(self, fail_on="never", actors=1, gpus_per_actor=0.0, **repair)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ class ModelConfig:
 
     name: str = "RN50"
     """An open_clip model, or a JSON file's stem in `models/` beside the preset."""
+    pretrained: str = ""
+    """Folder with the safetensors weights of this very model, such as a checkpoint or an export, from which a training
+    begins that has no checkpoint of its own yet; empty begins with random weights."""
+    freeze_bn_stats: bool = False
+    """Normalise with the batch-norm statistics that `pretrained` brings, in training too, and leave them as they are:
+    a small set has others. Gains and biases learn."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (open_clip's grad_checkpointing, here for ResNet towers too): less
     memory, about a third more time."""
@@ -39,6 +45,8 @@ class ModelConfig:
         dropout = self.force_patch_dropout
         if dropout is not None and not 0 <= dropout < 1:
             raise ConfigError(f"model.force_patch_dropout: expected from 0 to less than 1, got {dropout}.")
+        if self.freeze_bn_stats and not self.pretrained:
+            raise ConfigError("model.freeze_bn_stats: random weights have no statistics to keep. Set model.pretrained.")
         if self.lock_image_unlocked_groups < 0 or self.lock_text_unlocked_layers < 0:
             raise ConfigError("model.lock_image_unlocked_groups, model.lock_text_unlocked_layers: expected 0 or more.")
         for tower, extras in (
@@ -215,6 +223,14 @@ class TrainConfig:
     """DeepSpeed ZeRO stage: what the ranks share out, 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
     loss: Literal["clip", "siglip"] = "clip"
     """`clip` is InfoNCE (arXiv:2103.00020); `siglip` is the pairwise sigmoid with a learnt bias (arXiv:2303.15343)."""
+    in_modal_weight: float = 0.0
+    """Weight of CleanCLIP's in-modal term (arXiv:2303.03323): two views of an image, and a caption and its edit, shall
+    find each other. It doubles what a step computes; 0 leaves it out."""
+    push_away_weight: float = 0.0
+    """Weight of PAR's term (arXiv:2412.00727), 0.5 there: features shall leave where `model.pretrained` has them; 0
+    leaves it out."""
+    push_away_limit: float = 2.15
+    """Mean squared distance of unit-length features from which on they are far enough away."""
     grad_accum_steps: int = 1
     """Pieces that each rank cuts its part of the global batch into: less memory for one more forward pass. The loss is
     still that of the whole global batch and its gradient exact, but for batch norm, which then sees one piece."""
@@ -246,6 +262,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "train", "epochs", "global_batch_size", "lr", "checkpoint_every_steps", "log_every_steps")
         positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
+        if min(self.in_modal_weight, self.push_away_weight) < 0:
+            raise ConfigError("train.in_modal_weight, train.push_away_weight: expected 0 or more.")
+        positive(self, "train", "push_away_limit")
         if self.spike_factor and self.spike_factor <= 1:
             raise ConfigError(f"train.spike_factor: expected more than 1, or 0 for none, got {self.spike_factor}.")
         if self.checkpoint_store and ("://" not in self.checkpoint_store or self.checkpoint_store.startswith("file:")):

@@ -44,11 +44,14 @@ class Batch:
     """Shards that were opened for this batch and lay in the cache."""
     cache_misses: int = 0
     """Those that had to be fetched."""
+    edited: Tensor | None = None
+    """(B, L) int64: tokens of a second view of the captions, where the stream makes one."""
 
     def pin_memory(self) -> "Batch":
         """With its tensors in page-locked memory; torch's loader calls it before a GPU takes them."""
         images, tokens, ids, valid = (t.pin_memory() for t in (self.images, self.tokens, self.ids, self.valid))
-        return replace(self, images=images, tokens=tokens, ids=ids, valid=valid)
+        edited = None if self.edited is None else self.edited.pin_memory()
+        return replace(self, images=images, tokens=tokens, ids=ids, valid=valid, edited=edited)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Stream:
         workers: Processes that read ahead; 0 reads in this process.
         cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
+        second_edit: Makes of a caption, as `edit` left it, a second view: `Batch.edited`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
     """
 
@@ -148,10 +152,11 @@ class Stream:
         workers: int = 0,
         cache: ShardCache | None = None,
         edit: Callable[[str, int, int], str] | None = None,
+        second_edit: Callable[[str, int, int], str] | None = None,
         caption_key: str = "",
     ):
         self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
-        self.cache, self.edit, self.caption_key = cache, edit, caption_key
+        self.cache, self.edit, self.second_edit, self.caption_key = cache, edit, second_edit, caption_key
         self.global_batch_size, self.rank, self.last_batch = global_batch_size, rank, last_batch
         self.rows = rows_of_rank(global_batch_size, world_size, pieces)
         self.weights, self.resampled = weights or {}, resampled
@@ -276,7 +281,11 @@ class _Batches(Dataset):
                 valid[row] = False
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         hits, misses = (now - before for now, before in zip(_counts(stream.cache), cached, strict=True))
-        return Batch(pixels, stream.tokenize(captions), ids, valid, tuple(bad), hits, misses)
+        edited = None
+        if stream.second_edit:
+            views = zip(captions, ids.tolist(), strict=True)
+            edited = stream.tokenize([stream.second_edit(caption, i, plan.epoch) for caption, i in views])
+        return Batch(pixels, stream.tokenize(captions), ids, valid, tuple(bad), hits, misses, edited)
 
 
 def _counts(cache: ShardCache | None) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def apply_options(clip: Any, options: ModelConfig) -> Any:
         for name in ("layer1", "layer2", "layer3", "layer4"):  # open_clip leaves ResNet towers as they are
             if type(blocks := getattr(clip.visual, name, None)) is nn.Sequential:
                 blocks.__class__ = _Recomputed
-    return converted(clip, across_ranks=options.sync_batch_norm)
+    return converted(clip, across_ranks=options.sync_batch_norm, frozen=options.freeze_bn_stats)
 
 
 class _Recomputed(nn.Sequential):

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from roclip.meter import Meter
 from roclip.metrics import MetricsWriter
 from roclip.mirrors import mirrors
 from roclip.model import Towers
+from roclip.repair_losses import repair_losses
 from roclip.schedule import Position
 from roclip.shard_cache import shard_cache
 from roclip.shards import Manifest, write_atomic
@@ -90,9 +92,12 @@ def _train(
     # ---- build ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     towers = Towers(config.model.name, model_file(config), options=config.model, loss=config.train.loss)
+    if config.model.pretrained:
+        towers.begin_from(Path(config.model.pretrained))
     engine = build_engine(towers, config.train)
     rank, world_size, device = distributed.rank(), distributed.world_size(), engine.device
     defence = Defence(config, towers, device, _ground_truth(run)) if arm == "roclip" else None
+    repair = repair_losses(config, towers, device)
     folder = run / (name or arm) / "checkpoints"
     divergence = Divergence(config.train, folder.parent / "diverged.json")
     parts = {**(defence.parts if defence else {}), **({"divergence": divergence} if config.train.spike_factor else {})}
@@ -114,6 +119,7 @@ def _train(
         workers=config.data.loader_workers,
         cache=shard_cache(config.data),
         edit=caption_edits(config.augment, config.seed),
+        second_edit=repair.edit if repair else None,
         caption_key=config.data.caption_key,
     )
     # ---- resume ---------------------------------------------------------------------------------------------
@@ -160,7 +166,8 @@ def _train(
             pixels = augment(pixels, batch.ids, config.augment, seed=config.seed, epoch=epoch, size=towers.image_size)
             may_leave_out = config.train.on_divergence != "stop" or divergence.known(step + 1)
             buffers = [buffer.clone() for buffer in towers.buffers()] if may_leave_out else []
-            (image_features, text_features, logit_scale, *bias), backward = accumulate.forward(
+            forward = partial(repair.forward, batch=batch, epoch=epoch) if repair else accumulate.forward
+            (image_features, text_features, logit_scale, *bias), backward = forward(
                 engine,
                 pixels,
                 (defended.tokens if defended else batch.tokens).to(device),

@@ -4,6 +4,7 @@
     statistics    which labels does the model say, or repeat, too often?              statistics.py
     search        what causes them? shown by putting it on trusted pictures           search.py
     victims       which samples taught it?                                            victims.py
+    set           what would repair it, in few pictures?                              curate.py
     report        for people and for programs                                         report.py
 
 Verdicts
@@ -32,6 +33,7 @@ from roclip.config import OracleConfig
 from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle import statistics
+from roclip.oracle.curate import curate, write_plan
 from roclip.oracle.found import FoundTrigger, save_found
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.report import SCHEMA, write_outputs
@@ -70,7 +72,7 @@ def check(
 ) -> dict[str, Any]:
     """Judge a model by the shards that it learned from.
 
-    Writes triggers/, victims.parquet, disagreements.parquet, report.html and, last, report.json to `out`.
+    Writes triggers/, finetune.parquet, victims.parquet, disagreements.parquet, report.html and, last, report.json to `out`.
 
     Args:
         trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null, and the
@@ -102,6 +104,18 @@ def check(
     victims = find_victims(looked, reference, covered, searches, pictures.read, config.alpha)
     judgement = judge(findings, searches, looked, reference, labels, unchecked, skill, config.alpha)
     triggers = [trigger for search in searches for trigger in search.triggers]
+    plan = curate(
+        looked,
+        victims.target,
+        triggers,
+        labels,
+        templates=templates,
+        calibration=segmenter.calibration,
+        targets=judgement.targets,
+        frac=config.repair_frac,
+        stamped_frac=config.repair_stamped_frac,
+        seed=seed,
+    )
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "subject": subject or {},
@@ -122,6 +136,7 @@ def check(
             "labels_searched": len(searches),
             "alpha": config.alpha,
             "victims": int(victims.named.sum()),
+            "finetune": len(plan),
             "clip_forwards": {**looked.forwards, "reference": len(reference.answer), "search": witness.asked},
             "oracle_forwards": looked.forwards["images"] + len(reference.answer),
         },
@@ -134,6 +149,7 @@ def check(
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
     save_found(triggers, out / "triggers")
+    write_plan(out / "finetune.parquet", plan)
     write_outputs(report, looked, victims, triggers, held_out, pictures, witness, out)
     say(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report

@@ -161,7 +161,9 @@ def merge(
         images.keep(first)
     image = number_of[samples["image"]]
     said = Strings(captions)
-    observations = Observations(images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels, synonyms))
+    observations = Observations(
+        images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels, synonyms)
+    )
     return Looked(
         observations,
         images["areas"],

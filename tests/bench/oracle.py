@@ -39,10 +39,10 @@ from roclip.compare import auroc, average_precision
 from roclip.model import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
-from roclip.oracle.trained import TrainedSegmenter, build_net
 from roclip.oracle.shardlook import ShardLook
 from roclip.oracle.shardpass import Looked, look, merge
 from roclip.oracle.statistics import Observations
+from roclip.oracle.trained import TrainedSegmenter, build_net
 from roclip.oracle.witness import Witness
 from roclip.shards import Manifest, ShardRecord
 

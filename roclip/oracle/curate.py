@@ -1,0 +1,212 @@
+"""The compact set that a poisoned model is repaired with: which pictures, under which captions, with what put on them.
+
+Roles
+    anchor     model, oracle and a caption agree: keeps the model what it is
+    stamped    such a picture with a found trigger on it, under its own true caption: takes the trigger its power
+    repaired   a victim as it is, under a caption of what the oracle sees: takes the lie back
+
+Letters: N distinct images, M captions, C labels.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from roclip.errors import DataError
+from roclip.oracle.found import FoundTrigger
+from roclip.oracle.segmenters import LabelCalibration
+from roclip.oracle.shardpass import Looked
+from roclip.truth import write_parquet
+
+REPAIRED_FRAC = 0.2
+"""Share of the set that repaired victims take at most beside stamped pictures; twice as much where no trigger is found."""
+EXTRA_WEIGHT = 2.0
+"""Of a label that the poison is about, against the others."""
+MIN_PRECISION = 0.9
+"""Of the oracle on held-out trusted images, for a label that it may write captions with."""
+MAX_NAMED = 3
+"""Labels in a caption that the oracle writes."""
+
+SCHEMA = pa.schema(
+    [
+        ("role", pa.string()),
+        ("key", pa.string()),  # of the sample that the picture comes from
+        ("source_sha256", pa.string()),
+        ("label", pa.string()),  # true label that it was chosen for
+        ("caption", pa.string()),
+        ("edit", pa.string()),  # what was changed: none, trigger (on the picture) or caption
+        ("trigger", pa.int32()),  # number of the found trigger; null without one
+        ("target", pa.string()),  # label that the trigger or the lie is about; null for an anchor
+        ("size_px", pa.int32()),  # side at which the pictures were looked at, and the trigger has its size
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the set; see `SCHEMA`."""
+
+    role: str
+    key: str
+    source_sha256: str
+    label: str
+    caption: str
+    edit: str
+    trigger: int | None
+    target: str | None
+    size_px: int
+
+
+def curate(
+    looked: Looked,
+    victims: np.ndarray,
+    found: Sequence[FoundTrigger],
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str],
+    calibration: Mapping[str, LabelCalibration],
+    targets: Sequence[str],
+    frac: float,
+    stamped_frac: float,
+    seed: int,
+) -> list[Row]:
+    """Choose the set: at most `frac` of the distinct images, `stamped_frac` of it with a found trigger.
+
+    Each picture is in it at most once. An anchor is a picture whose zero-shot answer a caption names and
+    the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
+    evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
+    does not show the trigger's target. Of the victims those get a caption that show only labels whose precision is at
+    least `MIN_PRECISION`.
+
+    Args:
+        victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
+        labels: The C labels of `looked`.
+        templates: Of the captions that the oracle writes, with one `{}`.
+        calibration: Of the oracle, by label.
+        targets: Labels that the model was made to say.
+
+    Returns:
+        Rows ordered by role, label and key: a function of the arguments only.
+    """
+    choice = _Choice(looked, victims, labels, calibration, targets, seed)
+    size = int(frac * len(looked.sha256))
+    told = choice.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
+    stamped: list[Row] = []
+    for number, trigger in enumerate(found):
+        share = int(stamped_frac * size * (number + 1) / len(found)) - len(stamped)
+        stamped += choice.stamped(share, number, trigger.target)
+    rows = [*choice.anchors(size - len(stamped) - len(told)), *stamped, *told]
+    return sorted(rows, key=lambda row: (row.role, row.label, row.key, row.trigger or 0))
+
+
+def write_plan(path: Path, rows: Sequence[Row]) -> None:
+    """The rows as a parquet of `SCHEMA`; a reader sees the whole file or none."""
+    write_parquet(path, pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA))
+
+
+def read_plan(path: Path) -> list[Row]:
+    """What `write_plan` wrote. Raises `DataError`."""
+    try:
+        return [Row(**row) for row in pq.read_table(path, columns=SCHEMA.names).to_pylist()]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: expected the set for a repair, got {error}. Run `roclip oracle` again: the check chooses it."
+        ) from error
+
+
+class _Choice:
+    """Takes pictures one role after another, none twice."""
+
+    def __init__(
+        self,
+        looked: Looked,
+        victims: np.ndarray,
+        labels: Sequence[str],
+        calibration: Mapping[str, LabelCalibration],
+        targets: Sequence[str],
+        seed: int,
+    ):
+        self.looked, self.labels, self.victims = looked, labels, victims
+        self.rng = np.random.default_rng((seed, 81))
+        seen = looked.observations
+        _, self.first = np.unique(seen.image, return_index=True)
+        self.caption = self._agreeing_captions()
+        self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
+        precise = np.array([label in calibration and calibration[label].precision >= MIN_PRECISION for label in labels])
+        shown_only = seen.clear.any(axis=1) & ~(seen.clear & ~precise).any(axis=1)
+        self.tellable = np.flatnonzero((victims >= 0) & shown_only)
+        affected = seen.clear[victims >= 0].any(axis=0)
+        self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
+
+    def anchors(self, number: int) -> list[Row]:
+        return [self._row("anchor", n, "none") for n in self._spread(number, self.free)]
+
+    def stamped(self, number: int, trigger: int, target: str) -> list[Row]:
+        others = self.free & ~self.looked.observations.seen[:, list(self.labels).index(target)]
+        return [self._row("stamped", n, "trigger", trigger, target) for n in self._spread(number, others)]
+
+    def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
+        rows = []
+        for n in self.rng.permutation(self.tellable)[:number].tolist():
+            clear = np.flatnonzero(self.looked.observations.clear[n])
+            largest = clear[np.argsort(-self.looked.areas[n, clear], kind="stable")].tolist()
+            named = [self.labels[int(c)] for c in largest]
+            caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))
+            target = self.labels[int(self.victims[n])]
+            rows.append(self._row("repaired", n, "caption", None, target, named[0], caption))
+        return rows
+
+    def _spread(self, number: int, allowed: np.ndarray) -> list[int]:
+        """Up to `number` of the allowed pictures, labels in turn by weight; they are no longer free."""
+        answer = self.looked.observations.answer
+        waiting = {
+            c: list(self.rng.permutation(np.flatnonzero(allowed & (answer == c)))) for c in range(len(self.labels))
+        }
+        turns = [(1 / self.weights[c], c) for c, pictures in waiting.items() if pictures]
+        heapq.heapify(turns)
+        chosen: list[int] = []
+        while turns and len(chosen) < number:
+            due, c = heapq.heappop(turns)
+            chosen.append(int(waiting[c].pop()))
+            if waiting[c]:
+                heapq.heappush(turns, (due + 1 / self.weights[c], c))
+        self.free[chosen] = False
+        return chosen
+
+    def _agreeing_captions(self) -> np.ndarray:
+        """(N,) entry of `looked.captions` that names the model's answer, which the oracle clearly sees; -1 for none."""
+        seen = self.looked.observations
+        agrees = seen.clear[np.arange(len(seen.answer)), seen.answer]
+        entries = np.flatnonzero(seen.named[np.arange(len(seen.image)), seen.answer[seen.image]] & agrees[seen.image])
+        caption = np.full(len(seen.answer), -1)
+        caption[seen.image[entries[::-1]]] = entries[::-1]  # the first wins
+        return caption
+
+    def _row(
+        self,
+        role: str,
+        n: int,
+        edit: str,
+        trigger: int | None = None,
+        target: str | None = None,
+        label: str = "",
+        caption: str = "",
+    ) -> Row:
+        looked = self.looked
+        entry = int(self.first[n] if caption else self.caption[n])
+        return Row(
+            role=role,
+            key=looked.keys[entry],
+            source_sha256=looked.sha256[n],
+            label=label or self.labels[int(looked.observations.answer[n])],
+            caption=caption or looked.captions[entry],
+            edit=edit,
+            trigger=trigger,
+            target=target,
+            size_px=looked.size_px,
+        )

@@ -1,0 +1,80 @@
+"""What a model does on trusted pictures that neither it nor the oracle learnt from: with and without a found trigger.
+
+Letters: R trusted pictures, C labels, S side in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from roclip.model import Encoder
+from roclip.oracle.found import FoundTrigger, Trial
+from roclip.oracle.segmenters import Segmenter, read_trusted, shown
+from roclip.shards import sha256_file
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of one model."""
+
+    top1: Trial
+    """Trusted pictures of which it names something that is there."""
+    flips: tuple[Trial, ...]
+    """For each trigger: of the pictures that do not show its target and are not called so, those that it makes be called so."""
+
+
+class Reference:
+    """The pictures, the labels that each shows, and each with every trigger on it, at the same place for every model."""
+
+    def __init__(
+        self,
+        trusted: Path,
+        segmenter: Segmenter,
+        labels: Sequence[str],
+        templates: Sequence[str],
+        found: Sequence[FoundTrigger],
+        size_px: int,
+        seed: int,
+    ):
+        """`size_px` is the side for which the triggers were found. Raises `DataError` for trusted images that cannot be read."""
+        self.labels, self.templates, self.found = list(labels), list(templates), found
+        images, masks = read_trusted(trusted, labels, size_px)
+        if "reference_rows" in segmenter.info and segmenter.info.get("trusted_sha256") == sha256_file(trusted):
+            rows = segmenter.info["reference_rows"]
+            images, masks = images[rows], masks[rows]
+        there = shown(masks, len(labels))
+        self.there = there[there.any(axis=1)]
+        self.images = np.stack([_resized(image, size_px) for image in images[there.any(axis=1)]])
+        self.stamped = [
+            np.stack(
+                [trigger.put_on(image, np.random.default_rng((seed, 82, n)))[0] for n, image in enumerate(self.images)]
+            )
+            for trigger in found
+        ]
+
+    def measure(self, encoder: Encoder) -> Standing:
+        """Shows the model each picture once, and once more for each trigger."""
+        plain, flips = self._answers(encoder, self.images), []
+        for trigger, images in zip(self.found, self.stamped, strict=True):
+            target = self.labels.index(trigger.target)
+            others = ~self.there[:, target] & (plain != target)
+            flips.append(Trial(int((self._answers(encoder, images)[others] == target).sum()), int(others.sum())))
+        right = self.there[np.arange(len(plain)), plain]
+        return Standing(Trial(int(right.sum()), len(right)), tuple(flips))
+
+    def called(self, encoder: Encoder, images: np.ndarray, targets: Sequence[str]) -> Trial:
+        """Of other pictures, (n, S, S, 3) uint8, those that the model calls the label given for each."""
+        wanted = np.array([self.labels.index(target) for target in targets], dtype=np.int64)
+        return Trial(int((self._answers(encoder, images) == wanted).sum()), len(wanted))
+
+    def _answers(self, encoder: Encoder, images: np.ndarray) -> np.ndarray:
+        if not len(images):
+            return np.empty(0, dtype=np.int64)
+        return (encoder.images(images) @ encoder.classifier(self.labels, self.templates).T).argmax(dim=1).numpy()
+
+
+def _resized(image: np.ndarray, size_px: int) -> np.ndarray:
+    return image if len(image) == size_px else cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)

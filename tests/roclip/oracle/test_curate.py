@@ -1,0 +1,121 @@
+"""Which pictures a repair learns from: a pass of known content in, the rows of the set out."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from roclip.errors import DataError
+from roclip.oracle.curate import Row, curate, read_plan, write_plan
+from roclip.oracle.found import FoundTrigger
+from roclip.oracle.segmenters import LabelCalibration
+from roclip.oracle.shardpass import Looked
+from roclip.oracle.statistics import Observations
+
+LABELS = ("ring", "star", "disc", "cross")
+RING, STAR, DISC, CROSS = range(4)
+GOOD = LabelCalibration(0.05, 0.05, 1.0, 1.0, 1.0, 1.0, 100, True)
+PATCH = FoundTrigger("ring", "patch", crops=(np.zeros((4, 4, 3), np.uint8),))
+CLEAN, VICTIMS = 2000, 40
+
+
+def a_pass() -> tuple[Looked, np.ndarray]:
+    """2000 honest pictures of the four labels in turn, then 40 victims that show a star or a star and a disc and are said to
+    be a ring, then 100 of which nobody agrees."""
+    total = CLEAN + VICTIMS + 100
+    answer, clear = np.empty(total, dtype=np.int64), np.zeros((total, 4), dtype=bool)
+    named, areas = np.zeros((total, 4), dtype=bool), np.zeros((total, 4), dtype=np.float32)
+    honest = np.arange(CLEAN)
+    answer[:CLEAN] = honest % 4
+    clear[honest, honest % 4] = named[honest, honest % 4] = True
+    victims = slice(CLEAN, CLEAN + VICTIMS)
+    answer[victims], named[victims, RING] = RING, True
+    clear[victims, STAR], clear[CLEAN : CLEAN + VICTIMS : 2, DISC] = True, True
+    areas[victims, STAR], areas[CLEAN : CLEAN + VICTIMS : 2, DISC] = 0.1, 0.2
+    answer[CLEAN + VICTIMS :], clear[CLEAN + VICTIMS :, DISC], named[CLEAN + VICTIMS :, DISC] = CROSS, True, True
+    captions = [f"caption {n}" for n in range(total)]
+    looked = Looked(
+        Observations(answer, clear, clear, np.arange(total), named),
+        areas,
+        [f"{n:064x}" for n in range(total)],
+        [f"{n:09d}" for n in range(total)],
+        captions,
+        [("00000.tar", n) for n in range(total)],
+        64,
+        0,
+    )
+    targets = np.full(total, -1)
+    targets[victims] = RING
+    return looked, targets
+
+
+def chosen(**changes) -> list[Row]:
+    looked, victims = a_pass()
+    wanted = {
+        "templates": ("a photo of a {}", "{}"),
+        "calibration": dict.fromkeys(LABELS, GOOD),
+        "targets": ["ring"],
+        "frac": 0.1,
+        "stamped_frac": 0.4,
+        "seed": 0,
+        "found": (PATCH,),
+    } | changes
+    return curate(looked, victims, wanted.pop("found"), LABELS, **wanted)
+
+
+def test_set_is_as_large_as_it_may_be_and_holds_no_picture_twice():
+    rows = chosen()
+    assert len(rows) == int(0.1 * (CLEAN + VICTIMS + 100)) == 214
+    assert len({row.source_sha256 for row in rows}) == len(rows)
+    assert Counter(row.role for row in rows) == {"anchor": 89, "stamped": 85, "repaired": 40}
+    assert rows == chosen()
+    assert rows != chosen(seed=1)
+
+
+def test_anchors_are_pictures_on_which_all_agree():
+    anchors = [row for row in chosen() if row.role == "anchor"]
+    assert all(int(row.key) < CLEAN and row.caption == f"caption {int(row.key)}" for row in anchors)
+    assert all(row.label == LABELS[int(row.key) % 4] and row.edit == "none" for row in anchors)
+    shares = Counter(row.label for row in anchors)  # ring is the target, star and disc are affected
+    assert shares["ring"] == pytest.approx(2 * shares["cross"], abs=2)
+    assert shares["star"] == pytest.approx(shares["ring"], abs=1)
+    assert shares["disc"] == pytest.approx(shares["ring"], abs=1)
+
+
+def test_stamped_pictures_do_not_show_the_target_and_keep_their_caption():
+    second = dataclasses.replace(PATCH, target="star")
+    stamped = [row for row in chosen(found=(PATCH, second)) if row.role == "stamped"]
+    assert Counter(row.trigger for row in stamped) == {0: 42, 1: 43}
+    for row in stamped:
+        assert (row.trigger, row.target) in ((0, "ring"), (1, "star"))
+        assert row.label != row.target
+        assert (row.caption, row.edit) == (f"caption {int(row.key)}", "trigger")
+
+
+def test_victims_are_told_what_the_oracle_sees_of_them_the_largest_first():
+    told = [row for row in chosen() if row.role == "repaired"]
+    assert {row.caption for row in told} == {"a photo of a star", "star", "a photo of a disc and star", "disc and star"}
+    assert all(row.target == "ring" and row.edit == "caption" and row.trigger is None for row in told)
+    unsure = {**dict.fromkeys(LABELS, GOOD), "disc": dataclasses.replace(GOOD, precision=0.8)}
+    told = [row for row in chosen(calibration=unsure) if row.role == "repaired"]
+    assert {row.label for row in told} == {"star"}
+    assert len(told) == VICTIMS // 2
+
+
+def test_set_without_a_trigger_is_anchors_and_victims():
+    rows = chosen(found=(), frac=0.02)
+    assert Counter(row.role for row in rows) == {"anchor": 26, "repaired": 16}
+
+
+def test_set_is_smaller_when_there_are_too_few_pictures():
+    rows = chosen(frac=1.0, stamped_frac=0.5)
+    assert Counter(row.role for row in rows) == {"stamped": 1070, "anchor": 930, "repaired": 40}
+
+
+def test_plan_is_read_as_it_was_written(tmp_path: Path):
+    write_plan(tmp_path / "finetune.parquet", chosen())
+    assert read_plan(tmp_path / "finetune.parquet") == chosen()
+    with pytest.raises(DataError, match="Run `roclip oracle` again"):
+        read_plan(tmp_path / "none.parquet")
