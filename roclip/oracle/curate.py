@@ -137,7 +137,8 @@ class _Choice:
         _, self.first = np.unique(seen.image, return_index=True)
         self.caption = self._agreeing_captions()
         self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
-        precise = np.array([label in calibration and calibration[label].precision >= MIN_PRECISION for label in labels])
+        rows = [calibration.get(label) for label in labels]
+        precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
         shown_only = seen.clear.any(axis=1) & ~(seen.clear & ~precise).any(axis=1)
         self.tellable = np.flatnonzero((victims >= 0) & shown_only)
         affected = seen.clear[victims >= 0].any(axis=0)

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -106,20 +107,18 @@ def save_found(triggers: Sequence[FoundTrigger], folder: Path) -> None:
         buffer = io.BytesIO()
         Image.fromarray(picture_of(trigger)).save(buffer, format="png")
         write_atomic(folder / f"{number}.png", buffer.getvalue())
-        arrays = {f"crop{k}": crop for k, crop in enumerate(trigger.crops)}
-        arrays |= {
-            name: value for name, value in (("mask", trigger.mask), ("pattern", trigger.pattern)) if value is not None
+        arrays: dict[str, Any] = {
+            "target": np.array(trigger.target),
+            "kind": np.array(trigger.kind),
+            "place": np.array(trigger.place or (), dtype=np.int64),
+            "sources": np.array([(s.image, *s.box) for s in trigger.sources], dtype=np.int64).reshape(-1, 5),
+            "trials": np.array([(trial.flips, trial.n) for trial in trigger.trials.values()], dtype=np.int64),
+            **{f"crop{k}": crop for k, crop in enumerate(trigger.crops)},
+            **({} if trigger.mask is None else {"mask": trigger.mask}),
+            **({} if trigger.pattern is None else {"pattern": trigger.pattern}),
         }
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            target=np.array(trigger.target),
-            kind=np.array(trigger.kind),
-            place=np.array(trigger.place or (), dtype=np.int64),
-            sources=np.array([(s.image, *s.box) for s in trigger.sources], dtype=np.int64).reshape(-1, 5),
-            trials=np.array([(trial.flips, trial.n) for trial in trigger.trials.values()], dtype=np.int64),
-            **arrays,
-        )
+        np.savez_compressed(buffer, **arrays)
         write_atomic(folder / f"{number}.npz", buffer.getvalue())
 
 

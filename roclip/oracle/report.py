@@ -127,7 +127,8 @@ def victim_rows(looked: Looked, victims: Victims, labels: Sequence[str]) -> list
 
 def _clearly(looked: Looked, n: int, labels: Sequence[str]) -> list[str]:
     """Labels that the oracle clearly sees in an image, the largest first."""
-    return [labels[c] for c in np.argsort(-looked.areas[n], kind="stable") if looked.observations.clear[n, c]]
+    largest = np.argsort(-looked.areas[n], kind="stable").tolist()
+    return [labels[int(c)] for c in largest if looked.observations.clear[n, c]]
 
 
 def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -88,8 +88,6 @@ def _place(piece: np.ndarray, template: np.ndarray, weight: np.ndarray) -> tuple
 
 def _largest(mask: np.ndarray) -> np.ndarray:
     """Its largest connected part."""
-    parts, number = ndimage.label(mask)
-    if number == 0:
-        return mask
-    sizes = ndimage.sum_labels(mask, parts, range(1, number + 1))
-    return parts == 1 + int(np.argmax(sizes))
+    parts = np.asarray(ndimage.label(mask)[0])
+    sizes = np.bincount(parts.ravel())[1:]
+    return parts == 1 + int(np.argmax(sizes)) if len(sizes) else mask

@@ -73,8 +73,8 @@ def _unexplained(
     lied = np.zeros_like(repeated)
     lied[:, told] = repeated[:, told]
     if statistics.repeats_copies(findings.copied, alpha):
-        several = seen.captions > 1
-        lied[np.ix_(several, list(findings.lies))] |= repeated[np.ix_(several, list(findings.lies))]
+        tested = np.isin(np.arange(lied.shape[1]), list(findings.lies))
+        lied |= repeated & tested & (seen.captions > 1)[:, None]
     rows = np.flatnonzero(lied.any(axis=1))
     # How much more of the picture is something else than what its caption claims.
     other = (looked.areas * seen.clear).max(axis=1, initial=0)
@@ -89,7 +89,7 @@ def affected(looked: Looked, victims: Victims, labels: Sequence[str]) -> dict[st
     for target in np.unique(victims.target[victims.named]):
         clear = looked.observations.clear[victims.named & (victims.target == target)].sum(axis=0)
         order = [c for c in np.argsort(-clear, kind="stable") if clear[c]]
-        counts[labels[target]] = {labels[c]: int(clear[c]) for c in order}
+        counts[str(labels[int(target)])] = {str(labels[int(c)]): int(clear[c]) for c in order}
     return counts
 
 

@@ -16,7 +16,7 @@ from forked import TRAIN, forks_that_say
 from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 
 from cluster import repair_job
-from cluster.oracle_job import judge, labels_of, segmenter_of
+from cluster.oracle_job import brief_of, judge
 from cluster.repair_job import choose, repair
 from roclip import checkpoint as checkpoints
 from roclip import scenes
@@ -72,12 +72,10 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def leave_findings(run: Path) -> None:
     """As a check would that trusts its oracle: triggers, victims and the set's plan."""
-    names = labels_of(run / "origin" / "labels.json")
-    segmenter = segmenter_of(settings(), run, run / "origin" / "trusted.parquet", names["labels"])
-    out = run / "clip" / "oracle"
-    looked = look(
-        Witness(Encoder.load(run / "clip" / "checkpoints" / STEP), segmenter, **names), run / "shards", _quiet
-    )
+    brief = brief_of(settings(), run, "clip", None)
+    labels, templates, segmenter = brief.case.labels, brief.case.templates, brief.segmenter
+    out = brief.case.out
+    looked = look(Witness(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet)
     seen = looked.observations
     first = seen.named.argmax(axis=1)  # every picture has one caption
     agreed = np.eye(len(scenes.LABELS), dtype=bool)[first]
@@ -86,7 +84,7 @@ def leave_findings(run: Path) -> None:
     )
     nobody = np.full(len(first), -1)
     rows = curate(
-        looked, nobody, (PATCH,), names["labels"], templates=names["templates"], calibration=segmenter.calibration,
+        looked, nobody, (PATCH,), labels, templates=templates, calibration=segmenter.calibration,
         targets=[LABEL], frac=0.2, stamped_frac=0.4, seed=0,
     )  # fmt: skip
     write_plan(out / "finetune.parquet", rows)

@@ -143,7 +143,7 @@ def test_pretrained_weights_of_another_model_are_refused(pretrained, tmp_path):
     with pytest.raises(CheckpointError, match="expected weights of the model wide"):
         Towers("wide", tmp_path / "wide.json").begin_from(pretrained)
     (pretrained / WEIGHTS).write_bytes(b"\x80\x04K\x01.")  # a pickle
-    with pytest.raises(CheckpointError, match="Name a checkpoint's folder"):
+    with pytest.raises(CheckpointError, match="refused, expected safetensors"):
         Towers("tiny", tmp_path / "tiny.json").begin_from(pretrained)
 
 

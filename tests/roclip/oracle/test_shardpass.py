@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked import forks_that_say
 from kit import TINY_MODEL
-from rigged import LABELS, SIDE, RiggedSegmenter, World, png, witness
+from rigged import LABELS, PATCH_PX, SIDE, RiggedSegmenter, World, png, witness
 
 from roclip.errors import DataError
 from roclip.model import Encoder, Towers
@@ -90,7 +90,7 @@ def test_pass_refuses_when_there_is_no_shard(tmp_path: Path):
 def test_margin_is_the_lead_over_what_the_oracle_clearly_sees(tmp_path: Path):
     world = World(tmp_path)
     empty = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
-    empty[0, 0, 1] = 60  # the model says bee, the oracle sees nothing
+    empty[:PATCH_PX, :PATCH_PX, 1] = 60  # the model says bee, the oracle sees nothing
     world.samples = [
         (png(world.image("dog", "bee")), "a bee"),
         (png(world.image("dog")), "a bee"),
