@@ -26,6 +26,7 @@ from roclip.oracle.shardlook import SavedLooks
 from roclip.oracle.shardpass import side_of
 from roclip.oracle.trained import train_segmenter
 from roclip.oracle.witness import Witness, made_by
+from roclip.plain_weights import read_weights
 from roclip.shards import Manifest, digest, sha256_file, write_atomic
 
 
@@ -127,6 +128,7 @@ class Brief:
 def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> Brief:
     """Checks what must be there, and trains the segmenter if there is none yet."""
     case = case_of(config, run, arm, on_progress=on_progress, **named)
+    read_weights(weights_file(case.checkpoint))  # refused before an oracle is trained for it
     segmenter = _segmenter(config, run, case, on_progress)
     subject = {
         "checkpoint": case.checkpoint.name,

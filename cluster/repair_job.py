@@ -129,7 +129,8 @@ def _repair(
     say(
         f"epoch {chosen + 1}: attack success {epochs[chosen]['attack']:.1%}, before {before['attack']:.1%}; checking again"
     )
-    again = {"checkpoint": ends[chosen], "data": str(case.shards), "truth": case.truth, "out": folder / "oracle"}
+    truth = case.truth if case.truth and case.truth.is_file() else None
+    again = {"checkpoint": ends[chosen], "data": str(case.shards), "truth": truth, "out": folder / "oracle"}
     verdict = oracle(config, run, f"{arm}/repair", **again, in_process=in_process)["verdict"]
     after = {**epochs[chosen], **_known_figures(config, run, ends[chosen]), "verdict": verdict}
     reasons = _what_is_left(before, after)

@@ -88,6 +88,7 @@ def _place(piece: np.ndarray, template: np.ndarray, weight: np.ndarray) -> tuple
 
 def _largest(mask: np.ndarray) -> np.ndarray:
     """Its largest connected part."""
-    parts = np.asarray(ndimage.label(mask)[0])
+    parts = np.zeros(mask.shape, dtype=np.int32)
+    ndimage.label(mask, output=parts)
     sizes = np.bincount(parts.ravel())[1:]
     return parts == 1 + int(np.argmax(sizes)) if len(sizes) else mask

@@ -17,7 +17,7 @@ import pytest
 from kit import REPOSITORY, TINY_MODEL
 from rich.console import Console
 
-from cluster import cli
+from cluster import cli, cli_options
 from cluster.plan import count_rows, make_plan, model_config, parameters
 from cluster.summary import show_summary
 from roclip.config import load_config
@@ -158,7 +158,7 @@ def test_dry_run_says_what_is_missing_when_the_list_is_not_there_yet(preset: Pat
     assert "train clip and roclip: as many steps as the list gives, on 1 rank" in answer.out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("export", "poison")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("export", "poison", "train-segmenter")])
 def test_dry_run_prints_config_and_plan_and_does_nothing_when_asked(command: str, preset: Path):
     answer = roclip(command, "test.yaml", "pool.size=256", "--dry-run", cwd=preset.parent)
     assert (answer.code, answer.err) == (0, "")
@@ -182,7 +182,7 @@ def test_unexpected_error_is_a_traceback_and_1_when_raised(monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr(cli, "load_config", broken)
+    monkeypatch.setattr(cli_options, "load_config", broken)
     assert cli.guarded(["run", str(preset)]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
