@@ -66,7 +66,7 @@ def oracle(
             partial(_witness, *what),
             shards,
             saved,
-            name=f"oracle:{arm}:look",
+            name=f"oracle:{arm.replace('/', '-')}:look",  # Ray Data makes a file's name of it
             actors=config.oracle.actors,
             cpus=cpus_per_actor([min(node, mine) for node in nodes], config.oracle.actors),
             gpus=config.oracle.gpus_per_actor,
