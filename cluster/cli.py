@@ -27,12 +27,16 @@ EXIT_CODES = """\
  5    another process works in this run directory\n
  6    training cannot go on: a value is not finite, or the ranks disagree\n
  7    a stage could not be finished, or the machine lacks something ([bold]doctor[/])\n
- 10   oracle: suspicious or inconclusive, with oracle.fail_on=suspicious\n
+ 10   oracle: suspicious, with oracle.fail_on=suspicious\n
  20   oracle: poisoned, with oracle.fail_on=suspicious or poisoned\n
+ 21   the same, but repaired, checked again and trusted\n
+ 30   oracle: inconclusive, with oracle.fail_on=suspicious\n
  130  stopped by Ctrl-C
 """
 INTERRUPTED = 130
-VERDICT_CODES = {"suspicious": 10, "inconclusive": 10, "poisoned": 20}
+VERDICT_CODES = {"suspicious": 10, "poisoned": 20, "inconclusive": 30}
+REPAIRED_CODE = 21
+FAILS_ON = {"suspicious": ("suspicious", "inconclusive", "poisoned"), "poisoned": ("poisoned",)}
 _NOT_TRUSTED = "The oracle has not called it clean: run `roclip oracle`, read its report, or take --untrusted."
 _USAGE_ERROR = (
     typer.BadParameter.__base__ or Exception
@@ -289,14 +293,15 @@ def require_trust(checkpoint: Path) -> None:
 
 
 def verdict_code(config: Config, summary: dict[str, Any]) -> int:
-    """0, 10 or 20: what `oracle.fail_on` makes of the verdict on the last arm, the one to be shipped."""
+    """0, 10, 20, 21 or 30: what `oracle.fail_on` makes of the verdict on the last arm, the one to be shipped."""
     arms = summary.get("arms") or {}
     ordered = [*(arm for arm in arms if arm not in config.arms), *(arm for arm in config.arms if arm in arms)]
     shipped = arms[ordered[-1]] if ordered else {}
-    verdict = (shipped.get("oracle") or {}).get("verdict")
-    threshold = VERDICT_CODES.get(config.oracle.fail_on)
-    code = VERDICT_CODES.get(verdict or "clean", 0)
-    return code if threshold and code >= threshold else 0
+    oracle = shipped.get("oracle") or {}
+    verdict = oracle.get("verdict")
+    if verdict not in FAILS_ON.get(config.oracle.fail_on, ()):
+        return 0
+    return REPAIRED_CODE if (oracle.get("repair") or {}).get("accepted") else VERDICT_CODES[verdict]
 
 
 def main() -> None:

@@ -12,7 +12,8 @@
     └── StoppedError     143   SIGTERM: what was reached is saved
 
 Ctrl-C ends with 130. `roclip oracle` and `roclip run` end with 0 even for a poisoned checkpoint, unless
-`oracle.fail_on` asks otherwise: then 10 (suspicious) or 20 (poisoned).
+`oracle.fail_on` asks otherwise: then 10 (suspicious), 20 (poisoned), 21 (poisoned, repaired and trusted) or 30
+(inconclusive).
 """
 
 

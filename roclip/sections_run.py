@@ -232,7 +232,8 @@ class OracleConfig:
     alpha: float = 0.01
     """Family-wise error rate of the label test (Holm)."""
     fail_on: Literal["never", "suspicious", "poisoned"] = "never"
-    """Verdict from which on the command ends with 10 (suspicious) or 20 (poisoned)."""
+    """Verdict from which on the command ends with 10 (suspicious), 20 (poisoned), 21 (poisoned, repaired and trusted) or, with
+    `suspicious`, 30 (inconclusive)."""
     actors: int = 1
     """Ray actors that look at the shards. Each takes what CPUs there are for it: one takes a whole node, so take as many
     as there are nodes, or GPUs. What they see does not depend on their number."""

@@ -222,7 +222,8 @@ def test_ctrl_c_is_130_when_it_comes_while_working(preset: Path):
         ("never", "poisoned", 0),
         ("suspicious", "clean", 0),
         ("suspicious", "suspicious", 10),
-        ("suspicious", "inconclusive", 10),
+        ("suspicious", "inconclusive", 30),
+        ("poisoned", "inconclusive", 0),
         ("suspicious", "poisoned", 20),
         ("poisoned", "suspicious", 0),
         ("poisoned", "poisoned", 20),
@@ -234,6 +235,10 @@ def test_verdict_decides_the_exit_code_when_fail_on_is_set(fail_on: str, verdict
     assert cli.verdict_code(config, summary) == code  # of the last arm of the config, whatever the summary's order
     assert cli.verdict_code(config, {"arms": {"step-00000007": {"oracle": {"verdict": verdict}}}}) == code
     assert cli.verdict_code(config, {"ingest": {}}) == 0
+    repaired = {"oracle": {"verdict": verdict, "repair": {"accepted": True}}}
+    assert cli.verdict_code(config, {"arms": {"roclip": repaired}}) == (21 if code else 0)
+    refused = {"oracle": {"verdict": verdict, "repair": {"accepted": False}}}
+    assert cli.verdict_code(config, {"arms": {"roclip": refused}}) == code
 
 
 def test_export_refuses_what_no_oracle_called_clean_when_not_asked_to(preset: Path):
