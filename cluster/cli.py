@@ -298,7 +298,7 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
     ordered = [*(arm for arm in arms if arm not in config.arms), *(arm for arm in config.arms if arm in arms)]
     shipped = arms[ordered[-1]] if ordered else {}
     oracle = shipped.get("oracle") or {}
-    verdict = oracle.get("verdict")
+    verdict = str(oracle.get("verdict"))
     if verdict not in FAILS_ON.get(config.oracle.fail_on, ()):
         return 0
     return REPAIRED_CODE if (oracle.get("repair") or {}).get("accepted") else VERDICT_CODES[verdict]
