@@ -162,7 +162,7 @@ def _repair(here: Session, arm: str, **named: Any) -> dict:
     with here.display.follow("recheck", lambda: told_standing(said)):
         result = repair(here.config, here.path, arm, train=train, say=say, **named)
     say("nothing is left: TRUSTED" if result["accepted"] else f"not trusted. {' '.join(result['reasons'])}")
-    return {key: value for key, value in result.items() if key not in ("schema", "subject", "epochs")}
+    return {key: value for key, value in result.items() if key not in ("schema", "subject", "moments")}
 
 
 def _figures(here: Session, arm: str) -> dict:

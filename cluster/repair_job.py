@@ -30,9 +30,9 @@ from roclip import checkpoint as checkpoints
 from roclip.config import Config, dump_config
 from roclip.evalsets import load_evaluation_set
 from roclip.evaluate import evaluate
+from roclip.found import FoundTrigger, load_found
 from roclip.model import CONFIG, WEIGHTS, Encoder
 from roclip.oracle.curate import Row, read_plan
-from roclip.oracle.found import FoundTrigger, load_found
 from roclip.oracle.measure import Reference
 from roclip.reader import decode
 from roclip.sections_run import AttacksConfig, DataConfig
@@ -46,6 +46,8 @@ MAX_ATTACK, MAX_ACCURACY_LOSS = 0.05, 0.02
 MIN_STEPS = 4
 """An epoch, at least, where the set is large enough."""
 MIN_BATCH = 16
+MOMENTS = 12
+"""Of the training that are measured, at most: the ends of epochs that lie evenly."""
 MAX_VICTIMS = 1000
 """That attack success is measured on where no trigger is found."""
 ARM = "clip"
@@ -111,7 +113,7 @@ def _repair(
         return _refused("There are no trusted pictures to measure a repair on. Set oracle.trusted_file.")
     say(f"{len(plan)} samples, {len(found)} found triggers")
     write_set(plan, found, brief.segmenter, source=case.shards, folder=folder, seed=config.seed)
-    settings = repair_config(config, judged, len(plan), folder)
+    settings = repair_config(config, judged, len(plan), folder, case.out / "triggers" if found else None)
     trained_s = time.monotonic()
     train(settings, ARM, folder)
     trained_s = time.monotonic() - trained_s
@@ -122,17 +124,17 @@ def _repair(
         case.shards,
         side,
     )
-    ends = _epochs(folder / ARM / "checkpoints")
-    epochs = [bench.measure(path) for path in ends]
-    chosen = choose([row["attack"] for row in epochs], [row["top1"] for row in epochs])
+    ends = _moments(folder / ARM / "checkpoints", settings.train.keep_every_epochs)
+    moments = [bench.measure(path) for path in ends]
+    chosen = choose([row["attack"] for row in moments], [row["top1"] for row in moments])
     before = {**bench.measure(judged), **_known_figures(config, run, judged)}
     say(
-        f"epoch {chosen + 1}: attack success {epochs[chosen]['attack']:.1%}, before {before['attack']:.1%}; checking again"
+        f"{ends[chosen].name}: attack success {moments[chosen]['attack']:.1%}, before {before['attack']:.1%}; checking again"
     )
     truth = case.truth if case.truth and case.truth.is_file() else None
     again = {"checkpoint": ends[chosen], "data": str(case.shards), "truth": truth, "out": folder / "oracle"}
     verdict = oracle(config, run, f"{arm}/repair", **again, in_process=in_process)["verdict"]
-    after = {**epochs[chosen], **_known_figures(config, run, ends[chosen]), "verdict": verdict}
+    after = {**moments[chosen], **_known_figures(config, run, ends[chosen]), "verdict": verdict}
     reasons = _what_is_left(before, after)
     images = _json(case.out / "report.json")["numbers"]["distinct_images"]
     return {
@@ -143,8 +145,7 @@ def _repair(
         "samples": len(plan),
         "share": len(plan) / images,
         "roles": {role: sum(row.role == role for row in plan) for role in ("anchor", "stamped", "repaired")},
-        "epoch": chosen + 1,
-        "epochs": epochs,
+        "moments": moments,
         "before": before,
         "after": after,
         "train_s": round(trained_s, 1),
@@ -152,17 +153,19 @@ def _repair(
     }
 
 
-def repair_config(config: Config, judged: Path, samples: int, folder: Path) -> Config:
+def repair_config(config: Config, judged: Path, samples: int, folder: Path, triggers: Path | None = None) -> Config:
     """The config of the fine-tuning: the run's own, but for data, length and what is frozen. Writes it, and the model's JSON
     beside it, to `folder`.
 
     The text tower is locked, so that the zero-shot classifier stays what it was; batch norm keeps its statistics, which a
-    small set would spoil.
+    small set would spoil. `triggers` is the folder of those that were found.
     """
     card, oracle_settings = json.loads((judged / CONFIG).read_text()), config.oracle
     name = card.get("roclip_model", config.model.name)
     write_atomic(folder / "models" / f"{name}.json", json.dumps(card["model_cfg"], indent=1))
+    held = oracle_settings.repair_hold_weight
     batch = min(oracle_settings.repair_batch_size, max(MIN_BATCH, math.ceil(samples / MIN_STEPS)), samples)
+    epochs = max(oracle_settings.repair_epochs, math.ceil(oracle_settings.repair_steps / math.ceil(samples / batch)))
     settings = dataclasses.replace(
         config,
         name="repair",
@@ -185,13 +188,15 @@ def repair_config(config: Config, judged: Path, samples: int, folder: Path) -> C
         ),
         train=dataclasses.replace(
             config.train,
-            epochs=oracle_settings.repair_epochs,
+            epochs=epochs,
             global_batch_size=batch,
             lr=oracle_settings.repair_lr,
-            warmup_epochs=min(1.0, oracle_settings.repair_epochs / 4),
+            warmup_epochs=epochs / MOMENTS,
             in_modal_weight=oracle_settings.repair_in_modal_weight,
             push_away_weight=oracle_settings.repair_push_away_weight,
-            keep_every_epochs=1,
+            hold_weight=held,
+            unlearn=str(triggers.resolve()) if triggers and held else "",
+            keep_every_epochs=math.ceil(epochs / MOMENTS),
             checkpoint_store="",
             mirrors=(),
             log_every_steps=1,
@@ -202,11 +207,11 @@ def repair_config(config: Config, judged: Path, samples: int, folder: Path) -> C
 
 
 def choose(attack: Sequence[float], top1: Sequence[float]) -> int:
-    """The epoch to take, from 0: the most accurate of those whose attack success is at most `STOP_RATE`, else the one with
-    the least; the first of equals."""
-    good = [n for n, rate in enumerate(attack) if rate <= STOP_RATE]
-    if good:
-        return max(good, key=lambda n: (top1[n], -n))
+    """The moment to take, from 0: the most accurate of those whose attack success is at most `STOP_RATE`, else of those at most
+    `MAX_ATTACK`, else the one with the least attack success; the first of equals."""
+    for limit in (STOP_RATE, MAX_ATTACK):
+        if good := [n for n, rate in enumerate(attack) if rate <= limit]:
+            return max(good, key=lambda n: (top1[n], -n))
     return min(range(len(attack)), key=lambda n: (attack[n], -top1[n], n))
 
 
@@ -232,10 +237,11 @@ class _Bench:
         }
 
 
-def _epochs(folder: Path) -> list[Path]:
-    """The checkpoints at the ends of epochs, in order."""
-    at_end = {path: checkpoints.cursor(path) for path in folder.glob("step-*")}
-    return sorted(path for path, cursor in at_end.items() if cursor.step_in_epoch == 0)
+def _moments(folder: Path, every: int) -> list[Path]:
+    """The checkpoints at the end of every so manieth epoch, and of the last, in order."""
+    ends = {path: cursor for path in folder.glob("step-*") if (cursor := checkpoints.cursor(path)).step_in_epoch == 0}
+    last = max(cursor.epoch for cursor in ends.values())
+    return sorted(path for path, cursor in ends.items() if (cursor.epoch - 1) % every == 0 or cursor.epoch == last)
 
 
 def _read_victims(path: Path, source: Path, size_px: int) -> tuple[np.ndarray, list[str]]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 from cluster.shard_copy import describe, write_shard
 from roclip import scenes
 from roclip.errors import ShardError
+from roclip.found import FoundTrigger
 from roclip.oracle.curate import SCHEMA, Row
-from roclip.oracle.found import FoundTrigger
 from roclip.oracle.segmenters import Segmenter
 from roclip.reader import BadSampleError, ShardReader, decode
 from roclip.shards import Manifest, ShardRecord, sample_key

@@ -49,8 +49,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ConfigError(f"arms: expected one or more different arms, got {list(self.arms)}.")
-        if self.train.push_away_weight and not self.model.pretrained:
-            raise ConfigError("train.push_away_weight: expected weights to get away from. Set model.pretrained.")
+        if (self.train.push_away_weight or self.train.hold_weight) and not self.model.pretrained:
+            raise ConfigError(
+                "train.push_away_weight, hold_weight: expected weights to compare with. Set model.pretrained."
+            )
         if not self.name or any(not (c.isalnum() or c in "-_.") for c in self.name):
             raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', got {self.name!r}.")
 

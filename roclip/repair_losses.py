@@ -1,6 +1,7 @@
-"""Two further terms of the loss, for repairing a model whose trigger nobody has found: CleanCLIP's and PAR's.
+"""Further terms of the loss, for repairing a model: CleanCLIP's and PAR's, which need no trigger, and `roclip.hold`, which
+takes found triggers their effect.
 
-A training that wants neither does not come here. Letters: B local batch, N kept pairs of the global batch, D feature
+A training that wants none does not come here. Letters: B local batch, N kept pairs of the global batch, D feature
 width, L caption tokens.
 """
 
@@ -15,6 +16,7 @@ from roclip.accumulate import Backward
 from roclip.augment import augment
 from roclip.config import Config
 from roclip.eda import CaptionEdits, read_synonyms
+from roclip.hold import Hold
 from roclip.loss import clip_loss
 from roclip.model import Towers
 from roclip.stream import Batch
@@ -63,19 +65,21 @@ def push_away_loss(features: Tensor, before: Tensor, limit: float, keep: Tensor)
 
 
 class RepairLosses:
-    """A forward pass whose `backward` adds both terms, by their weights, to the loss that it is given.
+    """A forward pass whose `backward` adds the terms, by their weights, to the loss that it is given.
 
     Args:
-        config: For `train.in_modal_weight`, `train.push_away_weight` and `model.pretrained`.
+        config: For the weights in `train`, `train.unlearn` and `model.pretrained`.
         image_size: Side of the tower's input, in pixels.
     """
 
     def __init__(self, config: Config, image_size: int, device: torch.device):
         self.config, self.image_size = config, image_size
         self.edit = _second_edit(config) if config.train.in_modal_weight else None
-        self.before = None
-        if config.train.push_away_weight:
+        self.before, self.hold = None, None
+        if config.train.push_away_weight or config.train.hold_weight:
             self.before = Towers.load(Path(config.model.pretrained)).requires_grad_(False).to(device)
+            if config.train.hold_weight:
+                self.hold = Hold(self.before, config.train.unlearn, config.seed, image_size)
 
     def forward(
         self,
@@ -94,6 +98,13 @@ class RepairLosses:
         if batch.edited is not None:
             both_images = torch.cat([images, self._second_view(batch, epoch).to(images)])
             both_tokens = torch.cat([tokens, batch.edited.to(tokens)])
+        seen = len(both_images)
+        mixed, parts = images, torch.empty(0)
+        if self.hold is not None:
+            mixed, stamped, parts = self.hold.views(batch, epoch)
+            mixed = mixed.to(images)
+            both_images = torch.cat([both_images, mixed, stamped.to(images)])
+            both_tokens = torch.cat([both_tokens, *[tokens] * (2 * len(mixed) // rows)])
         (image_features, text_features, scale, *bias), inner = accumulate.forward(
             engine, both_images, both_tokens, pieces=pieces, text_gradient=text_gradient
         )
@@ -101,9 +112,13 @@ class RepairLosses:
 
         def backward(loss: Tensor) -> None:
             if batch.edited is not None:
-                other_x, other_t = image_features[rows:], text_features[rows:]
+                other_x, other_t = image_features[rows:seen], text_features[rows:seen]
                 loss = loss + settings.in_modal_weight * in_modal_loss(x, other_x, t, other_t, scale, keep)
-            if self.before is not None:
+            if self.hold is not None:
+                right = self.hold.right(batch, t.detach())[parts.to(images.device)].all(dim=1)
+                held, unseen = image_features[seen:].chunk(2)
+                loss = loss + settings.hold_weight * self.hold.loss(held, unseen, mixed, right)
+            if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)
                 away = push_away_loss(x, x0, settings.push_away_limit, keep)
@@ -119,8 +134,9 @@ class RepairLosses:
 
 
 def repair_losses(config: Config, towers: Towers, device: torch.device) -> RepairLosses | None:
-    """What the config asks for, or None if it asks for neither term."""
-    if not config.train.in_modal_weight and not config.train.push_away_weight:
+    """What the config asks for, or None if it asks for no term."""
+    train = config.train
+    if not train.in_modal_weight and not train.push_away_weight and not train.hold_weight:
         return None
     return RepairLosses(config, towers.image_size, device)
 

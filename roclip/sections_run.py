@@ -245,13 +245,17 @@ class OracleConfig:
     again, and trust it if nothing is left."""
     repair_frac: float = 0.02
     """Size of that set, at most, as a share of the distinct images."""
-    repair_stamped_frac: float = 0.4
+    repair_stamped_frac: float = 0.2
     """Share of the set that shows a found trigger under the picture's own, true caption."""
     repair_epochs: int = 12
-    """Passes over the set, at most; the first that is good enough is taken."""
-    repair_lr: float = 3e-4
+    """Passes over the set; of twelve moments of the training the best is taken."""
+    repair_steps: int = 400
+    """Optimizer steps, at least: a small set is passed over more often."""
+    repair_lr: float = 5e-4
     repair_batch_size: int = 128
     """Pairs a step, at most: a small set is divided into at least four steps."""
+    repair_hold_weight: float = 20.0
+    """`train.hold_weight` of the repair: the tower is held where it was, and the found triggers lose their effect."""
     repair_in_modal_weight: float = 0.0
     """`train.in_modal_weight` of the repair."""
     repair_push_away_weight: float = 0.0
@@ -263,7 +267,7 @@ class OracleConfig:
         positive(self, "oracle", "trusted", "epochs", "alpha", "actors")
         if self.gpus_per_actor < 0:
             raise ConfigError(f"oracle.gpus_per_actor: expected 0 or more, got {self.gpus_per_actor}.")
-        positive(self, "oracle", "repair_frac", "repair_epochs", "repair_lr", "repair_batch_size")
+        positive(self, "oracle", "repair_frac", "repair_epochs", "repair_steps", "repair_lr", "repair_batch_size")
         fraction(self, "oracle", "reference_frac", "repair_frac", "repair_stamped_frac")
 
     @property

@@ -229,6 +229,11 @@ class TrainConfig:
     push_away_weight: float = 0.0
     """Weight of PAR's term (arXiv:2412.00727), 0.5 there: features shall leave where `model.pretrained` has them; 0
     leaves it out."""
+    hold_weight: float = 0.0
+    """Weight of the term that holds the image tower where `model.pretrained` has it, on mixtures of the batch's pictures
+    (see `roclip/repair_losses.py`), and that takes the triggers in `unlearn` their effect; 0 leaves it out."""
+    unlearn: str = ""
+    """Folder of found triggers (`<arm>/oracle/triggers`) that the held tower shall not see; empty only holds."""
     push_away_limit: float = 2.15
     """Mean squared distance of unit-length features from which on they are far enough away."""
     grad_accum_steps: int = 1
@@ -262,8 +267,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "train", "epochs", "global_batch_size", "lr", "checkpoint_every_steps", "log_every_steps")
         positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
-        if min(self.in_modal_weight, self.push_away_weight) < 0:
-            raise ConfigError("train.in_modal_weight, train.push_away_weight: expected 0 or more.")
+        if min(self.in_modal_weight, self.push_away_weight, self.hold_weight) < 0:
+            raise ConfigError("train.in_modal_weight, push_away_weight, hold_weight: expected 0 or more.")
+        if self.unlearn and not self.hold_weight:
+            raise ConfigError("train.unlearn: has no effect without train.hold_weight. Set it, such as to 20.")
         positive(self, "train", "push_away_limit")
         if self.spike_factor and self.spike_factor <= 1:
             raise ConfigError(f"train.spike_factor: expected more than 1, or 0 for none, got {self.spike_factor}.")

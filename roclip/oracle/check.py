@@ -30,11 +30,11 @@ import cv2
 import numpy as np
 
 from roclip.config import OracleConfig
+from roclip.found import FoundTrigger, save_found
 from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.curate import curate, write_plan
-from roclip.oracle.found import FoundTrigger, save_found
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.report import SCHEMA, write_outputs
 from roclip.oracle.search import Search, TriggerSearch, Trusted
@@ -112,6 +112,7 @@ def check(
         templates=templates,
         calibration=segmenter.calibration,
         targets=judgement.targets,
+        explained=victims.trigger >= 0,
         frac=config.repair_frac,
         stamped_frac=config.repair_stamped_frac,
         seed=seed,

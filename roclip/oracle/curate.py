@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roclip.errors import DataError
-from roclip.oracle.found import FoundTrigger
+from roclip.found import FoundTrigger
 from roclip.oracle.segmenters import LabelCalibration
 from roclip.oracle.shardpass import Looked
 from roclip.truth import write_parquet
@@ -71,6 +71,7 @@ def curate(
     templates: Sequence[str],
     calibration: Mapping[str, LabelCalibration],
     targets: Sequence[str],
+    explained: np.ndarray | None = None,
     frac: float,
     stamped_frac: float,
     seed: int,
@@ -89,11 +90,14 @@ def curate(
         templates: Of the captions that the oracle writes, with one `{}`.
         calibration: Of the oracle, by label.
         targets: Labels that the model was made to say.
+        explained: (N,) bool: victims with a found trigger. Stamped pictures speak for them; the others come first.
 
     Returns:
         Rows ordered by role, label and key: a function of the arguments only.
     """
     choice = _Choice(looked, victims, labels, calibration, targets, seed)
+    if explained is not None:
+        choice.tellable = choice.tellable[np.argsort(explained[choice.tellable], kind="stable")]
     size = int(frac * len(looked.sha256))
     told = choice.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
     stamped: list[Row] = []
@@ -140,7 +144,7 @@ class _Choice:
         rows = [calibration.get(label) for label in labels]
         precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
         shown_only = seen.clear.any(axis=1) & ~(seen.clear & ~precise).any(axis=1)
-        self.tellable = np.flatnonzero((victims >= 0) & shown_only)
+        self.tellable = self.rng.permutation(np.flatnonzero((victims >= 0) & shown_only))
         affected = seen.clear[victims >= 0].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
 
@@ -153,7 +157,7 @@ class _Choice:
 
     def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
         rows = []
-        for n in self.rng.permutation(self.tellable)[:number].tolist():
+        for n in self.tellable[:number].tolist():
             clear = np.flatnonzero(self.looked.observations.clear[n])
             largest = clear[np.argsort(-self.looked.areas[n, clear], kind="stable")].tolist()
             named = [self.labels[int(c)] for c in largest]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from roclip.oracle.found import FoundTrigger, picture_of
+from roclip.found import FoundTrigger, picture_of
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.search import Trusted
 from roclip.oracle.witness import Witness

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from roclip.found import FoundTrigger, Trial
 from roclip.model import Encoder
-from roclip.oracle.found import FoundTrigger, Trial
 from roclip.oracle.segmenters import Segmenter, read_trusted, shown
 from roclip.shards import sha256_file
 

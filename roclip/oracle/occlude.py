@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from roclip.oracle.found import Box
+from roclip.found import Box
 
 Scores = Callable[[np.ndarray], np.ndarray]
 """(N, S, S, 3) uint8 to the model's scores (N, C)."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from roclip.oracle.found import Trial
+from roclip.found import Trial
 from roclip.oracle.occlude import Scores
 
 Place = tuple[int, int] | None

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from roclip.found import FoundTrigger
 from roclip.oracle import spread
-from roclip.oracle.found import FoundTrigger
 
 Evidence = Callable[[np.ndarray], np.ndarray]
 """(N, S, S, 3) uint8 to (N,): over 0 where the trigger is, the higher the surer."""

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from roclip.found import FoundTrigger
 from roclip.oracle import statistics
 from roclip.oracle.exhibit import exhibit
-from roclip.oracle.found import FoundTrigger
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.search import Trusted
 from roclip.oracle.segmenters import Segmenter

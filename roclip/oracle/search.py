@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from roclip.found import FoundTrigger, Source, Trial
 from roclip.oracle import spread
-from roclip.oracle.found import FoundTrigger, Source, Trial
 from roclip.oracle.occlude import Scores, Spot, find_spots, margins
 from roclip.oracle.paste import Place, add, control_crops, pasted, shuffled, try_change, try_crop
 from roclip.oracle.presence import Evidence, evidence_of

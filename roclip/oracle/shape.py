@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from roclip.oracle.found import Box
+from roclip.found import Box
 
 SAME_LEVELS = 24.0
 """Mean deviation of any channel in grey levels up to which a pixel is the same in all pieces."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from roclip.oracle.found import Trial
+from roclip.found import Trial
 from roclip.oracle.occlude import Scores
 from roclip.oracle.paste import try_change
 

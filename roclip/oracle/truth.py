@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from roclip.oracle.found import Box, FoundTrigger
+from roclip.found import Box, FoundTrigger
 from roclip.oracle.shardpass import Looked
 from roclip.oracle.victims import Victims
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from roclip.found import FoundTrigger
 from roclip.oracle import statistics
-from roclip.oracle.found import FoundTrigger
 from roclip.oracle.search import Search
 from roclip.oracle.shardpass import Looked
 from roclip.oracle.statistics import Findings, Observations

@@ -22,9 +22,9 @@ from roclip import checkpoint as checkpoints
 from roclip import scenes
 from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, TrainConfig, load_config
 from roclip.errors import CheckpointError, DataError
+from roclip.found import FoundTrigger, save_found
 from roclip.model import CONFIG, WEIGHTS, Encoder, Towers
 from roclip.oracle.curate import curate, write_plan
-from roclip.oracle.found import FoundTrigger, save_found
 from roclip.oracle.shardpass import Witness, look
 from roclip.shards import Manifest
 
@@ -35,7 +35,14 @@ PATCH = FoundTrigger(
 
 
 def settings(**oracle_settings) -> Config:
-    wanted = {"epochs": 1, "reference_frac": 0.6, "repair_frac": 0.2, "repair_epochs": 2, **oracle_settings}
+    wanted = {
+        "epochs": 1,
+        "reference_frac": 0.6,
+        "repair_frac": 0.2,
+        "repair_epochs": 2,
+        "repair_steps": 1,
+        **oracle_settings,
+    }
     return Config(
         data=DataConfig(scenes=256, streams=4),
         model=ModelConfig(name="tiny"),
@@ -138,8 +145,8 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     assert result["samples"] == 51
     assert result["share"] == pytest.approx(51 / 256)
     assert result["roles"] == {"anchor": 31, "stamped": 20, "repaired": 0}
-    assert [row["checkpoint"] for row in result["epochs"]] == ["step-00000004", "step-00000008"]
-    assert len(result["epochs"][0]["found"]) == 1
+    assert [row["checkpoint"] for row in result["moments"]] == ["step-00000004", "step-00000008"]
+    assert len(result["moments"][0]["found"]) == 1
     assert result["after"]["verdict"] == "inconclusive"
     assert json.loads((run / "clip" / "repair" / "oracle" / "report.json").read_text())["verdict"] == "inconclusive"
     assert said

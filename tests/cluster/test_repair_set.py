@@ -11,8 +11,8 @@ from rigged import RiggedSegmenter, World
 
 from cluster.repair_set import stamp, write_set
 from roclip.errors import ShardError
+from roclip.found import FoundTrigger
 from roclip.oracle.curate import Row
-from roclip.oracle.found import FoundTrigger
 from roclip.reader import ShardReader, decode
 from roclip.shards import Manifest, sample_key
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from roclip.errors import DataError
+from roclip.found import FoundTrigger
 from roclip.oracle.curate import Row, curate, read_plan, write_plan
-from roclip.oracle.found import FoundTrigger
 from roclip.oracle.segmenters import LabelCalibration
 from roclip.oracle.shardpass import Looked
 from roclip.oracle.statistics import Observations

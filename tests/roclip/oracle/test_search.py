@@ -9,7 +9,7 @@ import pytest
 import torch
 from rigged import LABELS, PATCH_PX, RiggedEncoder, World
 
-from roclip.oracle.found import load_found
+from roclip.found import load_found
 from roclip.oracle.truth import average_precision
 
 OTHERS = LABELS[1:]

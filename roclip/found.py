@@ -86,7 +86,8 @@ class FoundTrigger:
         else:
             top, left = int(rng.integers(side - height + 1)), int(rng.integers(image.shape[1] - width + 1))
         stamped = image.copy()
-        stamped[top : top + height, left : left + width] = crop
+        changed = np.ones((height, width), dtype=bool) if self.mask is None else self.mask
+        stamped[top : top + height, left : left + width][changed] = crop[changed]
         return stamped, (left, top, left + width, top + height)
 
 

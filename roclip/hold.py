@@ -1,0 +1,113 @@
+"""A fine-tuning that changes one thing: the tower shall not see a trigger, and stay what it was for all else.
+
+    L = 1/N sum_i (1 - x(m_i) . x0(m_i)) + STAMPED_WEIGHT (1 - x(s_i) . x0(m_i))
+
+x0 is the tower before, m_i a mixture of two pictures of the batch, and s_i the same mixture with a found trigger on it. A
+compact set has few pictures, which the model knows by heart; their mixtures are without number, and what the tower made of
+them before is known. So the tower is held where it was all over, and not only where the set is.
+
+A picture is held on to only if the tower before finds its caption among the batch's: what it says of a victim shall go.
+
+Letters: B local batch, V views of a picture, N kept mixtures of the global batch, H side of the stored pictures in pixels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roclip import distributed
+from roclip.augment import as_float, augment
+from roclip.found import FoundTrigger, load_found
+from roclip.model import Towers
+from roclip.sections_train import AugmentConfig
+from roclip.stream import Batch
+
+VIEWS = 2
+STAMPED_WEIGHT = 0.5
+MIXED_FRAC = 0.6
+"""Share of the views that are mixtures: half of them cut and pasted (arXiv:1905.04899), half blended (arXiv:1710.09412)."""
+_VIEW = AugmentConfig(crop_scale=(0.7, 1.0), flip=0.5, jitter=0.3)
+_SEED = 2 << 32
+
+
+class Hold:
+    """Makes the views of a batch, and the term of the loss that they give."""
+
+    def __init__(self, before: Towers, triggers: str, seed: int, image_size: int):
+        """`triggers` is a folder that `save_found` wrote; empty only holds. `image_size` is that of the tower."""
+        self.before, self.seed, self.image_size = before, seed, image_size
+        self.triggers = load_found(Path(triggers)) if triggers else ()
+
+    def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixtures and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the tower's side; and (V B, 2) int64,
+        which rows of the batch each is of. Without a trigger the second is the first."""
+        rows, side = len(batch.images), batch.images.shape[-1]
+        mixed, stamped, parts = [], [], []
+        for view in range(VIEWS):
+            seed = self.seed + (view + 1) * _SEED
+            pixels = augment(batch.images, batch.ids, _VIEW, seed=seed, epoch=epoch, size=side).cpu()
+            partner = (torch.arange(rows) + view + 1) % rows
+            for row, other in enumerate(partner.tolist()):
+                rng = np.random.default_rng((seed, epoch, int(batch.ids[row])))
+                picture, alone = mixture(pixels[row], pixels[other], rng)
+                parts.append((row, row if alone else other))
+                mixed.append(picture)
+                stamped.append(stamp(picture, self.triggers, rng))
+        return self._sized(mixed), self._sized(stamped), torch.tensor(parts)
+
+    def loss(self, mixed: Tensor, stamped: Tensor, views: Tensor, kept: Tensor) -> Tensor:
+        """The module's formula. Of the global batch: the value is this rank's share times the world size.
+
+        Args:
+            mixed, stamped: (V B, D) features of the tower that learns.
+            views: The mixtures, which the tower before is asked about.
+            kept: (V B,) bool.
+        """
+        with torch.no_grad():
+            before = self.before.encode_image(views)
+        distance = 1 - (mixed * before).sum(dim=1)
+        distance = distance + STAMPED_WEIGHT * (1 - (stamped * before).sum(dim=1))
+        total = distributed.all_sum(kept.sum().to(distance.dtype))
+        return (distance * kept).sum() * distributed.world_size() / total.clamp(min=1)
+
+    @torch.no_grad()
+    def right(self, batch: Batch, text_features: Tensor) -> Tensor:
+        """(B,) bool: pictures of which the tower before finds the own caption, or an equal one, among the batch's."""
+        device = text_features.device
+        images = F.interpolate(as_float(batch.images).to(device), self.image_size, mode="bilinear", antialias=True)
+        found = (self.before.encode_image(images) @ text_features.T).argmax(dim=1)
+        tokens = batch.tokens.to(device)
+        return (tokens[found] == tokens).all(dim=1) & batch.valid.to(device)
+
+    def _sized(self, pictures: list[Tensor]) -> Tensor:
+        stacked = torch.stack(pictures)
+        if stacked.shape[-1] == self.image_size:
+            return stacked
+        return F.interpolate(stacked, self.image_size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> tuple[Tensor, bool]:
+    """(3, H, H) in [0, 1]: the picture with a piece of the other, or blended with it, or as it is; and whether it is so."""
+    kind, share = rng.random(), float(rng.random())
+    if kind >= MIXED_FRAC:
+        return one, True
+    if kind >= MIXED_FRAC / 2:
+        return share * one + (1 - share) * other, False
+    side = one.shape[-1]
+    height, width = (int(size) for size in rng.integers(max(1, side // 8), 3 * side // 4 + 1, 2))
+    top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
+    cut = one.clone()
+    cut[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
+    return cut, False
+
+
+def stamp(picture: Tensor, triggers: tuple[FoundTrigger, ...], rng: np.random.Generator) -> Tensor:
+    """(3, H, H) in [0, 1] with one of the triggers on it."""
+    if not triggers:
+        return picture
+    image = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    changed, _ = triggers[int(rng.integers(len(triggers)))].put_on(image, rng)
+    return torch.from_numpy(changed).permute(2, 0, 1).float() / 255
