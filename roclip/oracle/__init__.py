@@ -1,8 +1,14 @@
 """The oracle check: a segmentation network that never saw the crawled data contradicts a poisoned model.
 
-Read `check.py` first: the verdict. `segmenters.py` says what an oracle is, `opening.py` which there are; `trained.py` is
-the one that this project trains, on what `mask_sets.py` reads. `shardpass.py` asks model and oracle about every image of
-the shards, `statistics.py` says which disagreements chance does not explain, `report.py` shows them.
+Read `check.py` first: the order of things.
+
+    eyes       segmenters.py (what an oracle is), trained.py, torchvision_net.py, hf_net.py, annotations.py, opening.py,
+               vocabulary.py, naming.py; mask_sets.py reads what one is trained on
+    pass       witness.py, looking.py, shardlook.py, shardpass.py: model and oracle look at every image, shard by shard
+    tests      statistics.py: which disagreements does chance not explain?
+    trigger    search.py: occlude.py, shape.py, paste.py, spread.py, presence.py: what causes a label, shown by doing it
+    victims    victims.py, curate.py: whom it was taught with, and the set that repairs it; measure.py: what a repair did
+    words      verdict.py, report.py, exhibit.py, truth.py
 
 After arXiv:2511.13545, with an oracle trained on masks instead of a second CLIP, and with a test against trusted
 images instead of a set difference.
