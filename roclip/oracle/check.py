@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from roclip.config import OracleConfig
@@ -35,17 +34,17 @@ from roclip.metrics import Progress
 from roclip.model import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.curate import curate, write_plan
+from roclip.oracle.held_out import Trusted, held_out_of
 from roclip.oracle.pictures import Pictures
 from roclip.oracle.report import SCHEMA, write_outputs
-from roclip.oracle.search import Search, TriggerSearch, Trusted
-from roclip.oracle.segmenters import Segmenter, read_trusted, shown
+from roclip.oracle.search import Search, TriggerSearch
+from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.shardlook import SavedLooks
 from roclip.oracle.shardpass import Looked, Witness, look
 from roclip.oracle.statistics import Findings, Observations
 from roclip.oracle.truth import against_truth
 from roclip.oracle.verdict import judge
 from roclip.oracle.victims import affected, find_victims
-from roclip.shards import sha256_file
 
 MAX_SCREENED = 3
 """Labels without a finding that are searched all the same: those whose lies the model repeats most."""
@@ -94,7 +93,7 @@ def check(
     witness = Witness(encoder, segmenter, labels, templates, config.label_map)
     looked = look(witness, shards, say, caption_key, saved)
     pictures = Pictures(looked, shards)
-    held_out = _held_out(segmenter, trusted, labels, looked.size_px)
+    held_out = held_out_of(segmenter, trusted, labels, looked.size_px)
     reference, skill = _reference(witness, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     unchecked = [label for label in labels if not segmenter.covers(label)]
@@ -154,23 +153,6 @@ def check(
     write_outputs(report, looked, victims, triggers, held_out, pictures, witness, out)
     say(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report
-
-
-def _held_out(segmenter: Segmenter, trusted: Path | None, labels: Sequence[str], size_px: int) -> Trusted:
-    """The trusted images that the segmenter did not train on and that show something, as large as the training images."""
-    if trusted is None:
-        empty = np.empty((0, size_px, size_px, 3), dtype=np.uint8)
-        return Trusted(empty, np.empty((0, len(labels)), dtype=bool), empty[..., 0])
-    images, masks = read_trusted(trusted, labels, size_px)
-    info = segmenter.info
-    if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
-        images, masks = images[info["reference_rows"]], masks[info["reference_rows"]]
-    shows = shown(masks, len(labels))
-    images, masks, shows = (rows[shows.any(axis=1)] for rows in (images, masks, shows))
-    if len(images) and images.shape[1] != size_px:
-        images = np.stack([cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA) for image in images])
-        masks = np.stack([cv2.resize(mask, (size_px, size_px), interpolation=cv2.INTER_NEAREST) for mask in masks])
-    return Trusted(images, shows, masks)
 
 
 def _reference(witness: Witness, held_out: Trusted) -> tuple[Observations, float]:

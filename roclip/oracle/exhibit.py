@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from roclip.found import FoundTrigger, picture_of
+from roclip.oracle.held_out import Trusted
 from roclip.oracle.pictures import Pictures
-from roclip.oracle.search import Trusted
 from roclip.oracle.witness import Witness
 
 SHOWN = 8

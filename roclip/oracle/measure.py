@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from roclip.found import FoundTrigger, Trial
 from roclip.model import Encoder
-from roclip.oracle.segmenters import Segmenter, read_trusted, shown
-from roclip.shards import sha256_file
+from roclip.oracle.held_out import held_out_of
+from roclip.oracle.segmenters import Segmenter
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,8 @@ class Reference:
     ):
         """`size_px` is the side for which the triggers were found. Raises `DataError` for trusted images that cannot be read."""
         self.labels, self.templates, self.found = list(labels), list(templates), found
-        images, masks = read_trusted(trusted, labels, size_px)
-        if "reference_rows" in segmenter.info and segmenter.info.get("trusted_sha256") == sha256_file(trusted):
-            rows = segmenter.info["reference_rows"]
-            images, masks = images[rows], masks[rows]
-        there = shown(masks, len(labels))
-        self.there = there[there.any(axis=1)]
-        self.images = np.stack([_resized(image, size_px) for image in images[there.any(axis=1)]])
+        held_out = held_out_of(segmenter, trusted, labels, size_px)
+        self.images, self.there = held_out.images, held_out.shows
         self.stamped = [
             np.stack(
                 [trigger.put_on(image, np.random.default_rng((seed, 82, n)))[0] for n, image in enumerate(self.images)]
@@ -74,7 +68,3 @@ class Reference:
         if not len(images):
             return np.empty(0, dtype=np.int64)
         return (encoder.images(images) @ encoder.classifier(self.labels, self.templates).T).argmax(dim=1).numpy()
-
-
-def _resized(image: np.ndarray, size_px: int) -> np.ndarray:
-    return image if len(image) == size_px else cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA)

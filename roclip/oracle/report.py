@@ -21,8 +21,8 @@ from PIL import Image
 from roclip.found import FoundTrigger
 from roclip.oracle import statistics
 from roclip.oracle.exhibit import exhibit
+from roclip.oracle.held_out import Trusted
 from roclip.oracle.pictures import Pictures
-from roclip.oracle.search import Trusted
 from roclip.oracle.segmenters import Segmenter
 from roclip.oracle.shardpass import Looked, Witness
 from roclip.oracle.victims import Victims

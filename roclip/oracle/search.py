@@ -17,6 +17,7 @@ import numpy as np
 
 from roclip.found import FoundTrigger, Source, Trial
 from roclip.oracle import spread
+from roclip.oracle.held_out import Trusted
 from roclip.oracle.occlude import Scores, Spot, find_spots, margins
 from roclip.oracle.paste import Place, add, control_crops, pasted, shuffled, try_change, try_crop
 from roclip.oracle.presence import Evidence, evidence_of
@@ -32,16 +33,6 @@ OCCLUDED, RESIDUAL = 16, 256
 PROBES, TRIED_ON, CONTROLS = 64, 16, 8
 MAX_TRIGGERS = 3
 """Of one label."""
-
-
-@dataclass(frozen=True)
-class Trusted:
-    """Trusted pictures that the segmenter did not train on, (R, S, S, 3) uint8, and what is on them, (R, C) bool."""
-
-    images: np.ndarray
-    shows: np.ndarray
-    masks: np.ndarray
-    """(R, S, S) uint8: 0 background, 1 + label."""
 
 
 @dataclass(frozen=True)
