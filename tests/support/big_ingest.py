@@ -2,7 +2,6 @@
 `python big_ingest.py FOLDER ROWS duplicates|suspect|drift` looks at it and prints seconds and peak RSS in MiB."""
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -69,7 +68,9 @@ def main() -> None:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this program alone: `ru_maxrss` would begin with what its parent had when it was forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":
