@@ -5,6 +5,7 @@ Letters: n images of a batch, K classes, Q queries of a universal model, P promp
 
 import hashlib
 import importlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,10 @@ class _Net(Segmenter):
         for start in range(0, len(images), self.batch_size):
             yield self._maps(images[start : start + self.batch_size]).float().cpu()
 
+    @abstractmethod
     def _maps(self, images: np.ndarray) -> Tensor:
         """Maps (n, 1 + K, h, w) of images (n, H, W, 3) uint8."""
-        raise NotImplementedError
+        ...
 
     def _to_device(self, inputs: Any) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}
