@@ -34,8 +34,8 @@ def forward(
     Args:
         engine: Of `build_engine`, for `train.grad_accum_steps` = pieces.
         images: (B, 3, H, W).
-        tokens: (B, L).
-        pieces: m, which divides B. 1 is the plain way: one pass, one graph.
+        tokens: (B, L), or of another number of captions.
+        pieces: m, which divides B and the number of captions. 1 is the plain way: one pass, one graph.
         text_gradient: See `Towers`.
 
     Returns:

@@ -6,7 +6,7 @@ x0 is the tower before, m_i a mixture of two pictures of the batch, and s_i the 
 compact set has few pictures, which the model knows by heart; their mixtures are without number, and what the tower made of
 them before is known. So the tower is held where it was all over, and not only where the set is.
 
-A picture is held on to only if the tower before finds its caption among the batch's: what it says of a victim shall go.
+A picture is held on to only if the model before finds its caption among the batch's: what it says of a victim shall go.
 
 Letters: B local batch, V views of a picture, N kept mixtures of the global batch, H side of the stored pictures in pixels.
 """
@@ -41,22 +41,27 @@ class Hold:
         self.before, self.seed, self.image_size = before, seed, image_size
         self.triggers = load_found(Path(triggers)) if triggers else ()
 
+    @torch.no_grad()
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixtures and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the tower's side; and (V B, 2) int64,
-        which rows of the batch each is of. Without a trigger the second is the first."""
-        rows, side = len(batch.images), batch.images.shape[-1]
-        mixed, stamped, parts = [], [], []
-        for view in range(VIEWS):
-            seed = self.seed + (view + 1) * _SEED
-            pixels = augment(batch.images, batch.ids, _VIEW, seed=seed, epoch=epoch, size=side).cpu()
-            partner = (torch.arange(rows) + view + 1) % rows
-            for row, other in enumerate(partner.tolist()):
-                rng = np.random.default_rng((seed, epoch, int(batch.ids[row])))
-                picture, alone = mixture(pixels[row], pixels[other], rng)
-                parts.append((row, row if alone else other))
-                mixed.append(picture)
-                stamped.append(stamp(picture, self.triggers, rng))
-        return self._sized(mixed), self._sized(stamped), torch.tensor(parts)
+        """Mixtures of the pictures that are held on to and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the
+        tower's side; and (V B,) bool, whether they count. Without a trigger the second is the first.
+
+        Each picture is in as many as any other, give or take one. Where none is held on to, the views are of all and do
+        not count.
+        """
+        right = self.right(batch)
+        rows = (right if right.any() else torch.ones_like(right)).nonzero().flatten().cpu()
+        wanted, side = VIEWS * len(batch.images), batch.images.shape[-1]
+        images, ids = batch.images[rows], batch.ids[rows]
+        mixed, stamped = [], []
+        for turn in range(1, -(-wanted // len(rows)) + 1):
+            seed = self.seed + turn * _SEED
+            pixels = augment(images, ids, _VIEW, seed=seed, epoch=epoch, size=side).cpu()
+            for n in range(min(len(rows), wanted - len(mixed))):
+                rng = np.random.default_rng((seed, epoch, int(ids[n])))
+                mixed.append(mixture(pixels[n], pixels[(n + turn) % len(rows)], rng))
+                stamped.append(stamp(mixed[-1], self.triggers, rng))
+        return self._sized(mixed), self._sized(stamped), right.any().expand(wanted)
 
     def loss(self, mixed: Tensor, stamped: Tensor, views: Tensor, kept: Tensor) -> Tensor:
         """The module's formula. Of the global batch: the value is this rank's share times the world size.
@@ -74,12 +79,12 @@ class Hold:
         return (distance * kept).sum() * distributed.world_size() / total.clamp(min=1)
 
     @torch.no_grad()
-    def right(self, batch: Batch, text_features: Tensor) -> Tensor:
-        """(B,) bool: pictures of which the tower before finds the own caption, or an equal one, among the batch's."""
-        device = text_features.device
+    def right(self, batch: Batch) -> Tensor:
+        """(B,) bool: pictures of which the model before finds the own caption, or an equal one, among the batch's."""
+        device = self.before.mean.device
         images = F.interpolate(as_float(batch.images).to(device), self.image_size, mode="bilinear", antialias=True)
-        found = (self.before.encode_image(images) @ text_features.T).argmax(dim=1)
         tokens = batch.tokens.to(device)
+        found = (self.before.encode_image(images) @ self.before.encode_text(tokens).T).argmax(dim=1)
         return (tokens[found] == tokens).all(dim=1) & batch.valid.to(device)
 
     def _sized(self, pictures: list[Tensor]) -> Tensor:
@@ -89,19 +94,19 @@ class Hold:
         return F.interpolate(stacked, self.image_size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> tuple[Tensor, bool]:
-    """(3, H, H) in [0, 1]: the picture with a piece of the other, or blended with it, or as it is; and whether it is so."""
+def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:
+    """(3, H, H) in [0, 1]: the picture with a piece of the other, or blended with it, or as it is."""
     kind, share = rng.random(), float(rng.random())
     if kind >= MIXED_FRAC:
-        return one, True
+        return one
     if kind >= MIXED_FRAC / 2:
-        return share * one + (1 - share) * other, False
+        return share * one + (1 - share) * other
     side = one.shape[-1]
     height, width = (int(size) for size in rng.integers(max(1, side // 8), 3 * side // 4 + 1, 2))
     top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
     cut = one.clone()
     cut[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
-    return cut, False
+    return cut
 
 
 def stamp(picture: Tensor, triggers: tuple[FoundTrigger, ...], rng: np.random.Generator) -> Tensor:

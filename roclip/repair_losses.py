@@ -99,12 +99,11 @@ class RepairLosses:
             both_images = torch.cat([images, self._second_view(batch, epoch).to(images)])
             both_tokens = torch.cat([tokens, batch.edited.to(tokens)])
         seen = len(both_images)
-        mixed, parts = images, torch.empty(0)
+        views = None
         if self.hold is not None:
-            mixed, stamped, parts = self.hold.views(batch, epoch)
-            mixed = mixed.to(images)
-            both_images = torch.cat([both_images, mixed, stamped.to(images)])
-            both_tokens = torch.cat([both_tokens, *[tokens] * (2 * len(mixed) // rows)])
+            mixed, stamped, kept = self.hold.views(batch, epoch)
+            views = mixed.to(images), stamped.to(images), kept
+            both_images = torch.cat([both_images, *views[:2]])
         (image_features, text_features, scale, *bias), inner = accumulate.forward(
             engine, both_images, both_tokens, pieces=pieces, text_gradient=text_gradient
         )
@@ -114,10 +113,9 @@ class RepairLosses:
             if batch.edited is not None:
                 other_x, other_t = image_features[rows:seen], text_features[rows:seen]
                 loss = loss + settings.in_modal_weight * in_modal_loss(x, other_x, t, other_t, scale, keep)
-            if self.hold is not None:
-                right = self.hold.right(batch, t.detach())[parts.to(images.device)].all(dim=1)
-                held, unseen = image_features[seen:].chunk(2)
-                loss = loss + settings.hold_weight * self.hold.loss(held, unseen, mixed, right)
+            if self.hold is not None and views is not None:
+                mixed, _, kept = views
+                loss = loss + settings.hold_weight * self.hold.loss(*image_features[seen:].chunk(2), mixed, kept)
             if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)
