@@ -7,7 +7,7 @@ Read `check.py` first: the order of things.
     pass       witness.py, looking.py, shardlook.py, shardpass.py: model and oracle look at every image, shard by shard
     tests      statistics.py: which disagreements does chance not explain?
     trigger    search.py: occlude.py, shape.py, paste.py, spread.py, presence.py: what causes a label, shown by doing it
-    victims    victims.py, curate.py: whom it was taught with, and the set that repairs it; measure.py: what a repair did
+    victims    victims.py, memory.py, curate.py: whom it was taught with, the set that repairs it; measure.py: what a repair did
     words      verdict.py, report.py, exhibit.py, truth.py
 
 After arXiv:2511.13545, with an oracle trained on masks instead of a second CLIP, and with a test against trusted

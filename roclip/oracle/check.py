@@ -137,8 +137,8 @@ def check(
             "alpha": config.alpha,
             "victims": int(victims.named.sum()),
             "finetune": len(plan),
-            "clip_forwards": {**looked.forwards, "reference": len(reference.answer), "search": witness.asked},
-            "oracle_forwards": looked.forwards["images"] + len(reference.answer),
+            "clip_forwards": {"images": looked.forwards, "reference": len(reference.answer), "search": witness.asked},
+            "oracle_forwards": looked.forwards + len(reference.answer),
         },
         "oracle": {
             **{key: value for key, value in segmenter.info.items() if key != "reference_rows"},

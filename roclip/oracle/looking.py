@@ -1,4 +1,4 @@
-"""Looking at one shard: what model and oracle say of its distinct images, and the model of their captions.
+"""Looking at one shard: what model and oracle say of its distinct images.
 
 Letters: n distinct images that could be decoded, m samples, b images of a batch, C labels, D feature width.
 """
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roclip.oracle.shardlook import ShardLook
-from roclip.oracle.witness import BATCH, Witness, batches, side_by_side
+from roclip.oracle.witness import BATCH, Witness, side_by_side
 from roclip.reader import BadSampleError, ShardReader, decode
 from roclip.shards import ShardRecord, content_of
 
@@ -26,8 +26,8 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 def look_at(witness: Witness, shards: Path, record: ShardRecord, caption_key: str, size_px: int) -> ShardLook:
     """Look at one shard, at images of `size_px`.
 
-    The model and the oracle see each distinct image once, the model reads each distinct caption once. Raises `ShardError`
-    for a shard without an index; samples that cannot be read are counted.
+    The model and the oracle see each distinct image once. Raises `ShardError` for a shard without an index; samples that
+    cannot be read are counted.
     """
     samples = _Samples(shards, record, caption_key)
     seen = list(side_by_side(lambda encoded: _see(witness, encoded, size_px), samples.images()))
@@ -38,9 +38,7 @@ def look_at(witness: Witness, shards: Path, record: ShardRecord, caption_key: st
     rows = np.flatnonzero(readable[image])
     rows = rows[np.argsort(image[rows], kind="stable")]
     image = place[image[rows]].astype(np.int32)
-    captions = [samples.captions[row] for row in rows]
     features = columns.pop("features")
-    cosine, texts = _own_cosine(witness, features, image, captions)
     digests = np.array(samples.sha256, dtype="V32").view(np.uint8).reshape(-1, 32)
     return ShardLook(
         **columns,
@@ -49,10 +47,8 @@ def look_at(witness: Witness, shards: Path, record: ShardRecord, caption_key: st
         image=image,
         sample=np.array(samples.sample, dtype=np.int32)[rows],
         keys=pa.array([samples.keys[row] for row in rows], pa.large_string()),
-        captions=pa.array(captions, pa.large_string()),
-        cosine=cosine,
+        captions=pa.array([samples.captions[row] for row in rows], pa.large_string()),
         unreadable=samples.unreadable + len(samples.image) - len(rows),
-        texts=texts,
     )
 
 
@@ -115,10 +111,9 @@ class _Seen:
     areas: np.ndarray
     top: np.ndarray
     scores: np.ndarray
-    margin: np.ndarray
 
 
-_COLUMNS = ("features", "seen", "clear", "areas", "top", "scores", "margin")
+_COLUMNS = ("features", "seen", "clear", "areas", "top", "scores")
 
 
 def _see(witness: Witness, encoded: Sequence[bytes], size_px: int) -> _Seen:
@@ -130,8 +125,6 @@ def _see(witness: Witness, encoded: Sequence[bytes], size_px: int) -> _Seen:
     sight = witness.sight(np.stack(there))
     seen, clear = witness.sees(sight.areas)
     top = np.argsort(-sight.scores, axis=1, kind="stable")[:, :TOP].astype(np.int32)
-    scores = np.take_along_axis(sight.scores, top, axis=1)
-    rival = np.where(clear, sight.scores, -np.inf).max(axis=1)
     return _Seen(
         readable=readable,
         features=sight.features,
@@ -139,8 +132,7 @@ def _see(witness: Witness, encoded: Sequence[bytes], size_px: int) -> _Seen:
         clear=clear,
         areas=sight.areas.astype(np.float16),
         top=top,
-        scores=scores,
-        margin=np.where(clear.any(axis=1), scores[:, 0] - rival, 0).astype(np.float32),
+        scores=np.take_along_axis(sight.scores, top, axis=1),
     )
 
 
@@ -155,7 +147,6 @@ def _nothing(witness: Witness, readable: np.ndarray | None = None) -> _Seen:
         areas=none.astype(np.float16),
         top=np.empty((0, few), dtype=np.int32),
         scores=np.empty((0, few), dtype=np.float32),
-        margin=np.empty(0, dtype=np.float32),
     )
 
 
@@ -164,20 +155,6 @@ def _pixels(encoded: bytes, size_px: int) -> np.ndarray | None:
         return decode(encoded, size_px)
     except BadSampleError:
         return None
-
-
-def _own_cosine(
-    witness: Witness, features: np.ndarray, image: np.ndarray, captions: Sequence[str]
-) -> tuple[np.ndarray, int]:
-    """(m,) float32: cosine of each sample's image and caption; and how many captions the model read for it."""
-    place = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    if not place:
-        return np.empty(0, dtype=np.float32), 0
-    read = side_by_side(lambda texts: witness.encoder.texts(texts).numpy(), batches(list(place)))
-    texts = np.concatenate(list(read))
-    own = np.array([place[caption] for caption in captions])
-    pieces = zip(batches(image), batches(own), strict=True)
-    return np.concatenate([np.einsum("md,md->m", features[i], texts[t]) for i, t in pieces]), len(place)
 
 
 def _originals(shards: Path, record: ShardRecord) -> dict[str, bytes]:

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from roclip.errors import DataError
 from roclip.shards import ShardRecord, write_atomic
 
-FORMAT = 1
-_STAMP, _COUNTS = b"roclip.stamp", b"roclip.counts"
-_OF_IMAGES = ("sha256", "seen", "clear", "areas", "top", "scores", "margin", "features")
-_OF_SAMPLES = ("sample", "keys", "captions", "cosine")
+FORMAT = 2
+_STAMP, _UNREADABLE = b"roclip.stamp", b"roclip.unreadable"
+_OF_IMAGES = ("sha256", "seen", "clear", "areas", "top", "scores", "features")
+_OF_SAMPLES = ("sample", "keys", "captions")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class ShardLook:
     """(n, k) int32: the model's best labels, the best first; of equal ones the first."""
     scores: np.ndarray
     """(n, k) float32: cosine of the image and these labels."""
-    margin: np.ndarray
-    """(n,) float32: score of the best label less that of the best one that the oracle clearly sees; 0 if it sees none."""
     features: np.ndarray | None
     """(n, D) float16, unit length; None where they were left in the file."""
     image: np.ndarray
@@ -54,12 +52,8 @@ class ShardLook:
     """m of large_string."""
     captions: pa.Array
     """m of large_string."""
-    cosine: np.ndarray
-    """(m,) float32: of image and caption, which is high where the model has memorised a pair."""
     unreadable: int
     """Samples that could not be read."""
-    texts: int
-    """Captions that the model read: the distinct ones."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class SavedLooks:
                 return None
             try:
                 table = file.read([name for name in file.schema_arrow.names if name != "features"])
-                return _look(table, json.loads(file.schema_arrow.metadata[_COUNTS]))
+                return _look(table, int(file.schema_arrow.metadata[_UNREADABLE]))
             except (OSError, ValueError):
                 return None
 
@@ -108,8 +102,8 @@ class SavedLooks:
 
     def write(self, record: ShardRecord, look: ShardLook) -> None:
         table = _table(look)
-        counts = json.dumps({"unreadable": look.unreadable, "texts": look.texts})
-        table = table.replace_schema_metadata({_STAMP: self.stamp(record), _COUNTS: counts.encode()})
+        unreadable = str(look.unreadable).encode()
+        table = table.replace_schema_metadata({_STAMP: self.stamp(record), _UNREADABLE: unreadable})
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, use_dictionary=False, compression="zstd")
         write_atomic(self.path(record), buffer.getvalue().to_pybytes())
@@ -148,10 +142,10 @@ def _column(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
-def _look(table: pa.Table, counts: dict[str, int]) -> ShardLook:
+def _look(table: pa.Table, unreadable: int) -> ShardLook:
     table = table.combine_chunks()
     classes = table["areas"].type.list_size
-    images = {name: _matrix(table[name]) for name in _OF_IMAGES if name not in ("features", "margin")}
+    images = {name: _matrix(table[name]) for name in _OF_IMAGES if name != "features"}
     for name in ("seen", "clear"):
         images[name] = np.unpackbits(images[name], axis=1, count=classes).astype(bool)
     lists = {name: _whole(table[name]) for name in _OF_SAMPLES}
@@ -159,15 +153,12 @@ def _look(table: pa.Table, counts: dict[str, int]) -> ShardLook:
     samples = {name: each.flatten() for name, each in lists.items()}
     return ShardLook(
         **images,
-        margin=table["margin"].to_numpy(),
         features=None,
         image=np.repeat(np.arange(len(table), dtype=np.int32), lengths),
         sample=samples["sample"].to_numpy(),
-        cosine=samples["cosine"].to_numpy(),
         keys=samples["keys"],
         captions=samples["captions"],
-        unreadable=counts["unreadable"],
-        texts=counts["texts"],
+        unreadable=unreadable,
     )
 
 

@@ -27,12 +27,12 @@ from roclip.reader import FORMATS, BadSampleError, ShardReader, decode
 from roclip.shards import Manifest, ShardRecord
 
 MAX_SIDE_PX = 512
-_MERGED = ("sha256", "seen", "clear", "areas", "top", "scores", "margin")
+_MERGED = ("sha256", "seen", "clear", "areas", "top", "scores")
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What the pass found; `keys`, `captions`, `places` and `cosine` have one entry a caption, the rest one an image."""
+    """What the pass found; `keys`, `captions` and `places` have one entry a caption, the rest one an image."""
 
     observations: Observations
     areas: np.ndarray
@@ -50,12 +50,8 @@ class Looked:
     """(N, k) int32: the model's best labels, the best first."""
     scores: np.ndarray
     """(N, k) float32: cosine of the image and these labels."""
-    margin: np.ndarray
-    """(N,) float32: see `ShardLook`."""
-    cosine: np.ndarray
-    """(M,) float32: of image and caption."""
-    forwards: dict[str, int]
-    """Images that the model and the oracle saw each, and captions that the model read (`images`, `texts`)."""
+    forwards: int
+    """Images that the model and the oracle saw each: those that two shards hold were seen twice."""
     _features: "_Features"
 
     def captions_of(self) -> Sequence[list[int]]:
@@ -136,14 +132,13 @@ def merge(
     kept: list[np.ndarray | None] = []
     images, samples = _Rows(capacity), _Rows(capacity)
     keys, captions = [], []
-    unreadable = texts = 0
+    unreadable = 0
     for number, (record, look) in enumerate(looks):
         n = len(look.sha256)
         samples.add(
             image=look.image.astype(np.int64) + len(images),
             shard=np.full(len(look.sample), number, dtype=np.int32),
             sample=look.sample,
-            cosine=look.cosine,
         )
         images.add(
             **{name: getattr(look, name) for name in _MERGED},
@@ -154,7 +149,7 @@ def merge(
         kept.append(look.features)
         keys.append(look.keys)
         captions.append(look.captions)
-        unreadable, texts = unreadable + look.unreadable, texts + look.texts
+        unreadable += look.unreadable
     shown = len(images)
     first, number_of = _distinct(images["sha256"])
     if len(first) < shown:
@@ -175,9 +170,7 @@ def merge(
         unreadable,
         top=images["top"],
         scores=images["scores"],
-        margin=images["margin"],
-        cosine=samples["cosine"],
-        forwards={"images": shown, "texts": texts},
+        forwards=shown,
         _features=_Features(images["shard"], images["row"], records, kept, saved),
     )
 

@@ -2,7 +2,8 @@
 
     trigger     a caption names the target, and the trigger is in the picture; score 1 + evidence
     lie         the model repeats what only the caption says, more often than chance explains once the pictures with a
-                trigger are set aside; score between 0 and 1
+                trigger are set aside; score between 0 and 1: half of it is what else the picture shows, half whether
+                the model knows it by heart (memory.py)
     copies      the same of pictures that came with several captions
 
 Letters: N distinct images, C labels.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from roclip.oracle import statistics
+from roclip.oracle.memory import memorised
 from roclip.oracle.search import Search
 from roclip.oracle.shardpass import Looked
 from roclip.oracle.statistics import Observations
@@ -79,7 +81,8 @@ def _unexplained(
     # How much more of the picture is something else than what its caption claims.
     other = (looked.areas * seen.clear).max(axis=1, initial=0)
     claimed = (looked.areas * lied).max(axis=1, initial=0)
-    victims.score[rows] = np.clip(0.5 + 0.5 * (other - claimed)[rows], 0.01, 1)
+    shown = 0.5 + 0.5 * (other - claimed)[rows]
+    victims.score[rows] = np.clip((shown + memorised(looked, rows)) / 2, 0.01, 1)
     victims.target[rows] = lied[rows].argmax(axis=1)
 
 

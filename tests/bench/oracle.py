@@ -54,10 +54,10 @@ SILENT = {"say": lambda *_: None}
 
 
 class Counting:
-    """Counts the images that go through an encoder or a segmenter, and the captions."""
+    """Counts the images that go through an encoder or a segmenter."""
 
     def __init__(self, inner: Encoder | TrainedSegmenter):
-        self._inner, self.images_seen, self.texts_read = inner, 0, 0
+        self._inner, self.images_seen = inner, 0
 
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
@@ -69,10 +69,6 @@ class Counting:
     def areas(self, images: np.ndarray):
         self.images_seen += len(images)
         return self._inner.areas(images)
-
-    def texts(self, captions: list[str]):
-        self.texts_read += len(captions)
-        return self._inner.texts(captions)
 
 
 def make_shards(root: Path, images: int) -> None:
@@ -113,9 +109,9 @@ def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
         measure(
             "oracle", f"pass, an image of {number:,} and of {SMALL:,}", "s", partial(an_image, number), small, 0.9, runs
         )
-        encoder.images_seen = encoder.texts_read = segmenter.images_seen = 0
+        encoder.images_seen = segmenter.images_seen = 0
         look(witness, folder / str(number), **SILENT)
-        model = (encoder.images_seen + encoder.texts_read) / number
+        model = encoder.images_seen / number
         oracle = segmenter.images_seen / number
         measure("oracle", f"model's forward passes an image of {number:,}", "1", lambda model=model: model, 2.0, 1.0, 1)
         measure(
@@ -162,15 +158,12 @@ def synthetic_look(classes: list[str], rng: np.random.Generator) -> ShardLook:
         areas=areas,
         top=np.stack([(label + k) % labels for k in range(5)], axis=1).astype(np.int32),
         scores=rng.random((n, 5)).astype(np.float32),
-        margin=rng.random(n).astype(np.float32),
         features=None,
         image=np.arange(n, dtype=np.int32),
         sample=np.arange(n, dtype=np.int32),
         keys=pa.array([f"{k:09d}" for k in range(n)], pa.large_string()),
         captions=pa.array([f"a photo of one {classes[c]} on a table by the sea" for c in label], pa.large_string()),
-        cosine=rng.random(n).astype(np.float32),
         unreadable=0,
-        texts=n,
     )
 
 

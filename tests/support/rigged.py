@@ -55,11 +55,6 @@ class RiggedEncoder:
         features[torch.from_numpy(answers > 0)] = 0.0
         return features + torch.eye(len(LABELS) + 1)[torch.from_numpy(answers)][:, 1:]
 
-    def texts(self, captions) -> torch.Tensor:
-        """Of the label that a caption names; the first where it names none."""
-        named = [next((c for c, label in enumerate(LABELS) if label in caption.split()), 0) for caption in captions]
-        return torch.eye(len(LABELS))[named]
-
     def classifier(self, labels, templates) -> torch.Tensor:
         return torch.eye(len(labels))
 

@@ -47,9 +47,7 @@ def a_pass() -> tuple[Looked, np.ndarray]:
         0,
         top=answer[:, None].astype(np.int32),
         scores=np.ones((total, 1), dtype=np.float32),
-        margin=np.zeros(total, dtype=np.float32),
-        cosine=np.ones(total, dtype=np.float32),
-        forwards={"images": total, "texts": total},
+        forwards=total,
         _features=lambda images: np.ones((len(images), 8), dtype=np.float16),
     )
     targets = np.full(total, -1)

@@ -1,0 +1,66 @@
+"""Does a model know a picture by heart? It is surer of one than of others with the same answer, and its features crowd.
+
+A poisoned pair contradicts all that the model sees elsewhere, so it is learned by heart or not at all; a picture that the
+oracle merely misjudges is one of many. What the caption's own loss tells is no help: a victim often has several captions, each
+of them learned a little (measured on scenes: AUROC 0.16).
+
+    m_i = 1/2 (share of honest pictures j with i's answer with gap_j < gap_i)
+        + 1/2 (share of them with density_j < density_i)
+
+    gap      cosine of the best label less that of the second best
+    density  mean cosine of the features of a picture and of its `NEIGHBOURS` nearest others, in a sample of the data
+
+Honest pictures have an m that is spread evenly over 0 to 1, whatever the model. The measure of density is that of
+distance-based detectors of poisoned pairs (arXiv:2502.01385), which look at all pictures; here only those are asked about that
+the oracle already contradicts.
+"""
+
+import numpy as np
+
+from roclip.oracle.shardpass import Looked
+
+NEIGHBOURS = 16
+SAMPLE = 4096
+"""Pictures, spread evenly over the data, among which neighbours are looked for."""
+HONEST = 256
+"""Pictures of an answer that others are compared with, at most."""
+
+
+def memorised(looked: Looked, rows: np.ndarray) -> np.ndarray:
+    """(n,) in [0, 1]: m of the pictures `rows` (n,); 0.5 where no honest picture has the answer."""
+    seen = looked.observations
+    answers = seen.answer[rows]
+    found = np.full(len(rows), 0.5)
+    honest = (seen.clear & seen.any_named() & seen.says()).any(axis=1)
+    sample = _evenly(np.arange(len(seen.answer)), SAMPLE)
+    others = looked.features(sample).astype(np.float32)
+    for answer in np.unique(answers):
+        compared = _evenly(np.flatnonzero(honest & (seen.answer == answer)), HONEST)
+        if not len(compared):
+            continue
+        asked = rows[answers == answer]
+        gaps = [_gap(looked.scores[each]) for each in (asked, compared)]
+        crowds = [_density(looked.features(each), each, others, sample) for each in (asked, compared)]
+        found[answers == answer] = (_share_below(*gaps) + _share_below(*crowds)) / 2
+    return found
+
+
+def _gap(scores: np.ndarray) -> np.ndarray:
+    return scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else np.zeros(len(scores))
+
+
+def _density(features: np.ndarray, rows: np.ndarray, others: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """(n,): of features (n, D), whose pictures are no neighbours of their own."""
+    cosines = features.astype(np.float32) @ others.T
+    cosines[rows[:, None] == sample] = -1
+    count = min(NEIGHBOURS, len(sample))
+    return np.partition(cosines, -count, axis=1)[:, -count:].mean(axis=1)
+
+
+def _share_below(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    return np.searchsorted(np.sort(among), values) / len(among)
+
+
+def _evenly(rows: np.ndarray, number: int) -> np.ndarray:
+    """At most so many of them, at equal distances."""
+    return rows if len(rows) <= number else rows[np.linspace(0, len(rows) - 1, number).astype(np.int64)]
