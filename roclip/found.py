@@ -64,7 +64,7 @@ class FoundTrigger:
     control: Trial = Trial(0, 0)
     """The best of the controls."""
     objects: Trial = Trial(0, 0)
-    """Of crops of the target's own objects."""
+    """Of the best crop of the target's own objects."""
     shuffled: Trial = Trial(0, 0)
     """Of the crop with its pixels in another order: a backdoor may go by texture."""
 

@@ -1,4 +1,4 @@
-"""A scrubbed environment and tiny shards."""
+"""Which tests may run side by side, a scrubbed environment, and tiny shards."""
 
 import atexit
 import os
@@ -14,6 +14,14 @@ environment_defaults()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
 _exit_status: list[int] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray run one after another: two of them on one machine would find each other's. Files stay whole."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

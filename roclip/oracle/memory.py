@@ -1,8 +1,9 @@
-"""Does a model know a picture by heart? It is surer of one than of others with the same answer, and its features crowd.
+"""Does a model know a picture by heart? It is sure of one, and the features of those with a trigger crowd.
 
-A poisoned pair contradicts all that the model sees elsewhere, so it is learned by heart or not at all; a picture that the
-oracle merely misjudges is one of many. What the caption's own loss tells is no help: a victim often has several captions, each
-of them learned a little (measured on scenes: AUROC 0.16).
+A picture that the oracle merely misjudges is a hard one, of which the model is not sure either. On one run of the demo, among
+pictures that the oracle contradicts (7 honest, 156 with a patch, 15 targeted), m has an AUROC of 0.99 for patches and 0.91 for
+targeted pictures; gap alone 0.99 and 0.91, density alone 0.97 and 0.50. What the caption's own loss tells is no help: a victim
+often has several captions, each of them learned a little (AUROC 0.05 and 0.16).
 
     m_i = 1/2 (share of honest pictures j with i's answer with gap_j < gap_i)
         + 1/2 (share of them with density_j < density_i)

@@ -28,6 +28,8 @@ MIN_FLIPS, MIN_TIMES_CONTROL = 0.5, 2.0
 MIN_BEYOND_OBJECTS = 0.25
 """By how much more a bag of crops must flip than crops of real objects: the oracle may have missed small ones."""
 MIN_SOURCES = 3
+BAG_SIZES = (1.25, 1.5, 2.0)
+"""Sides of crops, in fine windows: a spot is known to a quarter of one."""
 OCCLUDED, RESIDUAL = 16, 256
 """Suspects that are looked at piece by piece, and whose mean is taken, at most."""
 PROBES, TRIED_ON, CONTROLS = 64, 16, 8
@@ -146,7 +148,7 @@ class TriggerSearch:
     def _bag(self, target, numbers, images, there, probes, rng) -> FoundTrigger | None:
         """Crops about the spots, of the size that flips most; each has to flip by itself."""
         tried, window = probes[:TRIED_ON], there[0][1].window_px
-        sizes = [round(factor * window) for factor in (1.0, 1.5, 2.0)]
+        sizes = [round(factor * window) for factor in BAG_SIZES]
         some = there[: max(MIN_SOURCES, 4)]
         rates = []
         for size in sizes:
@@ -205,17 +207,22 @@ class TriggerSearch:
     def _controls(
         self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place: Place
     ) -> tuple[Trial, Trial]:
-        """The better of random crops and fills, and crops of the target's own objects."""
+        """The better of random crops and fills, and the best crop of the target's own objects.
+
+        All random crops count, of the objects the best: what is found was chosen for what it does, and must do more than an
+        object that was chosen so.
+        """
         t = self.trusted
         agree = t.images[t.shows[np.arange(len(t.images)), self.answers]]
         shows = t.shows[:, target]
         clean = agree if len(agree) else t.images
         crops = control_crops(clean, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng)
         trials = {
-            kind: add([try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind])
+            kind: [try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind]
             for kind, of_kind in crops.items()
         }
-        return max(trials["random"], trials["fill"], key=lambda trial: trial.rate), trials["object"]
+        arbitrary = max((add(trials[kind]) for kind in ("random", "fill")), key=lambda trial: trial.rate)
+        return arbitrary, max(trials["object"], key=lambda trial: trial.rate, default=Trial(0, 0))
 
 
 def _proved(trigger: FoundTrigger) -> bool:

@@ -63,12 +63,19 @@ class Observations:
 
     def lies(self) -> np.ndarray:
         """(N, C) bool: some caption of the image lies about the label."""
-        other = (self.clear[self.image] & ~self.named).any(axis=1, keepdims=True)
-        return self._any(self.named & ~self.seen[self.image] & other)
+        return self._any(self.named & ~self.seen[self.image] & self._something_else())
+
+    def doubts(self) -> np.ndarray:
+        """(N, C) bool: some caption of the image may lie about the label: the oracle sees something else, and this not surely."""
+        return self._any(self.named & ~self.clear[self.image] & self._something_else())
 
     def says(self) -> np.ndarray:
         """(N, C) bool: the model's answer."""
         return self.answer[:, None] == np.arange(self.seen.shape[1])
+
+    def _something_else(self) -> np.ndarray:
+        """(M, 1) bool: the oracle clearly sees what the caption does not name."""
+        return (self.clear[self.image] & ~self.named).any(axis=1, keepdims=True)
 
     def _any(self, rows: np.ndarray) -> np.ndarray:
         result = np.zeros(self.seen.shape, dtype=bool)

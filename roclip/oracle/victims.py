@@ -4,7 +4,8 @@
     lie         the model repeats what only the caption says, more often than chance explains once the pictures with a
                 trigger are set aside; score between 0 and 1: half of it is what else the picture shows, half whether
                 the model knows it by heart (memory.py)
-    copies      the same of pictures that came with several captions
+    copies      the same of pictures that came with several captions; it is enough that the oracle is not sure of what they
+                claim, if by chance that adds few
 
 Letters: N distinct images, C labels.
 """
@@ -21,6 +22,8 @@ from roclip.oracle.shardpass import Looked
 from roclip.oracle.statistics import Observations
 
 BATCH = 512
+MAX_WRONG = 0.05
+"""Of the victims, honest copies among them that chance explains."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,12 @@ def _unexplained(
     lied[:, told] = repeated[:, told]
     if statistics.repeats_copies(findings.copied, alpha):
         tested = np.isin(np.arange(lied.shape[1]), list(findings.lies))
-        lied |= repeated & tested & (seen.captions > 1)[:, None]
+        copied = rest & (seen.captions > 1)
+        lied |= repeated & tested & copied[:, None]
+        named = victims.named.sum() + lied.any(axis=1).sum()
+        by_chance = (reference.doubts() & reference.says()).any(axis=1).mean() * copied.sum()
+        if by_chance <= MAX_WRONG * named:
+            lied |= seen.doubts() & seen.says() & tested & copied[:, None]
     rows = np.flatnonzero(lied.any(axis=1))
     # How much more of the picture is something else than what its caption claims.
     other = (looked.areas * seen.clear).max(axis=1, initial=0)
