@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from looks import made_up
 
 from roclip.errors import DataError
 from roclip.found import FoundTrigger
@@ -35,24 +36,10 @@ def a_pass() -> tuple[Looked, np.ndarray]:
     clear[victims, STAR], clear[CLEAN : CLEAN + VICTIMS : 2, DISC] = True, True
     areas[victims, STAR], areas[CLEAN : CLEAN + VICTIMS : 2, DISC] = 0.1, 0.2
     answer[CLEAN + VICTIMS :], clear[CLEAN + VICTIMS :, DISC], named[CLEAN + VICTIMS :, DISC] = CROSS, True, True
-    captions = [f"caption {n}" for n in range(total)]
-    looked = Looked(
-        Observations(answer, clear, clear, np.arange(total), named),
-        areas,
-        [f"{n:064x}" for n in range(total)],
-        [f"{n:09d}" for n in range(total)],
-        captions,
-        [("00000.tar", n) for n in range(total)],
-        64,
-        0,
-        top=answer[:, None].astype(np.int32),
-        scores=np.ones((total, 1), dtype=np.float32),
-        forwards=total,
-        _features=lambda images: np.ones((len(images), 8), dtype=np.float16),
-    )
+    found = made_up(Observations(answer, clear, clear, np.arange(total), named), areas)
     targets = np.full(total, -1)
     targets[victims] = RING
-    return looked, targets
+    return found, targets
 
 
 def chosen(**changes) -> list[Row]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from looks import made_up
 
 from roclip.oracle.memory import HONEST, SAMPLE, memorised
 from roclip.oracle.shardpass import Looked
@@ -24,20 +25,8 @@ def a_pass(by_heart: int = BY_HEART) -> Looked:
     features = rng.normal(size=(total, 16))
     features[heart] = features[-1] + 0.01 * features[heart]
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
-    return Looked(
-        Observations(answer, clear, clear, np.arange(total), named),
-        np.zeros((total, 2), dtype=np.float16),
-        sha256=[f"{n:064x}" for n in range(total)],
-        keys=[f"{n:09d}" for n in range(total)],
-        captions=[""] * total,
-        places=[("00000.tar", n) for n in range(total)],
-        size_px=64,
-        unreadable=0,
-        top=np.stack([answer, 1 - answer], axis=1).astype(np.int32),
-        scores=np.stack([gap, np.zeros(total)], axis=1).astype(np.float32),
-        forwards=total,
-        _features=lambda images: features[images],
-    )
+    observations = Observations(answer, clear, clear, np.arange(total), named)
+    return made_up(observations, scores=np.stack([gap, np.zeros(total)], axis=1), features=features)
 
 
 def test_pictures_known_by_heart_stand_out_and_honest_ones_spread_evenly():
