@@ -115,7 +115,8 @@ class RepairLosses:
                 loss = loss + settings.in_modal_weight * in_modal_loss(x, other_x, t, other_t, scale, keep)
             if self.hold is not None and views is not None:
                 mixed, _, kept = views
-                loss = loss + settings.hold_weight * self.hold.loss(*image_features[seen:].chunk(2), mixed, kept)
+                held, unseen = image_features[seen:].chunk(2)
+                loss = loss + settings.hold_weight * self.hold.loss(held, unseen, mixed, kept)
             if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)
