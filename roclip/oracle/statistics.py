@@ -75,7 +75,7 @@ class Observations:
 
     def _something_else(self) -> np.ndarray:
         """(M, 1) bool: the oracle clearly sees what the caption does not name."""
-        return (self.clear[self.image] & ~self.named).any(axis=1)[:, None]
+        return np.asarray((self.clear[self.image] & ~self.named).any(axis=1, keepdims=True))
 
     def _any(self, rows: np.ndarray) -> np.ndarray:
         result = np.zeros(self.seen.shape, dtype=bool)
