@@ -143,7 +143,10 @@ class _Choice:
         self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
         rows = [calibration.get(label) for label in labels]
         precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
-        shown_only = seen.clear.any(axis=1) & ~(seen.clear & ~precise).any(axis=1)
+        self._shown = seen.clear.copy()  # without what the lie is about, which the oracle may hold for possible
+        told = np.flatnonzero(victims >= 0)
+        self._shown[told, victims[told]] = False
+        shown_only = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
         self.tellable = self.rng.permutation(np.flatnonzero((victims >= 0) & shown_only))
         affected = seen.clear[victims >= 0].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
@@ -158,7 +161,7 @@ class _Choice:
     def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
         rows = []
         for n in self.tellable[:number].tolist():
-            clear = np.flatnonzero(self.looked.observations.clear[n])
+            clear = np.flatnonzero(self._shown[n])
             largest = clear[np.argsort(-self.looked.areas[n, clear], kind="stable")].tolist()
             named = [self.labels[int(c)] for c in largest]
             caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))

@@ -63,19 +63,17 @@ class Observations:
 
     def lies(self) -> np.ndarray:
         """(N, C) bool: some caption of the image lies about the label."""
-        return self._any(self.named & ~self.seen[self.image] & self._something_else())
+        other = (self.clear[self.image] & ~self.named).any(axis=1, keepdims=True)
+        return self._any(self.named & ~self.seen[self.image] & other)
 
-    def doubts(self) -> np.ndarray:
-        """(N, C) bool: some caption of the image may lie about the label: the oracle sees something else, and this not surely."""
-        return self._any(self.named & ~self.clear[self.image] & self._something_else())
+    def contradicts(self) -> np.ndarray:
+        """(N, C) bool: the oracle would call a caption that names the label alone a lie."""
+        other = self.clear.sum(axis=1, keepdims=True) > self.clear
+        return ~self.seen & other
 
     def says(self) -> np.ndarray:
         """(N, C) bool: the model's answer."""
         return self.answer[:, None] == np.arange(self.seen.shape[1])
-
-    def _something_else(self) -> np.ndarray:
-        """(M, 1) bool: the oracle clearly sees what the caption does not name."""
-        return np.asarray((self.clear[self.image] & ~self.named).any(axis=1, keepdims=True))
 
     def _any(self, rows: np.ndarray) -> np.ndarray:
         result = np.zeros(self.seen.shape, dtype=bool)

@@ -4,8 +4,8 @@
     lie         the model repeats what only the caption says, more often than chance explains once the pictures with a
                 trigger are set aside; score between 0 and 1: half of it is what else the picture shows, half whether
                 the model knows it by heart (memory.py)
-    copies      the same of pictures that came with several captions; it is enough that the oracle is not sure of what they
-                claim, if by chance that adds few
+    copies      the same of pictures that came with several captions. If all of those are lies that the oracle can judge, but
+                for as many as it should miss, then so are those that it holds for possible or is blind to
 
 Letters: N distinct images, C labels.
 """
@@ -23,7 +23,7 @@ from roclip.oracle.statistics import Observations
 
 BATCH = 512
 MAX_WRONG = 0.05
-"""Of the victims, honest copies among them that chance explains."""
+"""Of the victims, honest copies that may be expected among them."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,13 @@ def _unexplained(
     lied[:, told] = repeated[:, told]
     if statistics.repeats_copies(findings.copied, alpha):
         tested = np.isin(np.arange(lied.shape[1]), list(findings.lies))
-        copied = rest & (seen.captions > 1)
-        lied |= repeated & tested & copied[:, None]
-        named = victims.named.sum() + lied.any(axis=1).sum()
-        by_chance = (reference.doubts() & reference.says()).any(axis=1).mean() * copied.sum()
-        if by_chance <= MAX_WRONG * named:
-            lied |= seen.doubts() & seen.says() & tested & copied[:, None]
+        copied = seen.any_named() & seen.says() & (rest & (seen.captions > 1))[:, None]
+        lied |= repeated & tested & copied
+        if (
+            _honest_copies(copied, repeated & copied, tested, reference)
+            <= MAX_WRONG * (victims.named | lied.any(axis=1)).sum()
+        ):
+            lied |= copied
     rows = np.flatnonzero(lied.any(axis=1))
     # How much more of the picture is something else than what its caption claims.
     other = (looked.areas * seen.clear).max(axis=1, initial=0)
@@ -92,6 +93,21 @@ def _unexplained(
     shown = 0.5 + 0.5 * (other - claimed)[rows]
     victims.score[rows] = np.clip((shown + memorised(looked, rows)) / 2, 0.01, 1)
     victims.target[rows] = lied[rows].argmax(axis=1)
+
+
+def _honest_copies(copied: np.ndarray, lied: np.ndarray, tested: np.ndarray, reference: Observations) -> float:
+    """How many honest pictures are to be expected among those whose captions the model repeats (N, C), with the lies (N, C) among
+    them and the labels (C,) that the oracle can judge.
+
+        H = max(0, judged - lies / q),  and the same share of those that it cannot judge
+
+    q is the share of lies that it contradicts: of trusted pictures with labels that they do not show.
+    """
+    lies = (lied & tested).any(axis=1).sum()
+    judged = (copied & tested).any(axis=1).sum()
+    q = reference.contradicts()[~reference.any_named() & tested].mean()
+    honest = max(0.0, judged - lies / max(q, 1e-9))
+    return honest + (copied.any(axis=1).sum() - judged) * honest / max(judged, 1)
 
 
 def affected(looked: Looked, victims: Victims, labels: Sequence[str]) -> dict[str, dict[str, int]]:

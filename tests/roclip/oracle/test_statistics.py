@@ -100,14 +100,13 @@ def test_a_true_caption_does_not_hide_the_lie_of_another_one():
     assert data.captions.tolist() == [2]
 
 
-def test_a_label_is_doubted_when_it_is_not_sure_and_something_else_is():
+def test_a_label_is_contradicted_when_it_is_not_seen_and_something_else_is_sure():
     there = np.eye(C, dtype=bool)
     seen, clear = there[[0]] | there[[1]], there[[0]]
-    data = Observations(np.array([1]), seen, clear, np.array([0, 0, 0]), there[[0, 1, 2]])
-    assert data.doubts().nonzero()[1].tolist() == [1, 2]
-    assert data.lies().nonzero()[1].tolist() == [2]
-    nothing_sure = Observations(np.array([1]), seen, np.zeros_like(clear), np.array([0]), there[[1]])
-    assert not nothing_sure.doubts().any()
+    data = Observations(np.array([1]), seen, clear, np.array([0]), there[[0]])
+    assert data.contradicts()[0].tolist() == [label > 1 for label in range(C)]
+    nothing_sure = Observations(np.array([1]), seen, np.zeros_like(clear), np.array([0]), there[[0]])
+    assert not nothing_sure.contradicts().any()
 
 
 def test_holm_orders_and_bounds_the_corrected_values():

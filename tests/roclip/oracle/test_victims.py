@@ -1,5 +1,7 @@
 """Who is named a victim, of observations that are made up."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from looks import made_up
@@ -7,44 +9,43 @@ from looks import made_up
 from roclip.oracle.statistics import Observations
 from roclip.oracle.victims import find_victims
 
-LABELS, COPIES = 4, 5
-RING, STAR = 0, 1
-SURE, UNSURE = 15, 1
+LABELS = 4
+RING, STAR, BLIND = 0, 1, 3
 
 
-def observed(answers, named, *, unsure=(), captions=1) -> Observations:
-    """Pictures of a star; of the unsure ones the oracle holds a ring for possible."""
-    n = len(answers)
+def stars(called: Sequence[int], *, unsure: int = 0, captions: int = 1) -> Observations:
+    """Pictures of a star with their names in captions, which the model repeats; of the first unsure ones the oracle holds a ring
+    for possible."""
+    n = len(called)
     clear = np.zeros((n, LABELS), dtype=bool)
     clear[:, STAR] = True
     seen = clear.copy()
-    seen[list(unsure), RING] = True
+    seen[:unsure, RING] = True
     image = np.repeat(np.arange(n), captions)
-    return Observations(np.array(answers), seen, clear, image, np.eye(LABELS, dtype=bool)[np.array(named)[image]])
+    return Observations(np.array(called), seen, clear, image, np.eye(LABELS, dtype=bool)[np.array(called)[image]])
 
 
-def victims_with(unsure_of_trusted: int) -> np.ndarray:
-    """Of 16 pictures of stars with five captions each that say ring, as the model does; the oracle holds one for possible. So
-    many of 200 trusted pictures that are rings look to the oracle like stars, rings perhaps."""
-    lied = observed([RING] * 16, [RING] * 16, unsure=[15], captions=COPIES)
-    rest = observed([STAR] * 2000, [STAR] * 2000)
+def named(copies: Observations, reference: Observations) -> list[bool]:
+    """Which of the pictures with several captions are victims, beside 2000 honest ones with one."""
+    n, rest = len(copies.answer), stars([STAR] * 2000)
     seen = Observations(
-        *(np.concatenate([getattr(lied, name), getattr(rest, name)]) for name in ("answer", "seen", "clear")),
-        np.concatenate([lied.image, rest.image + 16]),
-        np.concatenate([lied.named, rest.named]),
+        *(np.concatenate([getattr(copies, name), getattr(rest, name)]) for name in ("answer", "seen", "clear")),
+        np.concatenate([copies.image, rest.image + n]),
+        np.concatenate([copies.named, rest.named]),
     )
-    few = [RING] * unsure_of_trusted
-    reference = observed([*few, *[STAR] * (200 - len(few))], [*few, *[STAR] * (200 - len(few))], unsure=range(len(few)))
-    nothing = np.empty((0, 8, 8, 3), dtype=np.uint8)
-    return find_victims(made_up(seen), reference, range(LABELS), (), lambda rows: nothing, 0.01).named
+    pixels = np.empty((0, 8, 8, 3), dtype=np.uint8)
+    found = find_victims(made_up(seen), reference, (0, 1, 2), (), lambda rows: pixels, 0.01).named
+    assert not found[n:].any()
+    return found[:n].tolist()
 
 
-def test_copies_that_are_lied_about_are_named():
-    named = victims_with(0)
-    assert named[:SURE].all()
-    assert not named[16:].any()
+@pytest.mark.parametrize(("unsure_of_trusted", "expected"), [(0, False), (40, True)])
+def test_copy_of_which_the_oracle_is_not_sure_is_named_if_it_misses_as_many(unsure_of_trusted, expected):
+    copies = stars([RING] * 16, unsure=1, captions=5)
+    assert named(copies, stars([STAR] * 200, unsure=unsure_of_trusted)) == [expected] + [True] * 15
 
 
-@pytest.mark.parametrize(("of_trusted", "is_named"), [(0, True), (2, True), (40, False)])
-def test_a_copy_that_the_oracle_is_not_sure_of_is_named_where_chance_adds_few(of_trusted, is_named):
-    assert victims_with(of_trusted)[SURE] == is_named
+@pytest.mark.parametrize(("honest", "expected"), [(0, True), (40, False)])
+def test_copy_that_the_oracle_is_blind_to_is_named_if_the_others_are_lies(honest, expected):
+    copies = stars([BLIND] + [RING] * 15 + [STAR] * honest, captions=5)
+    assert named(copies, stars([STAR] * 200)) == [expected] + [True] * 15 + [False] * honest
