@@ -196,6 +196,7 @@ def repair_config(config: Config, judged: Path, samples: int, folder: Path, trig
             push_away_weight=oracle_settings.repair_push_away_weight,
             hold_weight=held,
             unlearn=str(triggers.resolve()) if triggers and held else "",
+            finetune=str((folder / "finetune.parquet").resolve()) if held else "",
             keep_every_epochs=math.ceil(epochs / MOMENTS),
             checkpoint_store="",
             mirrors=(),

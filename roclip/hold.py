@@ -6,7 +6,8 @@ x0 is the tower before, m_i a mixture of two pictures of the batch, and s_i the 
 compact set has few pictures, which the model knows by heart; their mixtures are without number, and what the tower made of
 them before is known. So the tower is held where it was all over, and not only where the set is.
 
-A picture is held on to only if the model before finds its caption among the batch's: what it says of a victim shall go.
+Of a repair's set only the anchors are held on to, of which model, oracle and caption agree: what the model says of a victim
+shall go.
 
 Letters: B local batch, V views of a picture, N kept mixtures of the global batch, H side of the stored pictures in pixels.
 """
@@ -14,12 +15,13 @@ Letters: B local batch, V views of a picture, N kept mixtures of the global batc
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from roclip import distributed
-from roclip.augment import as_float, augment
+from roclip.augment import augment
 from roclip.found import FoundTrigger, load_found
 from roclip.model import Towers
 from roclip.sections_train import AugmentConfig
@@ -36,12 +38,17 @@ _SEED = 2 << 32
 class Hold:
     """Makes the views of a batch, and the term of the loss that they give."""
 
-    def __init__(self, before: Towers, triggers: str, seed: int, image_size: int):
-        """`triggers` is a folder that `save_found` wrote; empty only holds. `image_size` is that of the tower."""
+    def __init__(self, before: Towers, triggers: str, finetune: str, seed: int, image_size: int):
+        """
+        Args:
+            triggers: A folder that `save_found` wrote; empty only holds.
+            finetune: The set's parquet (sample, role); empty holds on to every picture.
+            image_size: Side of the tower's input, in pixels.
+        """
         self.before, self.seed, self.image_size = before, seed, image_size
         self.triggers = load_found(Path(triggers)) if triggers else ()
+        self.anchors = _anchors(Path(finetune)) if finetune else None
 
-    @torch.no_grad()
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mixtures of the pictures that are held on to and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the
         tower's side; and (V B,) bool, whether they count. Without a trigger the second is the first.
@@ -49,8 +56,8 @@ class Hold:
         Each picture is in as many as any other, give or take one. Where none is held on to, the views are of all and do
         not count.
         """
-        right = self.right(batch)
-        rows = (right if right.any() else torch.ones_like(right)).nonzero().flatten().cpu()
+        held = self.held(batch)
+        rows = (held if held.any() else torch.ones_like(held)).nonzero().flatten()
         wanted, side = VIEWS * len(batch.images), batch.images.shape[-1]
         images, ids = batch.images[rows], batch.ids[rows]
         mixed, stamped = [], []
@@ -61,7 +68,7 @@ class Hold:
                 rng = np.random.default_rng((seed, epoch, int(ids[n])))
                 mixed.append(mixture(pixels[n], pixels[(n + turn) % len(rows)], rng))
                 stamped.append(stamp(mixed[-1], self.triggers, rng))
-        return self._sized(mixed), self._sized(stamped), right.any().expand(wanted)
+        return self._sized(mixed), self._sized(stamped), held.any().expand(wanted)
 
     def loss(self, mixed: Tensor, stamped: Tensor, views: Tensor, kept: Tensor) -> Tensor:
         """The module's formula. Of the global batch: the value is this rank's share times the world size.
@@ -78,20 +85,21 @@ class Hold:
         total = distributed.all_sum(kept.sum().to(distance.dtype))
         return (distance * kept).sum() * distributed.world_size() / total.clamp(min=1)
 
-    @torch.no_grad()
-    def right(self, batch: Batch) -> Tensor:
-        """(B,) bool: pictures of which the model before finds the own caption, or an equal one, among the batch's."""
-        device = self.before.mean.device
-        images = F.interpolate(as_float(batch.images).to(device), self.image_size, mode="bilinear", antialias=True)
-        tokens = batch.tokens.to(device)
-        found = (self.before.encode_image(images) @ self.before.encode_text(tokens).T).argmax(dim=1)
-        return (tokens[found] == tokens).all(dim=1) & batch.valid.to(device)
+    def held(self, batch: Batch) -> Tensor:
+        """(B,) bool: the pictures that are held on to."""
+        return batch.valid if self.anchors is None else batch.valid & torch.isin(batch.ids, self.anchors)
 
     def _sized(self, pictures: list[Tensor]) -> Tensor:
         stacked = torch.stack(pictures)
         if stacked.shape[-1] == self.image_size:
             return stacked
         return F.interpolate(stacked, self.image_size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _anchors(finetune: Path) -> Tensor:
+    """The numbers under which training knows the anchors."""
+    rows = pq.read_table(finetune, columns=["sample", "role"]).to_pylist()
+    return torch.tensor([int(row["sample"]) for row in rows if row["role"] == "anchor"], dtype=torch.int64)
 
 
 def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:

@@ -76,10 +76,11 @@ class RepairLosses:
         self.config, self.image_size = config, image_size
         self.edit = _second_edit(config) if config.train.in_modal_weight else None
         self.before, self.hold = None, None
-        if config.train.push_away_weight or config.train.hold_weight:
+        train = config.train
+        if train.push_away_weight or train.hold_weight:
             self.before = Towers.load(Path(config.model.pretrained)).requires_grad_(False).to(device)
-            if config.train.hold_weight:
-                self.hold = Hold(self.before, config.train.unlearn, config.seed, image_size)
+            if train.hold_weight:
+                self.hold = Hold(self.before, train.unlearn, train.finetune, config.seed, image_size)
 
     def forward(
         self,
@@ -102,7 +103,7 @@ class RepairLosses:
         views = None
         if self.hold is not None:
             mixed, stamped, kept = self.hold.views(batch, epoch)
-            views = mixed.to(images), stamped.to(images), kept
+            views = mixed.to(images), stamped.to(images), kept.to(images.device)
             both_images = torch.cat([both_images, *views[:2]])
         (image_features, text_features, scale, *bias), inner = accumulate.forward(
             engine, both_images, both_tokens, pieces=pieces, text_gradient=text_gradient

@@ -234,6 +234,8 @@ class TrainConfig:
     (see `roclip/repair_losses.py`), and that takes the triggers in `unlearn` their effect; 0 leaves it out."""
     unlearn: str = ""
     """Folder of found triggers (`<arm>/oracle/triggers`) that the held tower shall not see; empty only holds."""
+    finetune: str = ""
+    """`finetune.parquet` of the set that is trained on: the tower is held on its anchors alone; empty holds it on all."""
     push_away_limit: float = 2.15
     """Mean squared distance of unit-length features from which on they are far enough away."""
     grad_accum_steps: int = 1
@@ -269,8 +271,10 @@ class TrainConfig:
         positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
         if min(self.in_modal_weight, self.push_away_weight, self.hold_weight) < 0:
             raise ConfigError("train.in_modal_weight, push_away_weight, hold_weight: expected 0 or more.")
-        if self.unlearn and not self.hold_weight:
-            raise ConfigError("train.unlearn: has no effect without train.hold_weight. Set it, such as to 20.")
+        if (self.unlearn or self.finetune) and not self.hold_weight:
+            raise ConfigError(
+                "train.unlearn, finetune: have no effect without train.hold_weight. Set it, such as to 6."
+            )
         positive(self, "train", "push_away_limit")
         if self.spike_factor and self.spike_factor <= 1:
             raise ConfigError(f"train.spike_factor: expected more than 1, or 0 for none, got {self.spike_factor}.")

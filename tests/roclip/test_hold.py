@@ -1,8 +1,11 @@
 """Holding a tower where it was: the views of a batch, and the loss that they give."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,17 +33,18 @@ def a_batch(towers: Towers) -> Batch:
     return Batch(images, tokens, torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool), ())
 
 
-def hold_of(towers: Towers, monkeypatch: pytest.MonkeyPatch, right: Sequence[bool], triggers: str = "") -> Hold:
-    """One that thinks the tower before right about these pictures."""
-    hold = Hold(towers, triggers, 0, SIDE)
-    monkeypatch.setattr(hold, "right", lambda batch: torch.tensor(right))
-    return hold
+def hold_of(towers: Towers, folder: Path, anchors: Sequence[int], triggers: Sequence[FoundTrigger] = ()) -> Hold:
+    """One that holds on to the rows with these numbers."""
+    save_found(triggers, folder / "triggers")
+    roles = ["anchor" if row in anchors else "repaired" for row in range(ROWS)]
+    pq.write_table(
+        pa.table({"sample": [f"{row:09d}" for row in range(ROWS)], "role": roles}), folder / "finetune.parquet"
+    )
+    return Hold(towers, str(folder / "triggers"), str(folder / "finetune.parquet"), 0, SIDE)
 
 
-def test_stamped_views_differ_from_the_mixtures_by_the_trigger_alone(towers, tmp_path, monkeypatch):
-    save_found([RED], tmp_path / "triggers")
-    hold = hold_of(towers, monkeypatch, [True] * ROWS, str(tmp_path / "triggers"))
-    mixed, stamped, kept = hold.views(a_batch(towers), 1)
+def test_stamped_views_differ_from_the_mixtures_by_the_trigger_alone(towers, tmp_path):
+    mixed, stamped, kept = hold_of(towers, tmp_path, range(ROWS), [RED]).views(a_batch(towers), 1)
     assert mixed.shape == stamped.shape == (VIEWS * ROWS, 3, SIDE, SIDE)
     assert kept.tolist() == [True] * VIEWS * ROWS
     changed = ((mixed - stamped).abs() > 1 / 255).any(dim=1)
@@ -48,22 +52,28 @@ def test_stamped_views_differ_from_the_mixtures_by_the_trigger_alone(towers, tmp
     assert (stamped.permute(0, 2, 3, 1)[changed] == torch.tensor([1.0, 0.0, 0.0])).all()
 
 
-def test_views_are_of_pictures_alone_that_the_tower_before_is_right_about(towers, monkeypatch):
+def test_views_are_of_anchors_alone(towers, tmp_path):
     batch = a_batch(towers)
     batch.images[:] = 255
     batch.images[[1, 4, 5]] = torch.tensor([0, 60, 120], dtype=torch.uint8).view(3, 1, 1, 1)
-    some = [False, True, False, False, True, True]
-    mixed, _, kept = hold_of(towers, monkeypatch, some).views(batch, 1)
+    batch.valid[5] = False  # only fills the batch
+    mixed, _, kept = hold_of(towers, tmp_path, [1, 4, 5]).views(batch, 1)
     assert len(mixed) == len(kept) == VIEWS * ROWS
-    assert float(mixed.max()) < 0.7  # no white, also not by jitter
+    assert float(mixed.max()) < 60 * 1.3 / 255 + 0.01  # no lighter one, also not by jitter
     assert kept.all()
-    mixed, _, kept = hold_of(towers, monkeypatch, [False] * ROWS).views(batch, 1)
+    mixed, _, kept = hold_of(towers, tmp_path, []).views(batch, 1)
     assert len(mixed) == VIEWS * ROWS
     assert not kept.any()
 
 
-def test_views_are_the_same_for_the_same_epoch_and_others_for_the_next(towers, monkeypatch):
-    hold, batch = hold_of(towers, monkeypatch, [True] * ROWS), a_batch(towers)
+def test_all_are_held_without_a_set(towers):
+    batch = a_batch(towers)
+    batch.valid[2] = False
+    assert Hold(towers, "", "", 0, SIDE).held(batch).tolist() == [True, True, False, True, True, True]
+
+
+def test_views_are_the_same_for_the_same_epoch_and_others_for_the_next(towers):
+    hold, batch = Hold(towers, "", "", 0, SIDE), a_batch(towers)
     one, plain, _ = hold.views(batch, 1)
     assert torch.equal(one, plain)  # nothing to put on
     assert torch.equal(one, hold.views(batch, 1)[0])
@@ -71,7 +81,7 @@ def test_views_are_the_same_for_the_same_epoch_and_others_for_the_next(towers, m
 
 
 def test_loss_is_that_of_the_formula(towers):
-    hold = Hold(towers, "", 0, SIDE)
+    hold = Hold(towers, "", "", 0, SIDE)
     views = torch.rand(4, 3, SIDE, SIDE)
     with torch.no_grad():
         before = towers.encode_image(views)
@@ -81,17 +91,6 @@ def test_loss_is_that_of_the_formula(towers):
     torch.testing.assert_close(hold.loss(mixed, stamped, views, kept), torch.stack(expected).mean())
     assert float(hold.loss(before, before, views, kept)) == pytest.approx(0, abs=1e-6)
     assert float(hold.loss(mixed, stamped, views, torch.zeros(4, dtype=torch.bool))) == 0
-
-
-def test_tower_before_is_right_when_it_finds_the_caption_or_an_equal_one(towers, monkeypatch):
-    batch = a_batch(towers)
-    with torch.no_grad():
-        texts = torch.linalg.pinv(towers.encode_image(batch.images.float() / 255)).T  # each likes one picture only
-    texts[[0, 1]] = texts[[1, 0]]  # two that it takes for each other
-    monkeypatch.setattr(towers, "encode_text", lambda tokens: texts)
-    assert Hold(towers, "", 0, SIDE).right(batch).tolist() == [False, False, True, True, True, True]
-    batch.tokens[1] = batch.tokens[0]
-    assert Hold(towers, "", 0, SIDE).right(batch).tolist() == [True] * 6
 
 
 def test_mixture_is_one_picture_or_of_both():
