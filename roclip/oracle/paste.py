@@ -14,6 +14,7 @@ Letters: M probes, K crops, S side in pixels.
 
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 
 from roclip.found import Trial
@@ -57,7 +58,8 @@ def control_crops(
     number: int,
     rng: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
-    """Crops that should cause nothing, `number` of each kind, as the module's head says.
+    """Crops that should cause nothing, `number` of each kind, as the module's head says; of objects pieces, and as many whole ones
+    made as small as a crop: what the oracle misses is small.
 
     Args:
         clean: (N, S, S, 3) uint8, pictures of any label on which all agree.
@@ -82,6 +84,8 @@ def control_crops(
                 top = int(np.clip(rows[at] - height // 2, 0, side - height))
                 left = int(np.clip(columns[at] - width // 2, 0, side - width))
                 crops["object"].append(objects[which][top : top + height, left : left + width])
+                whole = objects[which][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+                crops["object"].append(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA))
     return crops
 
 

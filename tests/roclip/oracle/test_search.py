@@ -10,6 +10,7 @@ import torch
 from rigged import LABELS, PATCH_PX, RiggedEncoder, World
 
 from roclip.found import load_found
+from roclip.oracle.paste import control_crops
 from roclip.oracle.truth import average_precision
 
 OTHERS = LABELS[1:]
@@ -126,3 +127,14 @@ def test_average_precision_is_that_of_the_ranking():
     score, real = np.array([0.9, 0.8, 0.7, 0.0, 0.0]), np.array([True, False, True, True, False])
     # 1/1 and 2/3 where the first two stand; the third ties with another behind them: 3 of 5
     assert average_precision(score, real) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+
+
+def test_objects_are_tried_in_pieces_and_whole_but_small():
+    picture = np.zeros((1, 32, 32, 3), dtype=np.uint8)
+    picture[0, 4:28, 8:24] = 90
+    picture[0, 4:16, 8:24] = 200  # an object of two halves
+    crops = control_crops(picture, picture, picture[..., 0] > 0, (6, 4), 5, np.random.default_rng(0))
+    pieces, whole = crops["object"][::2], crops["object"][1::2]
+    assert len(pieces) == len(whole) == 5
+    assert all(crop.shape == (6, 4, 3) for crop in crops["object"])
+    assert all((crop[:3] == 200).all() and (crop[3:] == 90).all() for crop in whole)
