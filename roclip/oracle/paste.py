@@ -58,8 +58,8 @@ def control_crops(
     number: int,
     rng: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
-    """Crops that should cause nothing, `number` of each kind, as the module's head says; of objects pieces, and as many whole ones
-    made as small as a crop: what the oracle misses is small.
+    """Crops that should cause nothing, `number` of each kind, as the module's head says. Of objects they are pieces, and as many
+    whole ones made as small as a crop: what the oracle misses is small.
 
     Args:
         clean: (N, S, S, 3) uint8, pictures of any label on which all agree.
