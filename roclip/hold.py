@@ -1,6 +1,6 @@
 """A fine-tuning that changes one thing: the tower shall not see a trigger, and stay what it was for all else.
 
-    L = 1/N sum_i (1 - x(m_i) . x0(m_i)) + STAMPED_WEIGHT (1 - x(s_i) . x0(m_i))
+    L = 1/N sum_i [ (1 - x(m_i) . x0(m_i)) + STAMPED_WEIGHT (1 - x(s_i) . x0(m_i)) ]
 
 x0 is the tower before, m_i a mixture of two pictures of the batch, and s_i the same mixture with a found trigger on it. A
 compact set has few pictures, which the model knows by heart; their mixtures are without number, and what the tower made of
@@ -9,7 +9,8 @@ them before is known. So the tower is held where it was all over, and not only w
 Of a repair's set only the anchors are held on to, of which model, oracle and caption agree: what the model says of a victim
 shall go.
 
-Letters: B local batch, V views of a picture, N kept mixtures of the global batch, H side of the stored pictures in pixels.
+Letters: B local batch, V views for each of its pictures, N kept mixtures of the global batch, H side of the stored
+pictures in pixels.
 """
 
 from pathlib import Path
@@ -53,8 +54,8 @@ class Hold:
         """Mixtures of the pictures that are held on to and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the
         tower's side; and (V B,) bool, whether they count. Without a trigger the second is the first.
 
-        Each picture is in as many as any other, give or take one. Where none is held on to, the views are of all and do
-        not count.
+        Each such picture begins as many of them as any other, give or take one. Where none is held on to, the views are of
+        all and do not count.
         """
         held = self.held(batch)
         rows = (held if held.any() else torch.ones_like(held)).nonzero().flatten()
