@@ -4,9 +4,11 @@ import atexit
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kit import tiny_shards
+from xdist.scheduler import LoadScopeScheduling
 
 from roclip.config import environment_defaults
 
@@ -16,12 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch y
 _exit_status: list[int] = []
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray run one after another: two of them on one machine would find each other's. Files stay whole."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+class OneRayAtATime(LoadScopeScheduling):
+    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return str(Path(file).parent) if file.startswith("tests/cluster/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRayAtATime:
+    return OneRayAtATime(config, log)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
