@@ -17,7 +17,7 @@ from cluster.oracle_pass import cpus_per_actor, look_with_actors
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import DataError, StageError
 from roclip.metrics import Progress
-from roclip.model import Encoder, Towers, weights_file
+from roclip.model import Encoder, weights_file
 from roclip.oracle.check import check
 from roclip.oracle.opening import open_segmenter
 from roclip.oracle.report import SCHEMA
@@ -58,7 +58,8 @@ def oracle(
     nodes = [node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]]
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, max(nodes))  # training is over: take its share
     what = (dump_config(config), run.resolve(), arm, str(Path.cwd()), named)
-    looks = _get(_prepare.options(num_cpus=cpus, name=f"oracle:{arm}:prepare").remote(*what), arm)
+    gpus = min(config.oracle.gpus_per_actor, 1.0)
+    looks = _get(_prepare.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle:{arm}:prepare").remote(*what), arm)
     if looks is not None:
         shards, saved = looks
         mine = float(os.cpu_count() or 1) if config.cluster.address == "local" else max(nodes)
@@ -72,7 +73,7 @@ def oracle(
             gpus=config.oracle.gpus_per_actor,
             say=_teller(run, arm),
         )
-    return _get(_judge.options(num_cpus=cpus, name=f"oracle:{arm}:judge").remote(*what), arm)
+    return _get(_judge.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle:{arm}:judge").remote(*what), arm)
 
 
 def judge(
@@ -162,11 +163,10 @@ def _judge(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) 
 
 
 def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Witness:
-    """An actor's, on its GPU if it has one."""
     settings = _settled(config, where)
     brief = brief_of(settings, run, arm, None, **named)
-    towers = Towers.load(brief.case.checkpoint).to("cuda" if settings.oracle.gpus_per_actor else "cpu")
-    return Witness(Encoder(towers), brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
+    encoder = Encoder.load(brief.case.checkpoint)
+    return Witness(encoder, brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
 
 
 def _settled(config: str, where: str) -> Config:

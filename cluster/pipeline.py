@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.ingest_stage import fetching, index
 from cluster.oracle_case import is_step
 from cluster.oracle_job import oracle, progress_file
@@ -22,7 +20,7 @@ from roclip.config import Config
 from roclip.errors import CheckpointError, ConfigError, DataError
 from roclip.evaluate import evaluate, load_evaluation_set
 from roclip.metrics import read_metrics
-from roclip.model import Encoder, Towers
+from roclip.model import Encoder
 from roclip.report import write_report
 from roclip.shards import Manifest, write_atomic
 
@@ -72,7 +70,7 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
         data = load_evaluation_set(config, here.path / "origin")
         if folder is not None:
             name = Path(folder).resolve().name
-            figures = evaluate(_encoder(Path(folder)), data)
+            figures = evaluate(Encoder.load(Path(folder)), data)
             path = here.path / f"evaluation-{name}.json"
             write_atomic(path, json.dumps({"checkpoint": folder, **figures}, indent=1))
             return {"arms": {name: figures}}
@@ -82,7 +80,7 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
             if latest is None:
                 raise CheckpointError(f"{here.path / arm}: expected a checkpoint, got none. Run `roclip train` first.")
             checkpoint.verify(latest)
-            arms[arm] = evaluate(_encoder(latest), data)
+            arms[arm] = evaluate(Encoder.load(latest), data)
             result = {"checkpoint": latest.name, **arms[arm]}
             write_atomic(here.path / arm / "evaluation.json", json.dumps(result, indent=1))
         return {"arms": arms}
@@ -109,10 +107,6 @@ def oracle_only(
                 f"--out: expected one training to report of, got {', '.join(arms)}. Set 'arms=[{arms[-1]}]'."
             )
         return {"arms": {arm: {"oracle": _judge(here, arm, **named)} for arm in arms}}
-
-
-def _encoder(folder: Path) -> Encoder:
-    return Encoder(Towers.load(folder).to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # ---- the stages ---------------------------------------------------------------------------------------------

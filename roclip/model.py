@@ -224,7 +224,8 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
-        return cls(Towers.load(folder))
+        """From a checkpoint's folder, on this process's GPU if it has one."""
+        return cls(Towers.load(folder).to(device_at_hand()))
 
     @torch.inference_mode()
     def images(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
@@ -252,6 +253,11 @@ class Encoder:
         prompts = [template.format(label) for label in labels for template in templates]
         features = self.texts(prompts).view(len(labels), len(templates), -1).mean(dim=1)
         return F.normalize(features, dim=-1)
+
+
+def device_at_hand() -> torch.device:
+    """The first GPU that this process sees (Ray shows a task those it was lent), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def weights_file(folder: Path) -> Path:

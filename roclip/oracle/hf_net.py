@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from roclip.errors import CheckpointError, ConfigError
+from roclip.model import device_at_hand
 from roclip.oracle.segmenters import UNMEASURED, Segmenter, with_background
 from roclip.shards import sha256_file
 
@@ -57,7 +58,7 @@ class _Net(Segmenter):
     batch_size = 4
 
     def __init__(self, folder: Path, kind: str, task: str, labels: Sequence[str], independent: bool):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device_at_hand()
         self.net: Any = _load(task, folder).to(self.device).eval()
         self.labels = tuple(labels)
         self.calibration = dict.fromkeys(self.labels, UNMEASURED)

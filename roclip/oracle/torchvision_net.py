@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from roclip.errors import CheckpointError, ConfigError
+from roclip.model import device_at_hand
 from roclip.oracle.mask_sets import read_labels, without_background
 from roclip.oracle.segmenters import UNMEASURED, Segmenter, with_background
 from roclip.plain_weights import read_weights
@@ -53,7 +54,7 @@ class TorchvisionSegmenter(Segmenter):
         self._instances = name.startswith("maskrcnn")
         self.size_px = size_px or (INSTANCE_SIDE_PX if self._instances else SEMANTIC_SIDE_PX)
         self.labels = _class_names(weights, len(head))
-        self.batch_size, self.device = batch_size, "cuda" if torch.cuda.is_available() else "cpu"
+        self.batch_size, self.device = batch_size, device_at_hand()
         self.net = _build(name, state, len(head), self.size_px if self._instances else 0, weights).to(self.device)
         self.calibration = dict.fromkeys(self.labels, UNMEASURED)
         self.info = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from roclip.config import OracleConfig
 from roclip.errors import CheckpointError, DataError
 from roclip.metrics import Progress
+from roclip.model import device_at_hand
 from roclip.oracle.mask_sets import MaskSet, read_parquet
 from roclip.oracle.segmenters import LabelCalibration, Segmenter, calibrate, decode_masked, mean_iou
 from roclip.shards import sha256_file, write_atomic
@@ -36,7 +37,9 @@ class TrainedSegmenter(Segmenter):
     """The network of `train_segmenter` with its calibration."""
 
     def __init__(self, net: nn.Module, labels: Sequence[str], size_px: int, batch_size: int = 128):
-        self.net, self.labels, self.size_px, self.batch_size = net.eval(), tuple(labels), size_px, batch_size
+        self.device = device_at_hand()
+        self.net, self.labels = net.to(self.device).eval(), tuple(labels)
+        self.size_px, self.batch_size = size_px, batch_size
         self.calibration: dict[str, LabelCalibration] = {}
         self.info: dict[str, Any] = {}
 
@@ -44,10 +47,10 @@ class TrainedSegmenter(Segmenter):
     def maps(self, images: np.ndarray) -> Iterator[Tensor]:
         for start in range(0, len(images), self.batch_size):
             batch = np.ascontiguousarray(images[start : start + self.batch_size])
-            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float().div(255)
+            pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().div(255)
             if pixels.shape[-2:] != (self.size_px, self.size_px):
                 pixels = F.interpolate(pixels, self.size_px, mode="bilinear", antialias=True, align_corners=False)
-            yield self.net(pixels).float().softmax(dim=1)
+            yield self.net(pixels).float().softmax(dim=1).cpu()
 
     def save(self, folder: Path) -> None:
         """Write weights, then the card that names their sha256; a reader sees both or neither."""
@@ -141,8 +144,8 @@ def train_on(
 ) -> TrainedSegmenter:
     """Train on trusted images, calibrate on the share of them that is held out, save to `out` and return it.
 
-    Half of the training images get a sticker, labelled background, so that a trigger does not derail the oracle. The same
-    seed and number of threads on the same machine give the same weights. What `out` holds of the same source, labels,
+    Half of the training images get a sticker, labelled background, so that a trigger does not derail the oracle. On a CPU the
+    same seed and number of threads on the same machine give the same weights. What `out` holds of the same source, labels,
     epochs and seed is not trained again.
 
     Raises `DataError` when there are too few images or a mask names a class that is not there.
@@ -163,7 +166,7 @@ def train_on(
     images, masks = decode_masked(source.images, source.masks, labels, MAX_SIDE_PX, source.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = build_net(1 + len(labels))
+        net = build_net(1 + len(labels)).to(device_at_hand())
     _fit(net, images[train], masks[train], config.epochs, seed, say)
     segmenter = TrainedSegmenter(net, labels, images.shape[1])
     segmenter.calibration = calibrate(segmenter, images[held_out], masks[held_out])
@@ -213,12 +216,13 @@ def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, see
     optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=epochs * steps + 1, pct_start=0.2)
     net.train()
+    device = next(net.parameters()).device
     for epoch in range(1, epochs + 1):
         order, total = generator.permutation(len(images)), 0.0
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             pixels, target = _augment(images[rows], masks[rows], generator)
-            loss = _loss(net(pixels), target)
+            loss = _loss(net(pixels.to(device)), target.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -232,7 +236,7 @@ def _loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with a light background, plus one minus the mean Dice score, which small objects count in."""
     stride = target.shape[-1] // logits.shape[-1]
     target = target[:, stride // 2 :: stride, stride // 2 :: stride]
-    weight = torch.ones(logits.shape[1])
+    weight = torch.ones(logits.shape[1], device=logits.device)
     weight[0] = _BACKGROUND_WEIGHT
     p, q = logits.softmax(dim=1), F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2).float()
     both, sum_ = (p * q).sum(dim=(0, 2, 3)), (p + q).sum(dim=(0, 2, 3))
