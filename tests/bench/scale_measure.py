@@ -392,7 +392,7 @@ class Sizes:
     """What is measured."""
 
     models: tuple[str, ...] = ("RN50", "ViT-B-16")
-    batches: tuple[int, ...] = (128, 256, 512)
+    batches: tuple[int, ...] = (32, 128, 256, 512)
     runs: int = 25
     widths: tuple[int, ...] = (512, 1024)
     pools: tuple[int, ...] = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
