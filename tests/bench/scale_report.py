@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -132,32 +133,42 @@ def simulations(measured: Measured) -> str:
                 given["checkpoint_written_s"],
                 RESTART_S,
             )
-            stalled = {ahead: _stall(measured, job, mean_s, ahead, random) for ahead in (0, 8)}
             rows.append(
                 [
                     model,
                     gpus,
                     f"{slowest:.3f}",
                     f"{100 * goodput(gpus, failures, random):.2f} %",
-                    *(f"{stalled[ahead] / mean_s:.2f}" for ahead in stalled),
+                    *(f"{_stall(measured, job, mean_s, *how, random) / mean_s:.2f}" for how in FETCHES.values()),
                 ]
             )
-    head = ["model", "GPUs", "slowest rank / median", "goodput under failures"]
-    return table([*head, "step with tars fetched, no workers", "4 workers"], rows)
+    return table(["model", "GPUs", "slowest rank / median", "goodput under failures", *FETCHES], rows)
 
 
-def _stall(measured: Measured, job: Job, mean_s: float, ahead: int, random: np.random.Generator) -> float:
+FETCHES = {
+    "step / without store: no workers": (0, False),
+    "4 workers": (8, False),
+    "4 workers, next tar fetched ahead": (8, True),
+}
+"""Batches that a loader is ahead, and whether tars are fetched ahead, which the product does not do."""
+
+
+def _stall(
+    measured: Measured, job: Job, mean_s: float, ahead: int, tars_ahead: bool, random: np.random.Generator
+) -> float:
     nodes = -(-job.gpus // job.cluster.gpus_per_node)
+    streams = max(16, job.gpus)
     fetching = Fetching(
-        job.streams,
+        job.gpus,
+        streams,
         SAMPLES_PER_TAR,
         SAMPLES_PER_TAR * measured.image_bytes,
         job.cluster.store_bytes_per_s,
         CONNECTION_BYTES_PER_S,
         job.cluster.store_first_byte_s,
         ahead,
-        fetched_times(nodes, job.streams),
-        max(1.0, job.streams / job.gpus),
+        fetched_times(nodes, streams),
+        tars_ahead,
     )
     return stalled_step_s(mean_s, job.global_batch, fetching, random)
 
@@ -233,7 +244,7 @@ def _lines(axes, measured: Measured, model: str) -> None:
     ]
     colors = ("#1f6feb", "#0f766e", "#a16207", "#d9622b", "#7c3aed")
     for (label, job, style), color in zip(cases, colors, strict=True):
-        shares = [100 * efficiency(measured, _with(job, gpus)) for gpus in GPUS]
+        shares = [100 * efficiency(measured, replace(job, gpus=gpus)) for gpus in GPUS]
         axes.plot(GPUS, shares, style, marker=".", color=color, label=label, linewidth=1.2)
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS])
@@ -242,12 +253,6 @@ def _lines(axes, measured: Measured, model: str) -> None:
     axes.set_xlabel("GPUs, 256 pairs each")
     axes.grid(color="#e6e6e6")
     axes.legend(fontsize=6.5, frameon=False, loc="lower left")
-
-
-def _with(job: Job, gpus: int) -> Job:
-    from dataclasses import replace
-
-    return replace(job, gpus=gpus)
 
 
 def _map(axes, measured: Measured, model: str) -> set[str]:

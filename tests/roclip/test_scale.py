@@ -1,6 +1,7 @@
 """What must hold of the scale model and its simulations, whatever was measured."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,13 +144,15 @@ def test_goodput_agrees_with_the_closed_form():
 
 
 def test_stalled_step_when_the_store_is_fast_slow_or_far():
-    random = np.random.default_rng(0)
-    fast = Fetching(16, 1000, 3e7, 1e15, 1e15, 0.0, 4, 1.0)
-    assert stalled_step_s(0.1, 1600, fast, random) == pytest.approx(0.1, rel=0.02)
-    slow = Fetching(16, 1000, 3e7, 1e8, 1e15, 0.0, 4, 1.0)
-    assert stalled_step_s(0.1, 1600, slow, random) == pytest.approx(1600 * 3e4 / 1e8, rel=0.1)
-    far = Fetching(16, 1000, 3e7, 1e15, 1e8, 0.0, 0, 1.0)
-    assert stalled_step_s(0.1, 1600, far, random) > 0.12
+    def took_s(**changes) -> float:
+        fast = Fetching(8, 16, 1000, 3e7, 1e15, 1e15, 0.0, 4, 1.0)
+        return stalled_step_s(0.1, 1600, replace(fast, **changes), np.random.default_rng(0))
+
+    assert took_s() == pytest.approx(0.1)
+    assert took_s(store_bytes_per_s=1e8) == pytest.approx(1600 * 3e4 / 1e8, rel=0.1)
+    far = took_s(connection_bytes_per_s=1e8, batches_ahead=0)
+    assert far > took_s(connection_bytes_per_s=1e8) > 0.103
+    assert took_s(connection_bytes_per_s=1e8, tars_ahead=True) == pytest.approx(0.1)
 
 
 def test_train_while_arriving_when_ingest_is_fast_or_slow():

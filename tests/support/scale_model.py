@@ -101,8 +101,8 @@ class Cluster:
     gpus_per_node: int = 8
     cores_per_gpu: int = 12
     """192 virtual cores, 96 real ones, for 8 H100 (AWS p5.48xlarge)."""
-    store_bytes_per_s: float = 12.5e9
-    """Of the store, over all readers: 100 Gb/s."""
+    store_bytes_per_s: float = 100e9
+    """Of the store, over all readers."""
     store_first_byte_s: float = 0.15
     """100 to 200 ms (Amazon S3, performance guidelines)."""
     ingest_cores: int = 1600
@@ -129,8 +129,8 @@ class Job:
     """Share of the backward pass under which gradients travel: none, as ZeRO 1 sends them after it (overlap_comm off)."""
     shard_above: int = 1 << 20
     """`pool.shard_above`; more than the pool keeps it whole on each rank."""
-    streams: int = 16
-    """`data.streams`."""
+    streams: int = 1024
+    """`data.streams`; 16 unless it is set, which is too few for more than 16 nodes: see `fetched_times`."""
     checkpoint_every_s: float = 1800.0
     checkpoint_every_steps: int = 500
     cluster: Cluster = field(default_factory=Cluster)

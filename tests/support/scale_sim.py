@@ -51,6 +51,7 @@ def goodput(gpus: int, given: Failures, random: np.random.Generator, days: float
 class Fetching:
     """Tars on a store, and how they are read."""
 
+    ranks: int
     streams: int
     samples_per_tar: int
     tar_bytes: float
@@ -61,34 +62,40 @@ class Fetching:
     """A rank's loader: two a worker."""
     fetched_times: float
     """By how many nodes a tar is fetched."""
-    tars_a_batch: float = 1.0
-    """Streams that a rank's rows come from; it fetches their tars one after the other."""
+    tars_ahead: bool = False
+    """Whether a stream's next tar is fetched while it reads one, instead of when it is needed."""
 
 
 def stalled_step_s(step_s: float, global_batch: int, given: Fetching, random: np.random.Generator) -> float:
-    """A mean step of an epoch whose tars are fetched when they are first needed, one connection a tar, all through one store.
+    """A mean step of an epoch whose tars are fetched as it goes, one connection a tar, all through one store.
 
-    Streams advance alike and their tars are nearly equally long, so they ask for new ones nearly together; sizes vary by
-    10 %. A batch is begun when the one `batches_ahead` before it is used up. The first tars of the epoch are not counted.
+    A stream asks for its next tar when it needs it, or when it opens the one before; sizes of tars vary by 10 %. The streams
+    of one rank wait for each other's tars. A batch is begun when the one `batches_ahead` before it is used up. The first
+    tars of the epoch are not counted.
     """
     advance = global_batch / given.streams
     steps = max(200, int(20 * given.samples_per_tar / advance))
     tars = int(steps * advance / given.samples_per_tar * 1.5) + 2
-    ends = random.normal(1.0, 0.1, (given.streams, tars)).clip(0.5) * given.samples_per_tar
-    first = ends.cumsum(axis=1) / advance  # the step in which each stream opens its next tar
-    asked = np.bincount(first[first < steps].astype(int), minlength=steps)
-    used_s = np.zeros(steps)
+    sizes = random.normal(1.0, 0.1, (given.streams, tars)).clip(0.5) * given.samples_per_tar
+    sizes[:, 0] *= random.random(given.streams)  # in the middle of an epoch no two stand alike
+    opened = (sizes.cumsum(axis=1) / advance).astype(int)
+    asked = np.c_[np.zeros(given.streams, dtype=int), opened[:, :-1]] if given.tars_ahead else opened
+    alone_s = given.first_byte_s + given.tar_bytes / given.connection_bytes_per_s
+    share_s = given.fetched_times * given.tar_bytes / given.store_bytes_per_s
+    ready_s, used_s = np.zeros(max(steps, opened.max()) + 1), np.zeros(steps)
     now_s = store_free_s = 0.0
-    alone_s = given.tars_a_batch * (given.first_byte_s + given.tar_bytes / given.connection_bytes_per_s)
     for step in range(steps):
         begun_s = used_s[step - given.batches_ahead - 1] if step > given.batches_ahead else 0.0
-        if asked[step]:
-            moved_s = asked[step] * given.fetched_times * given.tar_bytes / given.store_bytes_per_s
-            store_free_s = max(store_free_s, begun_s) + moved_s
-            now_s = max(now_s, store_free_s, begun_s + alone_s)
-        now_s += step_s
+        turns = dict.fromkeys(range(given.ranks), 0)
+        for stream, tar in np.argwhere(asked == step):
+            rank = int(stream) * given.ranks // given.streams
+            turns[rank] += 1
+            store_free_s = max(store_free_s, begun_s) + share_s
+            done_s = max(store_free_s, begun_s + alone_s * turns[rank])
+            ready_s[opened[stream, tar]] = max(ready_s[opened[stream, tar]], done_s)
+        now_s = max(now_s, ready_s[step]) + step_s
         used_s[step] = now_s
-    return float(used_s[-1] - used_s[given.batches_ahead]) / (steps - 1 - given.batches_ahead)
+    return float(used_s[-1] - used_s[steps // 4]) / (steps - 1 - steps // 4)
 
 
 @dataclass(frozen=True)
