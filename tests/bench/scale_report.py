@@ -14,6 +14,7 @@ from scale_model import (
     Cluster,
     Job,
     Measured,
+    at_work_s,
     bottleneck,
     checkpoint_s,
     efficiency,
@@ -88,17 +89,18 @@ def points(measured: Measured) -> str:
             for gpus in (8, 256, 1024):
                 taken = {p: _share(measured, Job(model, gpus, p, shard_above=above), "pool") for p in POOLS}
                 rows.append([model, f"{gpus} GPUs, {text}", "pool", *_first(taken, lambda p: f"P = {size_text(p)}")])
-        for streams in (16, 1024):
-            taken = {gpus: _share(measured, Job(model, gpus, streams=streams), "store") for gpus in GPUS}
-            rows.append(
-                [model, f"100 Gb/s store, data.streams={streams}", "store", *_first(taken, lambda g: f"{g} GPUs")]
-            )
+        for store, streams in ((12.5e9, 16), (12.5e9, 1024), (100e9, 16), (100e9, 1024)):
+            cluster = Cluster(store_bytes_per_s=store)
+            found = {g: parts(measured, Job(model, g, streams=streams, cluster=cluster)) for g in GPUS}
+            taken = {gpus: each["store"] / at_work_s(each) for gpus, each in found.items()}
+            case = f"store of {store / 1e9:g} GB/s, data.streams={streams}"
+            rows.append([model, case, "store", "-", _first(taken, lambda gpus: f"{gpus} GPUs")[1]])
         rate, cluster = {gpus: images_per_s(measured, Job(model, gpus)) for gpus in GPUS}, Cluster()
         came = cluster.ingest_cores * INGEST_IMAGES_PER_CORE_S
         for epochs in (1, 32):
             taken = {gpus: rate[gpus] / epochs / came for gpus in GPUS}
             case = f"{cluster.ingest_cores:,} ingest cores, each image {epochs} times"
-            rows.append([model, case, "ingest", *_first(taken, lambda gpus: f"{gpus} GPUs")])
+            rows.append([model, case, "ingest", "-", _first(taken, lambda gpus: f"{gpus} GPUs")[1]])
     return table(["model", "with", "part", "a tenth of the towers from", "the bottleneck from"], rows)
 
 
@@ -249,7 +251,7 @@ def _lines(axes, measured: Measured, model: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS])
     axes.set_ylim(0, 102)
-    axes.set_title(f"{model}: images/s of a GPU, as % of its towers alone")
+    axes.set_title(f"{model}: images/s of a GPU,\nas % of what its towers alone would give")
     axes.set_xlabel("GPUs, 256 pairs each")
     axes.grid(color="#e6e6e6")
     axes.legend(fontsize=6.5, frameon=False, loc="lower left")
@@ -263,8 +265,8 @@ def _map(axes, measured: Measured, model: str) -> set[str]:
     for column, gpus in enumerate(GPUS):
         for row, pool in enumerate(POOLS):
             found = parts(measured, Job(model, gpus, pool))
-            worst = max((part for part in PARTS if part != "towers"), key=lambda part: found[part])
-            first = found[worst] > found["towers"]
+            worst = bottleneck(found, PARTS[1:])
+            first = bottleneck(found) != "towers"
             shown.add(worst)
             axes.add_patch(Rectangle((column, row), 0.96, 0.94, color=COLORS[worst], alpha=0.9 if first else 0.35))
             share = 100 * found["towers"] / step_s(found)

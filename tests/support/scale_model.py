@@ -15,7 +15,9 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 PARTS = ("towers", "gradients", "gather", "loss", "pool", "checkpoint", "loader", "store")
-"""Of a step. The last two work ahead of it: only what they take longer than all others together is waited for."""
+"""Of a step."""
+AHEAD = ("loader", "store")
+"""These work ahead of it: only what they take longer than all others together is waited for."""
 
 
 # ---- collectives ------------------------------------------------------------------------------------------------
@@ -234,22 +236,26 @@ def parts(measured: Measured, job: Job) -> dict[str, float]:
     for kind, share in kinds.items():
         for part, seconds in _of_kind(measured, job, kind == "matched").items():
             mixed[part] += share * seconds if share else 0.0
-    at_work_s = sum(mixed.values())
-    mixed["checkpoint"] = (
-        checkpoint_s(measured, job) * at_work_s / min(job.checkpoint_every_s, job.checkpoint_every_steps * at_work_s)
-    )
+    steps = min(job.checkpoint_every_steps, job.checkpoint_every_s / sum(mixed.values()))
+    mixed["checkpoint"] = checkpoint_s(measured, job) / max(steps, 1.0)
     return mixed | {"loader": loader_s(measured, job), "store": store_s(measured, job)}
+
+
+def at_work_s(found: Mapping[str, float]) -> float:
+    """A step without waiting for data."""
+    return sum(found[part] for part in PARTS if part not in AHEAD)
 
 
 def step_s(found: Mapping[str, float]) -> float:
     """A mean step of these parts."""
-    ahead = max(found["loader"], found["store"])
-    return max(ahead, sum(found[part] for part in PARTS[:6]))
+    return max(at_work_s(found), *(found[part] for part in AHEAD))
 
 
-def bottleneck(found: Mapping[str, float]) -> str:
-    """The part that takes longest: the towers, unless another takes longer than they do."""
-    return max(PARTS, key=lambda part: found[part])
+def bottleneck(found: Mapping[str, float], others: Sequence[str] = PARTS) -> str:
+    """The part that a step waits for: the loader or the store where they cannot keep up, else the one of `others` that takes
+    longest."""
+    behind = [part for part in AHEAD if found[part] > at_work_s(found)]
+    return max(behind or [part for part in others if part not in AHEAD], key=lambda part: found[part])
 
 
 def images_per_s(measured: Measured, job: Job) -> float:
