@@ -33,6 +33,7 @@ def report(measured: Path, plot: Path | None) -> None:
     given = Measured(found["parts"])
     titles = {
         "A mean step, half of them matched, 256 pairs a GPU, 400 Gb/s a GPU": scale_report.step_table,
+        "A global batch of 32,768 on more GPUs": scale_report.fixed_batch,
         "Where a part becomes the bottleneck": scale_report.points,
         "Memory of the pool on a GPU": scale_report.memory,
         "What means hide": scale_report.simulations,

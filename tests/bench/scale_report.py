@@ -189,6 +189,20 @@ def arrivals(measured: Measured, images: float = 4e8, epochs: int = 32) -> str:
     )
 
 
+def fixed_batch(measured: Measured, pairs: int = 32_768) -> str:
+    """The same global batch on more GPUs; efficiency against the largest local batch's towers."""
+    rows = []
+    for model in MODELS:
+        largest = max(row["B"] for row in measured.rows("steps", model=model))
+        alone = largest / parts(measured, Job(model, 1, batch=largest))["towers"]
+        for gpus in (64, 128, 256, 1024):
+            job = Job(model, gpus, batch=pairs // gpus)
+            found, rate = parts(measured, job), images_per_s(measured, job)
+            cells = [f"{1e3 * found['towers']:.0f}", f"{1e3 * step_s(found):.0f}", f"{rate:,.0f}"]
+            rows.append([model, gpus, job.batch, *cells, f"{100 * rate / gpus / alone:.0f} %", bottleneck(found)])
+    return table(["model", "GPUs", "B", "towers, ms", "step, ms", "images/s", "efficiency", "longest"], rows)
+
+
 def memory(measured: Measured) -> str:
     rows = []
     for model in MODELS:

@@ -81,6 +81,10 @@ class Wire:
         return min(times)
 
 
+SMALL_SUMS = 8
+"""Of a number over all ranks in a step of `roclip/train.py`: counts, finite features, loss, norm, pairs that are kept."""
+
+
 # ---- assumed ----------------------------------------------------------------------------------------------------
 
 NVLINK_BYTES_PER_S = 360e9
@@ -276,6 +280,7 @@ def _of_kind(measured: Measured, job: Job, matched: bool) -> dict[str, float]:
     gathers = 3 + 4  # images, texts and the pool's; keep, same caption, ids, valid
     gather_s = 3 * wire.all_gather_s(features) + 2 * wire.all_gather_s(8.0 * G) + 2 * wire.all_gather_s(1.0 * G)
     gather_s += (1 if matched else 2) * wire.all_reduce_s(features)  # matched captions are constants
+    gather_s += SMALL_SUMS * wire.all_reduce_s(8.0)
     gather_s += model["batch_norm_layers"] * (wire.all_gather_s(4e3 * job.gpus) + wire.all_reduce_s(8e3))
     return {
         "towers": step["step_s"] - step["loss_s"],
