@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 from scale_model import (
     GPU_HOURS_BETWEEN_FAILURES,
+    IMAGE_BYTES,
     LINKS,
     PARTS,
     Cluster,
@@ -40,6 +41,7 @@ COLORS = {
     "towers": "#e5e9f0",
     "gradients": "#1f6feb",
     "gather": "#7c3aed",
+    "batch_norm": "#c026d3",
     "loss": "#a16207",
     "pool": "#d9622b",
     "checkpoint": "#64748b",
@@ -82,13 +84,15 @@ def points(measured: Measured) -> str:
     for model in MODELS:
         for link in LINKS:
             cluster = Cluster(link=link)
-            for part in ("gradients", "gather", "loss"):
+            for part in ("gradients", "gather", "batch_norm", "loss"):
                 taken = {gpus: _share(measured, Job(model, gpus, cluster=cluster), part) for gpus in GPUS}
                 rows.append([model, link, part, *_first(taken, lambda gpus: f"{gpus} GPUs")])
-        for text, above in (("as the product (sharded above 1M)", 2**20), ("whole on each GPU", 2**22)):
-            for gpus in (8, 256, 1024):
-                taken = {p: _share(measured, Job(model, gpus, p, shard_above=above), "pool") for p in POOLS}
+        for text, job in WAYS.items():
+            for gpus in (8, 1024):
+                taken = {p: _share(measured, replace(job, model=model, gpus=gpus, pool=p), "pool") for p in POOLS}
                 rows.append([model, f"{gpus} GPUs, {text}", "pool", *_first(taken, lambda p: f"P = {size_text(p)}")])
+        taken = {p: measured.defence_s(p, 256) / parts(measured, Job(model, 8))["towers"] for p in (21_845, *POOLS)}
+        rows.append([model, "witnesses and gate, on 8 cores a GPU", "defence", *_first(taken, lambda p: f"P = {p:,}")])
         for store, streams in ((12.5e9, 16), (12.5e9, 1024), (100e9, 16), (100e9, 1024)):
             cluster = Cluster(store_bytes_per_s=store)
             found = {g: parts(measured, Job(model, g, streams=streams, cluster=cluster)) for g in GPUS}
@@ -102,6 +106,15 @@ def points(measured: Measured) -> str:
             case = f"{cluster.ingest_cores:,} ingest cores, each image {epochs} times"
             rows.append([model, case, "ingest", "-", _first(taken, lambda gpus: f"{gpus} GPUs")[1]])
     return table(["model", "with", "part", "a tenth of the towers from", "the bottleneck from"], rows)
+
+
+WAYS = {
+    "as the product (above 1M sharded)": Job("", 8),
+    "whole on each GPU": Job("", 8, shard_above=2**22),
+    "whole, every step matched": Job("", 8, shard_above=2**22, matched_frac=1.0),
+    "whole, 65,536 captions at a time": Job("", 8, shard_above=2**22, piece=65_536),
+}
+"""Of searching the pool; the last is not what the product does."""
 
 
 def _share(measured: Measured, job: Job, part: str) -> float:
@@ -141,7 +154,7 @@ def simulations(measured: Measured) -> str:
                     gpus,
                     f"{slowest:.3f}",
                     f"{100 * goodput(gpus, failures, random):.2f} %",
-                    *(f"{_stall(measured, job, mean_s, *how, random) / mean_s:.2f}" for how in FETCHES.values()),
+                    *(f"{_stall(job, mean_s, *how, random) / mean_s:.2f}" for how in FETCHES.values()),
                 ]
             )
     return table(["model", "GPUs", "slowest rank / median", "goodput under failures", *FETCHES], rows)
@@ -155,16 +168,14 @@ FETCHES = {
 """Batches that a loader is ahead, and whether tars are fetched ahead, which the product does not do."""
 
 
-def _stall(
-    measured: Measured, job: Job, mean_s: float, ahead: int, tars_ahead: bool, random: np.random.Generator
-) -> float:
+def _stall(job: Job, mean_s: float, ahead: int, tars_ahead: bool, random: np.random.Generator) -> float:
     nodes = -(-job.gpus // job.cluster.gpus_per_node)
     streams = max(16, job.gpus)
     fetching = Fetching(
         job.gpus,
         streams,
         SAMPLES_PER_TAR,
-        SAMPLES_PER_TAR * measured.image_bytes,
+        SAMPLES_PER_TAR * IMAGE_BYTES,
         job.cluster.store_bytes_per_s,
         CONNECTION_BYTES_PER_S,
         job.cluster.store_first_byte_s,
@@ -256,9 +267,17 @@ def plot(measured: Measured, path: Path) -> None:
 def _lines(axes, measured: Measured, model: str) -> None:
     cases = [(f"{link}, P = 64k", Job(model, 8, cluster=Cluster(link=link)), "-") for link in LINKS]
     cases += [
-        (f"400 Gb/s a GPU, P = {size_text(p)}", Job(model, 8, p, shard_above=2**22), "--") for p in (2**20, 2**22)
+        (f"400 Gb/s a GPU, P = {size_text(p)}, whole", Job(model, 8, p, shard_above=2**22), "--")
+        for p in (2**20, 2**22)
     ]
-    colors = ("#1f6feb", "#0f766e", "#a16207", "#d9622b", "#7c3aed")
+    cases += [
+        (
+            "the same with both changes (README)",
+            Job(model, 8, 2**22, 256, shard_above=2**22, gather_copies=False, piece=65_536),
+            ":",
+        )
+    ]
+    colors = ("#1f6feb", "#0f766e", "#a16207", "#d9622b", "#7c3aed", "#475569")
     for (label, job, style), color in zip(cases, colors, strict=True):
         shares = [100 * efficiency(measured, replace(job, gpus=gpus)) for gpus in GPUS]
         axes.plot(GPUS, shares, style, marker=".", color=color, label=label, linewidth=1.2)

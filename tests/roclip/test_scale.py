@@ -36,7 +36,8 @@ def measured(**changes) -> Measured:
         "enqueues": [{"D": 512, "G": came, "enqueue_s": 1e-8 * came} for came in (256, 4096)],
         "losses": [{"D": 512, "B": 256, "W": w, "loss_s": 1e-4 * w, "gather_s": 1e-6 * w} for w in (1, 8, 64)],
         "sharded": [{"D": 512, "P": 1 << 22, "B": 256, "W": w, "search_s": 1.1 + 1e-3 * w} for w in (8, 64)],
-        "loader": [{"workers": 0, "images_per_s": 1000.0, "image_bytes": 30_000.0}],
+        "defences": [{"P": size, "B": 256, "defence_s": 0.1 + 1e-6 * size} for size in (20_000, 60_000)],
+        "loader": [{"workers": 1, "images_per_s": 1000.0}],
     }
     return Measured(found | changes)
 
@@ -64,6 +65,17 @@ def test_search_when_the_pool_doubles_takes_twice_as_long():
     given = measured()
     assert given.search_s(512, 1 << 17, 256) == pytest.approx(2 * given.search_s(512, 1 << 16, 256))
     assert given.search_s(512, 1 << 21, 256) == pytest.approx(2 * given.search_s(512, 1 << 20, 256))
+
+
+def test_sharded_search_when_it_sorts_more_answers_takes_longer():
+    given = measured()
+    assert given.sharded_s(512, 1 << 22, 256, 8) == pytest.approx(1.108)
+    assert given.sharded_s(512, 1 << 21, 256, 64) == pytest.approx(1.108 / 2 + 0.056)
+    assert given.sharded_s(512, 1 << 21, 512, 64) == pytest.approx(1.108 + 0.112)
+
+
+def test_defence_when_the_pool_grows_grows_by_a_straight_line():
+    assert measured().defence_s(100_000, 512) == pytest.approx(2 * (0.1 + 0.1))
 
 
 def test_along_when_between_and_beyond():

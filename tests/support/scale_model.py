@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal, NamedTuple
 
-PARTS = ("towers", "gradients", "gather", "loss", "pool", "checkpoint", "loader", "store")
+PARTS = ("towers", "gradients", "gather", "batch_norm", "loss", "pool", "checkpoint", "loader", "store")
 """Of a step."""
 AHEAD = ("loader", "store")
 """These work ahead of it: only what they take longer than all others together is waited for."""
@@ -95,6 +95,9 @@ LINKS = {
     "25 Gb/s a node": 0.9 * 3.125e9,
 }
 """Bus bandwidth between nodes of 8 GPUs: InfiniBand with an adapter for each GPU, and Ethernet; 90 % of the line rate."""
+IMAGE_BYTES = 29_600
+"""Of a sample in a tar: the mean of 400 photos of `clothing-masks` at 256 px, JPEG quality 95, as ingest writes them. The
+measured loader reads rendered scenes, which are smaller and decode faster."""
 GPU_HOURS_BETWEEN_FAILURES = 16_384 * 54 * 24 / 419
 """419 unplanned interruptions in 54 days on 16,384 H100 (The Llama 3 Herd of Models, arXiv:2407.21783, section 3.3.4)."""
 
@@ -135,6 +138,10 @@ class Job:
     """Share of the backward pass under which gradients travel: none, as ZeRO 1 sends them after it (overlap_comm off)."""
     shard_above: int = 1 << 20
     """`pool.shard_above`; more than the pool keeps it whole on each rank."""
+    gather_copies: bool = True
+    """Whether each rank's piece of a gather is copied on its own, as `distributed.gather` does, or all are one tensor."""
+    piece: int = 4096
+    """Captions that a search takes at a time (`search.PIECE`)."""
     streams: int = 1024
     """`data.streams`; 16 unless it is set, which is too few for more than 16 nodes: see `fetched_times`."""
     checkpoint_every_s: float = 1800.0
@@ -174,48 +181,57 @@ class Measured:
             for part in parts
         }
 
-    def search_s(self, width: int, pool: int, batch: int) -> float:
-        """Of a pool that each rank holds whole; beyond what was measured in proportion to B and P."""
+    def search_s(self, width: int, pool: int, batch: int, piece: int = 4096) -> float:
+        """Of a pool that each rank holds whole; beyond what was measured in proportion to B and P. With more captions a
+        `piece` than the product takes, by the ratio that was measured at one P."""
         rows = self.rows("searches", D=width, storage="fp32")
         by_pool = {
             size: along({row["B"]: row["search_s"] for row in rows if row["P"] == size}, batch)
             for size in {row["P"] for row in rows}
         }
-        return along(by_pool, pool)
+        taken_s = along(by_pool, pool)
+        if piece == 4096:
+            return taken_s
+        ours, theirs = (
+            along({row["B"]: row["search_s"] for row in self.rows("pieces", piece=each)}, batch)
+            for each in (4096, piece)
+        )
+        return taken_s * theirs / ours
 
     def enqueue_s(self, width: int, came: int) -> float:
         return along({row["G"]: row["enqueue_s"] for row in self.rows("enqueues", D=width)}, came)
 
     def loss_s(self, width: int, batch: int, gpus: int) -> float:
-        """What a rank computes: in proportion to B at the same G."""
+        """What a rank computes, in proportion to B at the same G; without the copies of its three gathers."""
         rows = self.rows("losses", D=width)
-        return along({row["B"] * row["W"]: row["loss_s"] * batch / row["B"] for row in rows}, batch * gpus)
+        alone = {row["B"] * row["W"]: row["loss_s"] - (3 * row["gather_s"] if row["W"] > 1 else 0.0) for row in rows}
+        return along(alone, batch * gpus) * batch / rows[0]["B"]
 
     def gather_s(self, width: int, gpus: int) -> float:
         """Copies of one gather on the host and the device, the wire left out."""
         return along({row["W"]: row["gather_s"] for row in self.rows("losses", D=width)}, gpus) if gpus > 1 else 0.0
 
     def sharded_s(self, width: int, pool: int, batch: int, gpus: int) -> float:
-        """Of a pool that is spread over the ranks: B P of search, as if it were whole, and G W answers to sort. Infinite
-        where that did not fit into memory; both widths as the one that was measured."""
-        rows = self.found["sharded"]
-        full = [row["W"] for row in rows if row.get("out_of_memory")]
+        """Of a pool that is spread over the ranks: each searches the same B P as if it were whole, in fuller pieces, and
+        sorts G W answers. Infinite where that did not fit into memory."""
+        full = [row["W"] for row in self.found["sharded"] if row.get("out_of_memory")]
         if full and gpus >= min(full):
             return math.inf
-        rows = self.rows("sharded")
-        (size, asked, measured_width) = (rows[0][name] for name in ("P", "B", "D"))
-        own = self.search_s(measured_width, size, asked)
-        merging = along({row["W"]: max(row["search_s"] - own, 1e-6) for row in rows}, gpus)
-        return self.search_s(width, pool, batch) + merging * batch / asked
+        rows = sorted(self.rows("sharded"), key=lambda row: row["W"])
+        fewest = rows[0]
+        sorting = along({row["W"]: max(row["search_s"] - fewest["search_s"], 1e-6) for row in rows}, gpus)
+        wider = self.search_s(width, 1 << 20, 4096) / self.search_s(fewest["D"], 1 << 20, 4096)
+        return (wider * fewest["search_s"] * pool / fewest["P"] + sorting) * batch / fewest["B"]
 
-    @property
-    def images_per_core_s(self) -> float:
-        """Decoded and tokenised, by a loader in one process."""
-        return self.rows("loader", workers=0)[0]["images_per_s"]
+    def defence_s(self, pool: int, batch: int) -> float:
+        """What witnesses, gate and scout add to a plain step on a rank's cores: so much for B, and so much for B P."""
+        few, many = self.rows("defences")
+        slope = (many["defence_s"] - few["defence_s"]) / (many["P"] - few["P"])
+        return (few["defence_s"] + slope * (pool - few["P"])) * batch / few["B"]
 
-    @property
-    def image_bytes(self) -> float:
-        return self.found["loader"][0]["image_bytes"]
+    def images_per_s(self, workers: float) -> float:
+        """Decoded and tokenised by so many loaders of one rank."""
+        return along({row["workers"]: row["images_per_s"] for row in self.found["loader"] if row["workers"]}, workers)
 
 
 def along(points: Mapping[float, float], x: float) -> float:
@@ -236,13 +252,13 @@ def along(points: Mapping[float, float], x: float) -> float:
 def parts(measured: Measured, job: Job) -> dict[str, float]:
     """Seconds of each of `PARTS` in a mean step."""
     kinds = {"plain": 1 - job.matched_frac, "matched": job.matched_frac}
-    mixed = dict.fromkeys(("towers", "gradients", "gather", "loss", "pool"), 0.0)
+    mixed = dict.fromkeys(PARTS[:6], 0.0)
     for kind, share in kinds.items():
         for part, seconds in _of_kind(measured, job, kind == "matched").items():
             mixed[part] += share * seconds if share else 0.0
     steps = min(job.checkpoint_every_steps, job.checkpoint_every_s / sum(mixed.values()))
     mixed["checkpoint"] = checkpoint_s(measured, job) / max(steps, 1.0)
-    return mixed | {"loader": loader_s(measured, job), "store": store_s(measured, job)}
+    return mixed | {"loader": loader_s(measured, job), "store": store_s(job)}
 
 
 def at_work_s(found: Mapping[str, float]) -> float:
@@ -275,17 +291,20 @@ def efficiency(measured: Measured, job: Job) -> float:
 def _of_kind(measured: Measured, job: Job, matched: bool) -> dict[str, float]:
     model, wire, G = measured.models[job.model], job.cluster.wire(job.gpus), job.global_batch
     width, step = model["D"], measured.step(job.model, job.batch, "matched" if matched else "plain")
-    features, host_s = 4.0 * G * width, measured.gather_s(width, job.gpus)
+    features, host_s = 4.0 * G * width, measured.gather_s(width, job.gpus) * job.gather_copies
     reduce_s = wire.all_reduce_s(gradient_bytes(model)) + wire.all_gather_s(gradient_bytes(model))
     gathers = 3 + 4  # images, texts and the pool's; keep, same caption, ids, valid
     gather_s = 3 * wire.all_gather_s(features) + 2 * wire.all_gather_s(8.0 * G) + 2 * wire.all_gather_s(1.0 * G)
     gather_s += (1 if matched else 2) * wire.all_reduce_s(features)  # matched captions are constants
     gather_s += SMALL_SUMS * wire.all_reduce_s(8.0)
-    gather_s += model["batch_norm_layers"] * (wire.all_gather_s(4e3 * job.gpus) + wire.all_reduce_s(8e3))
+    layer_s = wire.all_gather_s(4.0 * 1024 * job.gpus) + wire.all_reduce_s(
+        4.0 * 1024
+    )  # some 512 channels, forward and back
     return {
         "towers": step["step_s"] - step["loss_s"],
         "gradients": max(0.0, reduce_s - job.overlap_frac * step["backward_s"]),
         "gather": gather_s + gathers * host_s,
+        "batch_norm": model["batch_norm_layers"] * layer_s,
         "loss": measured.loss_s(width, job.batch, job.gpus),
         "pool": measured.enqueue_s(width, G) + (search_s(measured, job, width) if matched else 0.0),
     }
@@ -294,7 +313,7 @@ def _of_kind(measured: Measured, job: Job, matched: bool) -> dict[str, float]:
 def search_s(measured: Measured, job: Job, width: int) -> float:
     """The nearest captions of a rank's B images, its part of the wire included."""
     if not job.sharded:
-        return measured.search_s(width, job.pool, job.batch)
+        return measured.search_s(width, job.pool, job.batch, job.piece)
     wire, G = job.cluster.wire(job.gpus), job.global_batch
     queries, answers = 4.0 * G * width, 8.0 * G * job.gpus  # each rank gets each rank's answer to each query
     sent_s = wire.all_gather_s(queries) + 2 * wire.all_gather_s(answers) + wire.all_gather_s(8.0 * G)
@@ -320,13 +339,13 @@ def checkpoint_s(measured: Measured, job: Job) -> float:
 
 def loader_s(measured: Measured, job: Job) -> float:
     """For B images on the cores of one GPU."""
-    return job.batch / (measured.images_per_core_s * job.cluster.cores_per_gpu)
+    return job.batch / measured.images_per_s(job.cluster.cores_per_gpu)
 
 
-def store_s(measured: Measured, job: Job) -> float:
+def store_s(job: Job) -> float:
     """For the bytes of G images when nothing lies in the nodes' caches yet: the first epoch."""
     nodes = -(-job.gpus // job.cluster.gpus_per_node)
-    return job.global_batch * measured.image_bytes * fetched_times(nodes, job.streams) / job.cluster.store_bytes_per_s
+    return job.global_batch * IMAGE_BYTES * fetched_times(nodes, job.streams) / job.cluster.store_bytes_per_s
 
 
 def fetched_times(nodes: int, streams: int) -> float:
