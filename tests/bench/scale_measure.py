@@ -1,127 +1,32 @@
 """What `scale.py` predicts from, measured on the machine at hand through the product's own parts.
 
-One process and one device: the steps of the towers, the pool's search, what a rank computes of the loss of a large world,
-the loader, a checkpoint. A large world is torch's `fake` process group: it copies and sends nothing, so that what is timed
-is what one rank computes, copies and allocates; the wire is the model's part. Each value is a median of a few runs.
+One process and one device: the steps of the towers and a checkpoint of them, the loader, and what `scale_pool.py` measures.
 """
 
-import contextlib
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from scale_device import Device, machine, say, unit
+from scale_pool import defences, enqueues, larger_pieces, losses, searches, sharded_searches
 
-from roclip import accumulate, distributed, search
+from roclip import accumulate
 from roclip.augment import augment
 from roclip.checkpoint import Cursor, Writer
-from roclip.config import TrainConfig, environment_defaults, parse_config
-from roclip.defence import Defence
+from roclip.config import TrainConfig, environment_defaults
 from roclip.engine import build_engine, gradient_norm, step
-from roclip.looks import impressions
 from roclip.loss import clip_loss
 from roclip.model import Towers
-from roclip.pool import CaptionPool
-from roclip.schedule import Position
 from roclip.sections_train import AugmentConfig
-from roclip.stream import Batch
 
 STORED_PX = 256
-LONGEST_S = 1.5
-"""One call that would take longer is not measured; what was left out is said."""
-
-
-def machine() -> dict:
-    """Where this runs, and what runs."""
-    found = {
-        "host_cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "gpu_bytes": torch.cuda.get_device_properties(0).total_memory}
-    return found
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-class Device:
-    """Times and memory of one device."""
-
-    def __init__(self, name: str):
-        self.torch, self.cuda = torch.device(name), name == "cuda"
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def once_s(self, call: Callable[[], object]) -> float:
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        return time.perf_counter() - start
-
-    def median_s(self, call: Callable[[], object], runs: int = 5, spent_s: float = 1.0) -> float:
-        """After one call to warm up; fewer runs where they would take long."""
-        first_s = self.once_s(call)
-        runs = max(1, min(runs, int(spent_s / max(first_s, 1e-6))))
-        return statistics.median(self.once_s(call) for _ in range(runs))
-
-    @contextlib.contextmanager
-    def peak(self, row: dict) -> Iterator[None]:
-        """Put the peak of the device's memory above what was held into `row` (GPU only)."""
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        yield
-        if self.cuda:
-            row["extra_bytes"] = torch.cuda.max_memory_allocated() - held
-
-
-def unit(rows: int, width: int, device: Device) -> torch.Tensor:
-    return F.normalize(torch.randn(rows, width, device=device.torch), dim=1)
-
-
-@contextlib.contextmanager
-def fake_world(ranks: int) -> Iterator[None]:
-    """As rank 0 of so many ranks that send nothing: each receives copies of what it sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if ranks > 1:
-        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
-
-
-# ---- steps ------------------------------------------------------------------------------------------------------
 
 
 def steps(device: Device, model: str, precision: str, batches: Sequence[int], runs: int) -> dict:
@@ -202,139 +107,6 @@ def _checkpoint(device: Device, engine, towers: Towers, folder: Path) -> dict:
     return {"checkpoint_bytes": size, "checkpoint_still_s": still_s, "checkpoint_written_s": written_s}
 
 
-# ---- the pool ---------------------------------------------------------------------------------------------------
-
-
-def searches(device: Device, width: int, sizes: Sequence[int], queries: Sequence[int]) -> dict:
-    """Seconds of `CaptionPool.nearest` on the torch backend, by P and local B; in float32, and where the ring is halved."""
-    rows = []
-    for storage, asked_at_once in (("fp32", queries), ("fp16", queries[:2])):
-        for size in sizes:
-            pool = _full_pool(device, size, width, storage)
-            rate = 0.0
-            for batch in asked_at_once:
-                if rate * batch > LONGEST_S:
-                    continue
-                row = {"D": width, "P": size, "B": batch, "storage": storage, "piece": search.PIECE}
-                asked = unit(batch, width, device)
-                with device.peak(row):
-                    row["search_s"] = device.median_s(lambda pool=pool, asked=asked: pool.nearest(asked))
-                rate = row["search_s"] / batch
-                rows.append(say(row))
-            del pool
-    return {"searches": rows}
-
-
-def larger_pieces(device: Device, width: int, size: int, queries: Sequence[int]) -> dict:
-    """The same search when it takes more captions at a time, which a GPU's launches ask for: what could be."""
-    rows, as_is = [], search.PIECE
-    pool = _full_pool(device, size, width, "fp32")
-    try:
-        for search.PIECE in (as_is, 4 * as_is, 16 * as_is, 64 * as_is):
-            for batch in queries:
-                row = {"D": width, "P": size, "B": batch, "storage": "fp32", "piece": search.PIECE}
-                asked = unit(batch, width, device)
-                with device.peak(row):
-                    row["search_s"] = device.median_s(lambda asked=asked: pool.nearest(asked))
-                rows.append(say(row))
-    finally:
-        search.PIECE = as_is
-    return {"pieces": rows}
-
-
-def enqueues(device: Device, width: int, size: int, came: Sequence[int]) -> dict:
-    """Seconds in which G captions that were gathered are written."""
-    pool, rows = _full_pool(device, size, width, "fp32"), []
-    for number in came:
-        texts, ids = unit(number, width, device), torch.arange(number)
-        call_s = device.median_s(lambda texts=texts, ids=ids: pool.enqueue(texts, ids))
-        rows.append(say({"D": width, "P": size, "G": number, "enqueue_s": call_s}))
-    return {"enqueues": rows}
-
-
-def sharded_searches(device: Device, width: int, size: int, batch: int, worlds: Sequence[int]) -> dict:
-    """What one rank of W does of the search of a pool that is spread over them, the wire left out."""
-    rows = []
-    for world in worlds:
-        row = {"D": width, "P": size, "B": batch, "W": world}
-        try:
-            with fake_world(world), device.peak(row):
-                pool = CaptionPool(size, width, backend="torch", shard_above=1, device=device.torch)
-                _fill(pool, device)
-                asked = unit(batch, width, device)
-                row["search_s"] = device.median_s(lambda pool=pool, asked=asked: pool.nearest(asked), runs=3)
-        except torch.cuda.OutOfMemoryError:
-            row["out_of_memory"] = True
-        rows.append(say(row))
-    return {"sharded": rows}
-
-
-def _full_pool(device: Device, size: int, width: int, storage: str) -> CaptionPool:
-    pool = CaptionPool(size, width, backend="torch", storage=storage, device=device.torch)  # pyright: ignore
-    _fill(pool, device)
-    return pool
-
-
-def _fill(pool: CaptionPool, device: Device) -> None:
-    for rows in pool.features.split(1 << 16):
-        rows.copy_(search.snap(unit(len(rows), rows.shape[1], device)))
-    pool.count = pool.size
-    pool.ids.copy_(torch.arange(pool.size))
-
-
-def defences(device: Device, model: str, sizes: Sequence[int], batch: int) -> dict:
-    """What our own defence adds to a plain step, on all cores of one rank: witnesses, gate, scout, both rings written."""
-    rows, side = [], STORED_PX
-    towers = Towers(model).to(device.torch)
-    for size in sizes:
-        config = parse_config(f"name: scale\ndata: {{shards: none}}\nmodel: {{name: {model}}}\npool: {{size: {size}}}")
-        defence = Defence(config, towers, device.torch)
-        witnesses, width = defence.witnesses, towers.cfg["embed_dim"]
-        assert witnesses is not None
-        _fill(defence.pool, device)
-        some = torch.randint(0, 256, (512, 3, side, side), dtype=torch.uint8)
-        tokens = torch.randint(1, 40000, (max(batch, 512), towers.context_length))
-        witnesses.fit(impressions(some), tokens[:512])
-        for ring in (witnesses.looks, witnesses.features, witnesses.texts, witnesses.words):
-            ring.copy_(search.snap(F.normalize(torch.randn_like(ring), dim=1)))
-        witnesses.count, witnesses.ids[:] = size, torch.arange(size)
-        images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
-        ids, valid = torch.arange(size, size + batch), torch.ones(batch, dtype=torch.bool)
-        batch_of_rank = Batch(images, tokens[:batch], ids, valid, ())
-        at = Position(
-            step=1000, samples_seen=1000 * batch, epoch=config.train.epochs, step_in_epoch=0, steps_per_epoch=100
-        )
-        x, t = unit(batch, width, device), unit(batch, width, device)
-
-        def extra(defence=defence, batch_of_rank=batch_of_rank, at=at, x=x, t=t) -> None:
-            defended = defence.step(batch_of_rank, at)
-            defended.remember(x, t, defended.lesson(x, t, batch_of_rank.valid.to(device.torch)))
-
-        row = {"model": model, "P": size, "B": batch, "cores": torch.get_num_threads()}
-        rows.append(say(row | {"defence_s": device.median_s(extra, runs=3, spent_s=6.0)}))
-    return {"defences": rows}
-
-
-# ---- the loss of a large world ----------------------------------------------------------------------------------
-
-
-def losses(device: Device, width: int, batch: int, worlds: Sequence[int]) -> dict:
-    """One rank's loss over G = B W pairs, forward and backward, and one gather of features: the wire left out."""
-    rows = []
-    for world in worlds:
-        row = {"D": width, "B": batch, "W": world}
-        x, t = (unit(batch, width, device).requires_grad_() for _ in range(2))
-        scale, valid = torch.tensor([14.0], device=device.torch), torch.ones(batch, dtype=torch.bool, device=x.device)
-        with fake_world(world), device.peak(row):
-            row["loss_s"] = device.median_s(lambda x=x, t=t, s=scale, v=valid: clip_loss(x, t, s, v).backward())
-            row["gather_s"] = device.median_s(lambda x=x: distributed.gather(x))
-        rows.append(say(row))
-    return {"losses": rows}
-
-
-# ---- the loader -------------------------------------------------------------------------------------------------
-
-
 def loading(device: Device, workers: Sequence[int], shards: int, per_shard: int) -> dict:
     """Images a second out of tars of 256-px JPEGs on the local disk, read once before; bytes of one."""
     from kit import write_shard
@@ -375,16 +147,6 @@ def loading(device: Device, workers: Sequence[int], shards: int, per_shard: int)
                 seen += len(batch.images)
             rows.append(say({"workers": count, "images_per_s": seen / (time.perf_counter() - start)}))
     return {"loader": [row | {"image_bytes": image_bytes} for row in rows]}
-
-
-def say(row: dict) -> dict:
-    """Print a row as it comes, its times as one median."""
-    shown = {key: statistics.median(value) if isinstance(value, list) else value for key, value in row.items()}
-    print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in shown.items()}, flush=True)
-    return row
-
-
-# ---- all of it --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

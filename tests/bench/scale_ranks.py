@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from scale_measure import Device, _fill, machine
+from scale_device import Device, machine
 from scale_model import Wire
+from scale_pool import fill
 
 from roclip import accumulate, distributed
 from roclip.config import TrainConfig, environment_defaults
@@ -134,7 +135,7 @@ def steps(model: str, device: Device) -> dict[str, Callable[[], None]]:
         towers = Towers(model, file if model == "small" else None).train()
     engine = build_engine(towers, TrainConfig(global_batch_size=ROWS * dist.get_world_size(), lr=1e-6))
     pool = CaptionPool(POOL, towers.cfg["embed_dim"], backend="torch")
-    _fill(pool, device)
+    fill(pool, device)
     images = torch.rand(ROWS, 3, towers.image_size, towers.image_size)
     tokens = torch.randint(1, 40000, (ROWS, towers.context_length))
     ids, valid = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)

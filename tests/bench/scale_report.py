@@ -259,6 +259,8 @@ def plot(measured: Measured, path: Path) -> None:
             _lines(axes, measured, model)
         for axes, model in zip(lower, MODELS, strict=True):
             shown |= _map(axes, measured, model)
+        lines = upper[0].get_lines()
+        figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False, fontsize=7)
         handles = [Patch(color=COLORS[part], label=part) for part in PARTS if part in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=7.5)
         figure.savefig(path, metadata={"Date": None})
@@ -272,7 +274,7 @@ def _lines(axes, measured: Measured, model: str) -> None:
     ]
     cases += [
         (
-            "the same with both changes (README)",
+            "the same, larger pieces, gathers uncopied",
             Job(model, 8, 2**22, 256, shard_above=2**22, gather_copies=False, piece=65_536),
             ":",
         )
@@ -287,7 +289,6 @@ def _lines(axes, measured: Measured, model: str) -> None:
     axes.set_title(f"{model}: images/s of a GPU,\nas % of what its towers alone would give")
     axes.set_xlabel("GPUs, 256 pairs each")
     axes.grid(color="#e6e6e6")
-    axes.legend(fontsize=6.5, frameon=False, loc="lower left")
 
 
 def _map(axes, measured: Measured, model: str) -> set[str]:
