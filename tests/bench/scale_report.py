@@ -274,7 +274,7 @@ def _lines(axes, measured: Measured, model: str) -> None:
     ]
     cases += [
         (
-            "the same, larger pieces, gathers uncopied",
+            "the same in larger pieces, gathers not copied",
             Job(model, 8, 2**22, 256, shard_above=2**22, gather_copies=False, piece=65_536),
             ":",
         )
