@@ -145,7 +145,7 @@ class _Drawer:
     ) -> list[dict[str, Any]]:
         if not curves:
             return []
-        size = {"width": 300, "height": 120} if small else {}
+        size = {"width": 220, "height": 104} if small else {}
         svg = live_chart(list(curves.values()), self.shaded, share=share, until=self.until, **size)
         values = [{"arm": arm, "value": percent(value) if share else f"{value:.4g}"} for arm, value in last.items()]
         return [{"title": title, "says": says, "svg": svg, "values": values}]

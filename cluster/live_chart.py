@@ -2,6 +2,7 @@
 Content-Security-Policy lets it through and a dark page stays dark. Made of numbers only.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import median
@@ -77,7 +78,7 @@ def live_chart(
     for value in _whole_ticks(frame.x[1], int(width // 70)):
         anchor = "end" if value == frame.x[1] else "middle"
         parts.append(f'<text x="{frame.across(value)}" y="{height - 5:g}" text-anchor="{anchor}">{value:g}</text>')
-    parts += [_curve(frame, curve, thin=not share) for curve in curves if curve.points]
+    parts += [_curve(frame, curve) for curve in curves if curve.points]
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -110,19 +111,19 @@ def rank_columns(p50_s: Sequence[float], p99_s: Sequence[float], *, width: float
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _curve(frame: _Frame, curve: Curve, *, thin: bool) -> str:
-    parts = []
-    if curve.band:
-        xs = [x for x, _ in curve.points]
-        lower = [(x, low) for x, (low, _) in zip(xs, curve.band, strict=True)]
-        upper = [(x, high) for x, (_, high) in zip(xs, curve.band, strict=True)]
+def _curve(frame: _Frame, curve: Curve) -> str:
+    parts, points, thin = ['<g class="curve">'], list(curve.points), not curve.filled
+    stretches = _stretches(points) if thin else [(0, len(points))]
+    for start, end in stretches if curve.band else ():
+        xs = [x for x, _ in points[start:end]]
+        lower = [(x, low) for x, (low, _) in zip(xs, curve.band[start:end], strict=True)]
+        upper = [(x, high) for x, (_, high) in zip(xs, curve.band[start:end], strict=True)]
         parts.append(f'<polygon class="band" fill="{curve.color}" points="{frame.path([*lower, *reversed(upper)])}"/>')
-    points = list(curve.points)
     if thin and not curve.band and len(points) > _RAW_POINTS:
-        parts.append(f'<polyline class="raw" stroke="{curve.color}" points="{frame.path(points)}"/>')
+        parts += [_line(frame, curve, points[start:end], "raw") for start, end in stretches]
         means = smoothed(points, len(points) // 40)
         points = [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
-    parts.append(f'<polyline class="line" stroke="{curve.color}" points="{frame.path(points)}"/>')
+    parts += [_line(frame, curve, points[start:end], "line") for start, end in stretches]
     for (x, y), filled in zip(curve.points, curve.filled, strict=False):
         across, down = frame.at(x, y)
         inside = curve.color if filled else "var(--card)"
@@ -130,7 +131,21 @@ def _curve(frame: _Frame, curve: Curve, *, thin: bool) -> str:
     if not curve.filled:
         across, down = frame.at(*points[-1])
         parts.append(f'<circle cx="{across}" cy="{down}" r="2.6" fill="{curve.color}"/>')
-    return "".join(parts)
+    return "".join([*parts, "</g>"])
+
+
+def _line(frame: _Frame, curve: Curve, points: Sequence[Span], kind: str) -> str:
+    return f'<polyline class="{kind}" stroke="{curve.color}" points="{frame.path(points)}"/>'
+
+
+def _stretches(points: Sequence[Span]) -> list[tuple[int, int]]:
+    """(start, end) of the points between which none is missing: a metric of matched steps says nothing of the others."""
+    gaps = [after - before for (before, _), (after, _) in itertools.pairwise(points)]
+    if not gaps:
+        return [(0, len(points))]
+    wide = max(5 * median(gaps), 0.02 * (points[-1][0] - points[0][0]))
+    ends = [n + 1 for n, gap in enumerate(gaps) if gap > wide]
+    return list(zip([0, *ends], [*ends, len(points)], strict=True))
 
 
 def _range(values: Sequence[float], share: bool) -> Span:

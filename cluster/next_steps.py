@@ -55,7 +55,7 @@ def next_steps(state: RunState) -> tuple[NextStep, ...]:
         names = ", ".join(f"unreadable: {name} ({why})" for name, why in sorted(state.unreadable.items()))
         steps.append(
             NextStep(
-                "warn", "Files that cannot be read", f"{names}. What they said before is shown as long as it is known."
+                "warn", "Files that cannot be read", f"{names}. What they said before stays as long as this page runs."
             )
         )
     return tuple(sorted(steps, key=lambda step: ("bad", "warn", "good").index(step.tone)))
@@ -63,13 +63,13 @@ def next_steps(state: RunState) -> tuple[NextStep, ...]:
 
 def _of_training(state: RunState, training: TrainingState, again: str) -> list[NextStep]:
     steps, name = [], training.name
+    cause, step = training.failure.rstrip("."), training.latest or "the beginning"
     if training.failure and state.status != "running":
-        step = training.latest or "the beginning"
         steps.append(
             NextStep(
                 "bad",
                 f"{name} ended",
-                f"{training.failure} Logs: {name}/log. The same command resumes from {step}.",
+                f"{cause}. Logs: {name}/log. The same command resumes from {step}.",
                 again,
             )
         )
@@ -78,7 +78,7 @@ def _of_training(state: RunState, training: TrainingState, again: str) -> list[N
             NextStep(
                 "warn",
                 f"{name} lost a rank",
-                f"{training.failure} It is being restarted from {training.latest or 'the beginning'}.",
+                f"{cause}. It starts again from {step}.",
             )
         )
     if training.left_out:
@@ -141,12 +141,12 @@ def _of_oracle(oracle: OracleState, run: str, state: RunState) -> list[NextStep]
     if oracle.verdict == "suspicious":
         return [NextStep("warn", f"{arm} is suspicious", f"{page}.", f"roclip oracle {run} 'arms=[{arm}]' --repair")]
     if oracle.verdict == "inconclusive":
-        unseen = f"The oracle cannot check {', '.join(oracle.unchecked)}: " if oracle.unchecked else ""
+        unseen = f"The oracle cannot check {', '.join(oracle.unchecked)}; " if oracle.unchecked else ""
         return [
             NextStep(
                 "warn",
                 f"The check of {arm} is inconclusive",
-                f"{unseen}an oracle that sees more (oracle.weights, oracle.epochs) can.",
+                f"{unseen}{page}. An oracle that sees more (oracle.weights, oracle.epochs) can tell.",
             )
         ]
     return []
