@@ -66,7 +66,8 @@ class Page:
             version: Where its script goes on to listen.
         """
         shown = {name: Markup(parts[name]) for name in PARTS}  # escaped when they were made
-        return self._whole.render(parts=shown, nonce=nonce, version=version, now_s=time.time(), colors=COLORS)
+        page = self._whole.render(parts=shown, nonce=nonce, version=version, now_s=time.time(), colors=COLORS)
+        return page.lstrip()
 
     def door(self, nonce: str) -> str:
         """What somebody sees who has not shown the token."""

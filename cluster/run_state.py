@@ -175,7 +175,7 @@ def _stages(
 
 def _ingest_stage(ingest: IngestState | None, halted: Status) -> Stage:
     if ingest is None:
-        return Stage("ingest", "waiting")
+        return Stage("ingest", halted, None, "preparing" if halted == "running" else "no shard is sealed yet")
     share = 1.0 if ingest.ended else ingest.done_urls / ingest.total_urls if ingest.total_urls else None
     of = "" if ingest.total_urls is None or ingest.ended else f" of {ingest.total_urls:,}"
     text = f"{ingest.done_urls:,}{of} URLs, {ingest.succeeded:,} usable pairs in {ingest.shards:,} shards"
