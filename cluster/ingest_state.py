@@ -57,18 +57,17 @@ class IngestReader:
         self._row: dict[str, Any] = {}
         self._counted: tuple[tuple[int, ...], dict[str, Any]] = ((), {})
 
-    def look(self, shards: Path) -> IngestState | None:
+    def look(self, shards: Path | None) -> IngestState | None:
         """Read what is new; None where nothing was ingested.
 
         Args:
-            shards: Where the sealed shards lie. A store is not asked: then the log says all.
+            shards: Where the sealed shards lie; None leaves all to the log.
         """
         for row in self._tail.look(self._row.clear):
             self._row = row
-        log, root = dict(self._row), str(self.files.root / shards)
-        here = "://" not in str(shards)
-        end = self.files.table(f"{root}/manifest/{END}") if here else {}
-        counts = end or {**log, **(self._count(Path(root)) if here and not end else {})}
+        log, manifest = dict(self._row), f"{shards}/manifest"
+        end = self.files.table(f"{manifest}/{END}") if shards else {}
+        counts = end or {**log, **(self._count(shards) if shards else {})}
         if not counts and not log:
             return None
         done = _whole(counts.get("done_urls", counts.get("urls"))) or 0
@@ -84,9 +83,7 @@ class IngestReader:
             total_shards=_whole(counts.get("shards") if end else log.get("total_shards")),
             images_per_s=log["images_per_s"] if is_number(log.get("images_per_s")) else None,
             ended=bool(end),
-            changed_s=max(
-                filter(None, map(self.files.changed_s, ("ingest/progress.jsonl", f"{root}/manifest"))), default=None
-            ),
+            changed_s=max(filter(None, map(self.files.changed_s, ("ingest/progress.jsonl", manifest))), default=None),
             ends_s=logged_s + eta_s if not end and is_number(eta_s) and is_number(logged_s) else None,
             duplicates=_whole(_part(_part(signals, "duplicates"), "bytes").get("surplus")),
             suspicion={name[:60]: _whole(_part(suspicion, name).get("samples")) or 0 for name in suspicion},

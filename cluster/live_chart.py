@@ -150,8 +150,8 @@ def _stretches(points: Sequence[Span]) -> list[tuple[int, int]]:
 
 def _range(values: Sequence[float], share: bool) -> Span:
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if share:
-        return 0.0, min(1.0, max(0.1, high * 1.08)) if low >= 0 else high
+    if share and low >= 0:
+        return 0.0, max(0.1, min(1.0, high * 1.08), high)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return (0.0 if 0 <= low < 0.25 * high else low - margin), high + margin
 

@@ -16,8 +16,6 @@ from cluster.plan import ingests
 from cluster.training_state import TrainingReader, TrainingState, is_number
 from cluster.watched_files import WatchedFiles
 from roclip.config import Config, parse_config
-from roclip.errors import ConfigError
-from roclip.tar_sources import shards_root
 
 SILENT_S = 45.0
 """Of a run that works something is written every ten seconds (`cost.json`); after so long it does not."""
@@ -225,11 +223,14 @@ def _config(content: bytes) -> Config:
     return parse_config(content.decode())
 
 
-def _shards(config: Config | None, run: Path) -> Path:
-    try:
-        return shards_root(config.data.shards if config else "", run.resolve())
-    except ConfigError:  # a store whose library is not here
-        return run / "shards"
+def _shards(config: Config | None, run: Path) -> Path | None:
+    """Where the manifest lies, as `roclip.tar_sources.shards_root` says, but asked of this machine alone and without listing a
+    folder of a million shards: None for that of a store."""
+    where, own = config.data.shards if config else "", run.resolve() / "shards"
+    given = Path(where.removeprefix("file://")).expanduser()
+    if where and "://" not in where.removeprefix("file://") and (given / "manifest").is_dir():
+        return given.resolve()
+    return None if "://" in where and not (own / "manifest").is_dir() else own
 
 
 def _number(found: Mapping[str, Any], key: str) -> float | None:
