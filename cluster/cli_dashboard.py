@@ -49,6 +49,7 @@ def dashboard(
                 style="yellow",
                 soft_wrap=True,
                 highlight=False,
+                markup=False,
             )
             address += f"#token={guard.token}"
         typer.echo(f"dashboard {address}")

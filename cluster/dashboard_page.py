@@ -23,6 +23,8 @@ from roclip.metrics import METRICS
 from roclip.readable import duration, percent, plain, size
 
 TEMPLATE, DOOR = (Path(__file__).with_name(name) for name in ("dashboard.html.jinja", "dashboard_door.html.jinja"))
+_FOLDERS = (TEMPLATE.parent, TEMPLATE.parents[1] / "roclip")
+"""The second has the style that it shares with the report of a run."""
 PARTS = ("head", "steps", "stages", "arms", "curves", "pool", "ranks", "data", "oracle", "about")
 """Of the page, in their order; each is a macro of the template."""
 _POOL = ("pool_similarity", "pool_own", "pool_duplicates", "pool_staleness", "pool_entropy", "agreement", "suspected")
@@ -47,7 +49,7 @@ class Page:
 
     def __init__(self) -> None:
         environment = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FileSystemLoader(TEMPLATE.parent)
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FileSystemLoader(_FOLDERS)
         )
         environment.filters.update(percent=percent, duration=duration, size=size, plain=plain, clock=_clock)
         self._whole, self._door = (environment.get_template(path.name) for path in (TEMPLATE, DOOR))

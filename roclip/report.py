@@ -68,9 +68,11 @@ def write_report(run: Path) -> Path:
     truth = run / "origin" / "poison.parquet"
     resize_mode = config.ingest.resize_mode if config else "border"
     poisons = poison_pictures(shards, truth, _POISONS, resize_mode)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FileSystemLoader(TEMPLATE.parent)
+    )
     environment.filters.update(percent=percent, duration=duration, size=size, plain=plain)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.get_template(TEMPLATE.name).render(
         title=config.name if config else run.name,
         run=run.name,
         summary=summary,

@@ -23,6 +23,7 @@ from cluster.dashboard_guard import COOKIE, Guard
 from roclip.shards import write_atomic
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+pytestmark = pytest.mark.slow  # a training, a check, processes and browsers
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason=MISSING)
 
 
