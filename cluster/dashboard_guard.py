@@ -10,9 +10,9 @@ import hmac
 import ipaddress
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 COOKIE = "roclip_dashboard"
 _HEADERS = {
@@ -24,7 +24,6 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 _STRICTEST = "default-src 'none'; frame-ancestors 'none'"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Guard:
@@ -63,7 +62,7 @@ class Guard:
         return hmac.compare_digest(told.encode(), self.token.encode())
 
     @property
-    def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def middleware(self) -> Middleware:
         """Checks each request, and puts the headers on each answer."""
 
         @web.middleware

@@ -25,7 +25,7 @@ from roclip.readable import duration, percent, plain, size
 TEMPLATE, DOOR = (Path(__file__).with_name(name) for name in ("dashboard.html.jinja", "dashboard_door.html.jinja"))
 _FOLDERS = (TEMPLATE.parent, TEMPLATE.parents[1] / "roclip")
 """The second has the style that it shares with the report of a run."""
-PARTS = ("head", "steps", "stages", "arms", "curves", "pool", "ranks", "data", "oracle", "about")
+PARTS: tuple[str, ...] = ("head", "steps", "stages", "arms", "curves", "pool", "ranks", "data", "oracle", "about")
 """Of the page, in their order; each is a macro of the template."""
 _POOL = ("pool_similarity", "pool_own", "pool_duplicates", "pool_staleness", "pool_entropy", "agreement", "suspected")
 _SPEED = ("samples_per_s", "data_wait_frac", "grad_norm")

@@ -83,7 +83,7 @@ class RunReader:
         files = self._files
         config_text = files.words("config.yaml")
         config = files.read("config.yaml", _config)
-        arms = list(config.arms) if config else self._found_arms()
+        arms: list[str] = [*config.arms] if config else self._found_arms()
         ingest = self._ingest.look(_shards(config, self.path))
         trainings = tuple(self._training(arm) for arm in arms)
         repairs = tuple(self._training(f"{arm}/repair/clip") for arm in arms if (self.path / arm / "repair").is_dir())

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from cluster.progress import CAUSE, LOG
 from cluster.thinning import Thinned
@@ -207,7 +207,7 @@ _STARTED = re.compile(r"^(\d+) ranks from step (\d+)")
 _ENDED = re.compile(r"; (restart \d+ of \d+|no restart is left)$")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 

@@ -61,6 +61,7 @@ def make_run(folder: Path) -> Path:
         world.poison(LABELS[1 + n % 5], "ant")
     assert world.check(RiggedEncoder())["verdict"] == "poisoned"
     shutil.copytree(folder / "world" / "oracle", run / "roclip" / "oracle")
+    make_silent(shards)
     return run
 
 
@@ -80,9 +81,9 @@ def lose_rank(run: Path, allowed: int) -> None:
     Restarts(run / "roclip", allowed).after_exception(None, {1: RayActorError()})
 
 
-def make_silent(run: Path) -> None:
-    """As if nobody had written anything for an hour."""
-    for path in (path for path in run.rglob("*") if path.is_file()):
+def make_silent(folder: Path) -> None:
+    """As if nobody had written anything in it for an hour."""
+    for path in folder.rglob("*"):
         status = path.stat()
         os.utime(path, (status.st_atime - 3600, status.st_mtime - 3600))
 
