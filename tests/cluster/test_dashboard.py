@@ -472,7 +472,7 @@ def test_browser_enters_with_the_token_and_keeps_it_out_of_the_address(made, tmp
     async def watch() -> None:
         async with served(made, guard := Guard("192.0.2.1")) as (address, _), browser_tab(tmp_path / "profile") as tab:
             await tab.open(f"{address}#token={guard.token}")
-            await tab.until("document.body.innerText.includes('watched')")
+            await tab.until("document.body?.innerText.includes('watched')")  # none while it reloads
             assert guard.token not in await tab.value(
                 "location.href + document.cookie + document.documentElement.outerHTML"
             )

@@ -60,10 +60,12 @@ class Tab:
     async def until(self, script: str, within_s: float = 60.0) -> Any:
         """The expression's value as soon as it is true."""
         deadline_s = time.monotonic() + within_s
-        while not (value := await self.value(script)):
+        while True:
+            with contextlib.suppress(RuntimeError):  # the page was being left
+                if value := await self.value(script):
+                    return value
             assert time.monotonic() < deadline_s, f"never true: {script}"
             await asyncio.sleep(0.05)
-        return value
 
     async def picture(self, path: Path) -> None:
         """A PNG of the whole page."""
