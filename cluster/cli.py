@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster.cli_dashboard import DASHBOARD_EXAMPLES, dashboard
 from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
 from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
@@ -268,6 +269,7 @@ def doctor(
 
 
 app.command(epilog=POISON_EXAMPLES)(poison)
+app.command(epilog=DASHBOARD_EXAMPLES)(dashboard)
 app.command(epilog=SEGMENTER_EXAMPLES)(train_segmenter)
 
 

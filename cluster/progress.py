@@ -15,6 +15,8 @@ from roclip.metrics import read_metrics
 
 LOG = "log/ranks.log"
 """In a training's folder: what befell its ranks, a line each."""
+CAUSE = "failure.txt"
+"""Beside it: why they ended the last time."""
 _LINE_EVERY_S = 10.0
 Standing = tuple[float, float, str]
 """Done, total, and a line of words."""

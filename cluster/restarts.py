@@ -8,11 +8,9 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
-from cluster.progress import LOG
+from cluster.progress import CAUSE, LOG
 from roclip.errors import RoclipError
 from roclip.leaving import listen
-
-CAUSE = "failure.txt"
 
 
 class TorchThatListens(TorchConfig):

@@ -12,7 +12,8 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cluster.restarts import CAUSE, Restarts, TorchThatListens, note
+from cluster.progress import CAUSE
+from cluster.restarts import Restarts, TorchThatListens, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import StageError

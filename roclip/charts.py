@@ -4,10 +4,8 @@ Text stays text, in the font of the page around it; nothing is referred to outsi
 """
 
 import io
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -15,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-COLORS = ("#d9622b", "#1f6feb", "#7c3aed", "#0f766e", "#a16207")
-"""Of the arms, in their order."""
+from roclip.curves import Curve, smoothed
+
 SHADE = "#ece9f6"
 INK, GRID = "#475569", "#e5e9f0"
 STYLE: dict[Any, Any] = {
@@ -33,22 +31,8 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
-_MOST_POINTS = 800
 _SIZE_INCHES = (4.4, 2.4)
 """Small on purpose: its text stays readable when a phone shows the chart at its own width."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One arm in a chart."""
-
-    color: str
-    points: Sequence[tuple[float, float]]
-    """(epochs done, value)."""
-    band: Sequence[tuple[float, float]] = ()
-    """95 % interval of each point."""
-    filled: Sequence[bool] = ()
-    """Whether a point gets a full marker (taken after a matched epoch) or a hollow one; empty is none."""
 
 
 def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed: str, epochs: int = 0) -> str:
@@ -74,37 +58,10 @@ def chart(curves: Sequence[Curve], matched: Iterable[int], *, share: bool, seed:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if share:
-            top = max([0.1, *(value for curve in curves for pair in _reach(curve) for value in pair)])
+            top = max([0.1, *(value for curve in curves for pair in curve.reach for value in pair)])
             axes.set_ylim(-0.02 * top, min(1.0, top * 1.08) * 1.02)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         return figure_svg(figure)
-
-
-def loss_curve(color: str, rows: Sequence[Mapping[str, Any]]) -> Curve:
-    """The loss of the logged steps of one arm; of very many, the means of neighbours."""
-    points = [(row["progress"], row["loss"]) for row in rows if "loss" in row]
-    group = -(-len(points) // _MOST_POINTS) or 1
-    pieces = [points[start : start + group] for start in range(0, len(points), group)]
-    return Curve(color, [(piece[-1][0], sum(loss for _, loss in piece) / len(piece)) for piece in pieces])
-
-
-def share_curve(color: str, rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """A share of the evaluated epochs of one arm, such as `zero_shot_top1`."""
-    kept = [row for row in rows if row.get(key) is not None]
-    filled = [row.get("phase") == "matched" for row in kept]
-    return Curve(color, [(row["epoch"], row[key]) for row in kept], filled=filled)
-
-
-def attack_curve(color: str, rows: Sequence[Mapping[str, Any]], attack: str) -> Curve:
-    """The success rate of one attack over the evaluated epochs of one arm, with its interval."""
-    kept = [row for row in rows if (row.get("attacks") or {}).get(attack)]
-    results = [row["attacks"][attack] for row in kept]
-    return Curve(
-        color,
-        [(row["epoch"], result["rate"]) for row, result in zip(kept, results, strict=True)],
-        [tuple(result["ci95"]) for result in results],
-        [row.get("phase") == "matched" for row in kept],
-    )
 
 
 def _draw(axes: Axes, curve: Curve, *, smooth: bool) -> None:
@@ -116,27 +73,13 @@ def _draw(axes: Axes, curve: Curve, *, smooth: bool) -> None:
         axes.fill_between(x, low, high, color=curve.color, alpha=0.12, linewidth=0)
     if smooth and len(y) > 60:
         axes.plot(x, y, color=curve.color, linewidth=0.6, alpha=0.25)
-        y = _smoothed(curve.points, len(y) // 40)
+        y = smoothed(curve.points, len(y) // 40)
     axes.plot(x, y, color=curve.color, linewidth=1.5, solid_joinstyle="round")
     for full in (True, False):
         chosen = [place for place, filled in zip(curve.points, curve.filled, strict=False) if filled == full]
         if chosen:
             style = {"color": curve.color if full else "white", "edgecolors": curve.color, "linewidths": 1.2}
             axes.scatter(*zip(*chosen, strict=True), s=16, zorder=3, **style)
-
-
-def _smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[float]:
-    """The mean over `reach` neighbours on each side, of the same epoch only: phases differ."""
-    means = []
-    for i, (progress, _) in enumerate(points):
-        window = points[max(0, i - reach) : i + reach + 1]
-        values = [value for other, value in window if math.ceil(other) == math.ceil(progress)]
-        means.append(sum(values) / len(values))
-    return means
-
-
-def _reach(curve: Curve) -> Iterable[tuple[float, float]]:
-    return curve.band or [(y, y) for _, y in curve.points]
 
 
 def figure_svg(figure: Figure) -> str:

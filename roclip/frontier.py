@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from roclip.charts import COLORS, GRID, INK, STYLE, inline_svg
+from roclip.charts import GRID, INK, STYLE, inline_svg
 from roclip.compare import attack_names
+from roclip.curves import COLORS
 from roclip.shards import write_atomic
 
 PANEL_INCHES = (3.3, 3.1)

@@ -14,8 +14,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from roclip.charts import COLORS, attack_curve, chart, loss_curve, share_curve
+from roclip.charts import chart
 from roclip.config import parse_config
+from roclip.curves import (
+    ATTACK_SAYS,
+    COLORS,
+    SHARE_CURVES,
+    SHARES,
+    attack_curve,
+    attack_names,
+    loss_curve,
+    share_curve,
+)
 from roclip.errors import DataError
 from roclip.evaluate import rate
 from roclip.gallery import poison_keys, poison_pictures, sample_pictures
@@ -26,19 +36,6 @@ from roclip.tar_sources import shards_root
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SAMPLES, _POISONS, _LABELS = 12, 4, 15
-_SHARES = (
-    ("zero_shot_top1", "zero-shot top-1", "held-out images whose nearest label is the true one"),
-    ("zero_shot_top5", "zero-shot top-5", "the same among the five nearest labels"),
-    ("linear_probe_top1", "linear probe top-1", "held-out images that a linear classifier gets right"),
-    (
-        "recall_at_1",
-        "recall@1",
-        "held-out images that find their own caption first, and captions their image",
-    ),
-    ("recall_at_5", "recall@5", "the same among the first five"),
-    ("recall_at_10", "recall@10", "the same among the first ten"),
-)
-_CURVES = ("zero_shot_top1", "linear_probe_top1", "recall_at_1")
 _LABEL_COLUMNS = {
     "label": "label",
     "status": "status",
@@ -52,7 +49,6 @@ _LABEL_COLUMNS = {
     "unseen_p": "p (Holm)",
 }
 """Of the oracle's label table, with what they count: distinct images."""
-_ATTACK_SAYS = "attacked images that are taken for the attacker's label"
 
 
 def write_report(run: Path) -> Path:
@@ -72,9 +68,11 @@ def write_report(run: Path) -> Path:
     truth = run / "origin" / "poison.parquet"
     resize_mode = config.ingest.resize_mode if config else "border"
     poisons = poison_pictures(shards, truth, _POISONS, resize_mode)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FileSystemLoader(TEMPLATE.parent)
+    )
     environment.filters.update(percent=percent, duration=duration, size=size, plain=plain)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.get_template(TEMPLATE.name).render(
         title=config.name if config else run.name,
         run=run.name,
         summary=summary,
@@ -99,12 +97,12 @@ def write_report(run: Path) -> Path:
 def comparison(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the table: a title, what it says, and each arm's share or `Rate`, None where not measured."""
     rows = []
-    for key, title, says in _SHARES:
+    for key, title, says in SHARES:
         cells = [_counted(arm, key) for arm in arms.values()]
         rows.append({"title": title, "says": says, "cells": cells})
     for name in attack_names(arms.values()):
         cells = [(arm.get("attacks") or {}).get(name) for arm in arms.values()]
-        rows.append({"title": f"{name} attack success", "says": _ATTACK_SAYS, "cells": cells})
+        rows.append({"title": f"{name} attack success", "says": ATTACK_SAYS, "cells": cells})
     return [row for row in rows if any(cell is not None for cell in row["cells"])]
 
 
@@ -126,11 +124,6 @@ def phase_rows(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows if any(row["phase"] == "matched" for row in rows) else []
 
 
-def attack_names(rows: Any) -> list[str]:
-    """Names of the attacks in rows that may have `attacks`, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.get("attacks") or {}))
-
-
 def charts(run: Path, colors: Mapping[str, str]) -> list[dict[str, Any]]:
     """The curves of a run that have data, each with a title and a sentence that says what it shows."""
     logged = {arm: read_metrics(run / arm / "metrics.jsonl") for arm in colors}
@@ -139,8 +132,8 @@ def charts(run: Path, colors: Mapping[str, str]) -> list[dict[str, Any]]:
     epochs = math.ceil(max((row["progress"] for rows in logged.values() for row in rows), default=0))
     wanted = [("loss", "Training loss", "symmetric InfoNCE; a matched epoch learns with other captions")]
     for name in attack_names(row for rows in evaluated.values() for row in rows):
-        wanted.append((f"attack:{name}", f"{name} attack success".capitalize(), _ATTACK_SAYS))
-    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in _SHARES if key in _CURVES]
+        wanted.append((f"attack:{name}", f"{name} attack success".capitalize(), ATTACK_SAYS))
+    wanted += [(key, title[0].upper() + title[1:], says) for key, title, says in SHARES if key in SHARE_CURVES]
     found = []
     for key, title, says in wanted:
         if key == "loss":

@@ -97,7 +97,7 @@ def help_of(command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "dashboard"])
 def test_help_loads_no_heavy_module_when_asked(command: str):
     assert help_of(command).splitlines()[-1] == "loaded: [] exit: 0"
 
