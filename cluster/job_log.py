@@ -12,7 +12,7 @@ SILENT_S = 30.0
 LONGEST_WAIT_S = 30.0
 PROGRESS = re.compile(r"(?P<stage>\S+) +(?P<percent>\d{1,3})%  (?P<text>.*)")
 """What `Display` prints of a stage where there is no terminal."""
-_OF_RAY = "Running entrypoint for job "
+_OF_RAY = re.compile(r"Running entrypoint for job |[-\d]+ [:,\d]+\s+INFO job_manager\.py:")
 
 
 class Log:
@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self, show: Callable[[str], None]):
         self._show = show
-        self._seen_chars = 0
+        self.seen_chars = 0
         self._rest = ""
 
     async def read(self, chunks: AsyncIterator[str], silent_s: float = SILENT_S) -> None:
@@ -52,14 +52,14 @@ class Log:
             self._rest = ""
 
     def _take(self, chunk: str, position: int) -> None:
-        new = chunk[max(0, self._seen_chars - position) :]
-        self._seen_chars = max(self._seen_chars, position + len(chunk))
+        new = chunk[max(0, self.seen_chars - position) :]
+        self.seen_chars = max(self.seen_chars, position + len(chunk))
         *lines, self._rest = (self._rest + new).split("\n")
         for line in lines:
             self._say(line)
 
     def _say(self, line: str) -> None:
-        if not line.startswith(_OF_RAY):
+        if not _OF_RAY.match(line):
             self._show(printable(line))
 
 

@@ -47,12 +47,12 @@ def identity_digest(config: Config) -> str:
 
 
 def pack(config: Config, folder: Path, *, code: bool) -> None:
-    """Fill the working directory of a job.
+    """Fill the working directory of a job; the config has the name of its preset.
 
     Args:
         code: Also our packages, as they are here; else those that the nodes have installed.
     """
-    write_atomic(folder / "config.yaml", dump_config(dataclasses.replace(config, source="")))
+    write_atomic(folder / Path(config.source).name, dump_config(dataclasses.replace(config, source="")))
     if (model := model_file(config)) is not None:
         write_atomic(folder / "models" / model.name, model.read_text())
     if code:

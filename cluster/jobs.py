@@ -9,7 +9,10 @@ import contextlib
 import dataclasses
 import datetime
 import ipaddress
+import logging
 import os
+import re
+import shlex
 import socket
 import tempfile
 import time
@@ -31,12 +34,13 @@ from cluster.session import commit
 from roclip.config import Config, run_directory
 from roclip.errors import ConfigError, StageError
 
-ENTRYPOINT = "exec python -m cluster.cli run config.yaml"
+ENTRYPOINT = "exec python -m cluster.cli run {config}"
 STOP_WAIT_S = 120
 """After `stop`, a run has so long to end cleanly before Ray kills it."""
 INTERRUPTED = 130
 TIMEOUT_S = 30.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 _LOST = (OSError, RuntimeError, aiohttp.ClientError)
 
 
@@ -95,6 +99,8 @@ class Jobs:
                 "--address: expected the cluster's dashboard, such as http://head:8265, got none. Name it, or set "
                 "RAY_API_SERVER_ADDRESS."
             )
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._answered(address), _without_addresses():
             self.address = get_address_for_submission_client(address).rstrip("/")
             refuse_open(self.address)
@@ -113,18 +119,15 @@ class Jobs:
         known = self.list()
         config = self.placed(config, run_id, known)
         run = Path(config.run_dir)
-        before = [job for job in known if job.metadata.get("run_dir") == str(run)]
-        if living := [job for job in before if job.alive]:
+        if living := [job for job in known if job.alive and job.metadata["run_dir"] == str(run)]:
             return living[0], False
-        job_id = f"{run.name}.{1 + len(before)}"
+        request = self._request(config)
+        run_id = request["metadata"]["run_id"]
+        job_id = f"{run_id}.{1 + sum(job.metadata['run_id'] == run_id for job in known)}"
         with tempfile.TemporaryDirectory(prefix="roclip-job-") as folder, self._answered(self.address):
             pack(config, Path(folder), code=code)
-            try:
-                self._client.submit_job(submission_id=job_id, **self._request(config, folder))
-            except RuntimeError as error:
-                if "already" not in str(error) or not self.get(job_id).alive:
-                    raise
-                return self.get(job_id), False  # somebody else sent the same at the same time
+            request["runtime_env"]["working_dir"] = folder
+            self._client.submit_job(submission_id=job_id, **request)  # of two at the same time Ray refuses one
         return self.get(job_id), True
 
     def placed(self, config: Config, run_id: str, known: list[Job]) -> Config:
@@ -138,19 +141,18 @@ class Jobs:
             run = next((Path(job.metadata["run_dir"]) for job in known if job.metadata["identity"] == same), run)
         return dataclasses.replace(config, run_dir=str(run))
 
-    def _request(self, config: Config, folder: str) -> dict[str, Any]:
-        run = Path(config.run_dir)
+    def _request(self, config: Config) -> dict[str, Any]:
+        run_id = re.sub(r"[^\w.-]", "-", Path(config.run_dir).name)
         return {
-            "entrypoint": ENTRYPOINT,
+            "entrypoint": ENTRYPOINT.format(config=shlex.quote(Path(config.source).name)),
             "runtime_env": {
-                "working_dir": folder,
                 "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
             },
             "metadata": {
-                "job_name": run.name,
+                "job_name": run_id,
                 "config": Path(config.source).name,
-                "run_id": run.name,
-                "run_dir": str(run),
+                "run_id": run_id,
+                "run_dir": config.run_dir,
                 "identity": identity_digest(config),
                 "commit": commit(),
             },
@@ -191,6 +193,7 @@ class Jobs:
     async def _follow(self, job: Job, log: Log, say: Callable[[str], None]) -> Job:
         wait_s = 0.0
         while True:
+            before_chars = log.seen_chars
             tail = self._client.tail_job_logs(job.id)
             try:
                 async with contextlib.aclosing(tail):
@@ -199,10 +202,10 @@ class Jobs:
                 if not now.alive:
                     log.end(await asyncio.to_thread(self.log, job))
                     return now
-                if wait_s:
-                    say(f"the connection to {self.address} is back")
                 wait_s = 0.0
             except (*_LOST, StageError) as error:
+                if log.seen_chars > before_chars:
+                    wait_s = 0.0
                 if not wait_s:
                     say(f"the connection to {self.address} is lost ({type(error).__name__}); the job goes on")
                 wait_s = min(LONGEST_WAIT_S, 2 * wait_s or 1.0)
