@@ -27,10 +27,13 @@ _STYLES = {"RUNNING": "bold green", "PENDING": "yellow", "FAILED": "bold red", "
 Address = Annotated[
     str,
     typer.Option(
-        metavar="URL", help="The cluster's dashboard, such as http://head:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS."
+        metavar="URL",
+        help="The cluster's dashboard, such as http://head:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS.",
     ),
 ]
-JobName = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run's id or directory (its newest job), or a job's id.")]
+JobName = Annotated[
+    str, typer.Argument(metavar="RUN|JOB", help="A run's id or directory (its newest job), or a job's id.")
+]
 
 
 def submit(
@@ -40,7 +43,8 @@ def submit(
     run_id: Annotated[str, typer.Option(metavar="NAME", help="The run directory's name, in `runs`.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Send it and return; do not follow its log.")] = False,
     ship_code: Annotated[
-        bool, typer.Option("--ship-code", help="Also send our packages as they are here, instead of those installed there.")
+        bool,
+        typer.Option("--ship-code", help="Also send our packages as they are here, instead of those installed there."),
     ] = False,
     dry_run: DryRun = False,
 ) -> int:
@@ -51,7 +55,7 @@ def submit(
     RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
     """
     settings = resolve(config, overrides)
-    if run_id.strip(".") == "" and run_id or "/" in run_id:
+    if (run_id and not run_id.strip(".")) or "/" in run_id:
         raise ConfigError(f"--run-id: expected a folder's name, got {run_id!r}.")
     if dry_run:
         return show_dry_run(settings, "run")
@@ -101,7 +105,7 @@ def logs(
     job = jobs.find(name)
     if follow:
         return _follow(jobs, job)
-    Log(lambda line: print(line)).end(jobs.log(job))
+    Log(print).end(jobs.log(job))
     return 0
 
 
@@ -132,7 +136,9 @@ def runs(address: Address = "") -> int:
     for job in jobs.list():
         progress = last_progress(jobs.log(job)) if job.alive else ""
         table.add_row(job.id, job.metadata.get("config", ""), _state(job), _since(job), Text(progress))
-    Console(width=None if sys.stdout.isatty() else 160).print(table if table.row_count else f"no runs on {jobs.address}")
+    Console(width=None if sys.stdout.isatty() else 160).print(
+        table if table.row_count else f"no runs on {jobs.address}"
+    )
     return 0
 
 

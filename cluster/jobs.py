@@ -40,7 +40,11 @@ STOP_WAIT_S = 120
 INTERRUPTED = 130
 TIMEOUT_S = 30.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _LOST = (OSError, RuntimeError, aiohttp.ClientError)
 
 

@@ -50,7 +50,9 @@ def ingest_need(cluster: ClusterConfig) -> Need:
     return Need("ingest", 1, {"CPU": cluster.cpus_per_ingest_task, **resource})
 
 
-def wait_for_room(need: Need, cluster: ClusterConfig, say: Callable[[str], None], *, joining_s: float = JOINING_S) -> None:
+def wait_for_room(
+    need: Need, cluster: ClusterConfig, say: Callable[[str], None], *, joining_s: float = JOINING_S
+) -> None:
     """Return when the cluster has room; say what is waited for, at first and every minute.
 
     Raises `StageError` after `cluster.queue_timeout_s`; and for what the cluster could never hold and will not grow to:
@@ -111,7 +113,8 @@ def totals() -> list[Bundle]:
 def holds(need: Need, nodes: Sequence[Bundle]) -> bool:
     """Whether idle nodes could hold it."""
     rooms = (
-        min(int((node.get(name, 0.0) + 1e-6) / amount) for name, amount in need.bundle.items() if amount) for node in nodes
+        min(int((node.get(name, 0.0) + 1e-6) / amount) for name, amount in need.bundle.items() if amount)
+        for node in nodes
     )
     return sum(rooms) >= need.number
 
@@ -125,7 +128,9 @@ def free() -> str:
     """What is free of what the cluster has, in words."""
     now, all_ = ray.available_resources(), ray.cluster_resources()
     names = [name for name in sorted(all_) if ":" not in name and "memory" not in name and "_group_" not in name]
-    return "the cluster has " + (", ".join(f"{now.get(name, 0):g} of {all_[name]:g} {name}" for name in names)) + " free"
+    return (
+        "the cluster has " + (", ".join(f"{now.get(name, 0):g} of {all_[name]:g} {name}" for name in names)) + " free"
+    )
 
 
 def _too_small(need: Need) -> str:

@@ -36,7 +36,9 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     cluster = config.cluster
     need = training_need(cluster, name)
     wait_for_room(need, cluster, partial(note, run / name))
-    patience = Patience(need, cluster.queue_timeout_s, partial(note, (run / name).resolve()), (run / name / CAUSE).resolve())
+    patience = Patience(
+        need, cluster.queue_timeout_s, partial(note, (run / name).resolve()), (run / name / CAUSE).resolve()
+    )
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
