@@ -38,6 +38,7 @@ ENTRYPOINT = "exec python -m cluster.cli run {config}"
 STOP_WAIT_S = 120
 """After `stop`, a run has so long to end cleanly before Ray kills it."""
 INTERRUPTED = 130
+STARTING_S = 120.0
 TIMEOUT_S = 30.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKATIVE = (
@@ -131,8 +132,21 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="roclip-job-") as folder, self._answered(self.address):
             pack(config, Path(folder), code=code)
             request["runtime_env"]["working_dir"] = folder
-            self._client.submit_job(submission_id=job_id, **request)  # of two at the same time Ray refuses one
+            self._send(submission_id=job_id, **request)  # of two at the same time Ray refuses one
         return self.get(job_id), True
+
+    def _send(self, **request: Any) -> None:
+        """A head that has just come up answers before it can start anything."""
+        deadline_s = time.monotonic() + STARTING_S
+        while True:
+            try:
+                self._client.submit_job(**request)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(1.0)
+            else:
+                return
 
     def placed(self, config: Config, run_id: str, known: list[Job]) -> Config:
         """The config as the cluster will have it, with its run directory."""

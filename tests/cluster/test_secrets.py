@@ -206,7 +206,9 @@ def test_dashboard_that_nobody_serves_is_an_error_of_the_stage():
             jobs.Jobs(f"http://127.0.0.1:{closed.getsockname()[1]}")
 
 
-@pytest.mark.parametrize(("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("192.0.2.7", False)])
+@pytest.mark.parametrize(
+    ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("192.0.2.7", False)]
+)
 def test_loopback_is_told_by_address(host, alone):
     assert jobs.is_loopback(host) is alone
 
@@ -262,5 +264,3 @@ ray.shutdown()
     )
     assert done.stdout.splitlines() == ["401", "['127.0.0.1']", "64 False"], done.stdout + done.stderr
     assert stat.S_IMODE(Path(token).stat().st_mode) == 0o600
-
-

@@ -50,7 +50,9 @@ def ray_head(folder: Path, *, cpus: int = 3, token: bool = True) -> Iterator[Hea
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     gcs, dashboard = free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as short:  # sockets' names are long
+    with tempfile.TemporaryDirectory(
+        prefix="r", dir="/tmp", ignore_cleanup_errors=True
+    ) as short:  # sockets' names are long
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
             *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={cpus}", f"--temp-dir={short}"),
@@ -58,7 +60,8 @@ def ray_head(folder: Path, *, cpus: int = 3, token: bool = True) -> Iterator[Hea
             *("--dashboard-agent-listen-port=" + free_port(), "--metrics-export-port=" + free_port()),
             "--object-store-memory=100000000",
         ]
-        mode = {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+        patience = {"RAY_agent_register_timeout_ms": "240000"}  # 30 s are too few on a busy machine
+        mode = {**patience, "RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token_file)}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with (folder / "head.log").open("w") as log:
             process = subprocess.Popen(
@@ -82,7 +85,7 @@ def ray_head(folder: Path, *, cpus: int = 3, token: bool = True) -> Iterator[Hea
 
 
 def _until_it_answers(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 300
     while True:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline_s, log.read_text()
