@@ -18,6 +18,7 @@ from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
 from roclip.errors import CheckpointError, ConfigError, RoclipError
+from roclip.private import refuse_secret
 
 EXIT_CODES = """\
 [bold]Exit codes[/]
@@ -166,6 +167,8 @@ def oracle(
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
     settings = resolve(config, [*(overrides or ()), *(["oracle.repair=true"] if repair else [])])
+    for option, value in (("--data", data), ("--checkpoint", checkpoint or "")):  # the report names both
+        refuse_secret(option, value)
     if dry_run:
         return show_dry_run(settings, "oracle")
     return _finish(

@@ -133,7 +133,7 @@ def runs(address: Address = "") -> int:
     for column in ("job", "config", "state", "since"):
         table.add_column(column, no_wrap=True)
     table.add_column("progress", overflow="ellipsis", no_wrap=True)
-    for job in jobs.list():
+    for job in jobs.all():
         progress = last_progress(jobs.log(job)) if job.alive else ""
         table.add_row(job.id, job.metadata.get("config", ""), _state(job), _since(job), Text(progress))
     Console(width=None if sys.stdout.isatty() else 160).print(

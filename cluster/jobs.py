@@ -121,7 +121,7 @@ class Jobs:
                 config had, or a dated one.
             code: Send our packages as they are here, too.
         """
-        known = self.list()
+        known = self.all()
         config = self.placed(config, run_id, known)
         run = Path(config.run_dir)
         if living := [job for job in known if job.alive and job.metadata["run_dir"] == str(run)]:
@@ -176,7 +176,7 @@ class Jobs:
             },
         }
 
-    def list(self) -> list[Job]:
+    def all(self) -> list[Job]:
         """Those that `submit` sent, newest first."""
         with self._answered(self.address):
             jobs = [_job(details) for details in self._client.list_jobs() if _is_ours(details)]
@@ -189,7 +189,7 @@ class Jobs:
 
     def find(self, name: str) -> Job:
         """A job by its id, or the newest of a run by its id or directory; the newest of all without a name."""
-        for job in self.list():
+        for job in self.all():
             names = (job.id, job.metadata["run_id"], job.metadata["run_dir"])
             if not name or name in names or str(Path(name).absolute()) == job.metadata["run_dir"]:
                 return job

@@ -30,8 +30,13 @@ _WHAT_TO_DO = (
 def refuse_secrets(config: Any) -> None:
     """Raises `ConfigError` for the first text of a dataclass, at any depth, that looks like a secret. Does not repeat it."""
     for key, text in _texts(config, ""):
-        if found := secret_in(text):
-            raise ConfigError(f"{key}: expected no secret, got {found}. {_WHAT_TO_DO}")
+        refuse_secret(key, text)
+
+
+def refuse_secret(name: str, text: str) -> None:
+    """Raises `ConfigError` if the value of a key or an option looks like a secret. Does not repeat it."""
+    if found := secret_in(text):
+        raise ConfigError(f"{name}: expected no secret, got {found}. {_WHAT_TO_DO}")
 
 
 def secret_in(text: str) -> str:

@@ -49,6 +49,12 @@ def test_config_with_a_secret_is_refused_and_does_not_repeat_it(override, tmp_pa
     assert "AKIA" not in str(refused.value)
 
 
+def test_option_with_a_secret_is_refused(tmp_path, capsys):
+    assert guarded(["oracle", str(preset(tmp_path, PLAIN)), "--data", f"s3://me:{SECRET}@bucket"]) == 2
+    assert "--data: expected no secret" in (said := capsys.readouterr().err)
+    assert SECRET not in said
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -221,7 +227,7 @@ def test_address_is_needed_and_taken_from_the_environment(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with pytest.raises(StageError, match="127.0.0.1"):
+        with pytest.raises(StageError, match=r"127\.0\.0\.1"):
             jobs.Jobs()
 
 

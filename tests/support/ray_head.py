@@ -60,40 +60,48 @@ def ray_head(folder: Path, *, cpus: int = 3, token: bool = True) -> Iterator[Hea
             *("--dashboard-agent-listen-port=" + free_port(), "--metrics-export-port=" + free_port()),
             "--object-store-memory=100000000",
         ]
-        patience = {"RAY_agent_register_timeout_ms": "240000"}  # 30 s are too few on a busy machine
+        patience = {"RAY_agent_register_timeout_ms": "240000", "RAY_raylet_start_wait_time_s": "300"}  # a busy machine
         mode = {**patience, "RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token_file)}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        with (folder / "head.log").open("w") as log:
-            process = subprocess.Popen(
-                command, env=environment(**mode, PATH=path), stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            url = f"http://127.0.0.1:{dashboard}"
-            _until_it_answers(url, process, folder / "head.log")
-            yield Head(url, f"127.0.0.1:{gcs}", token_file, process.pid)
-        finally:
-            left = [*psutil.Process(process.pid).children(recursive=True)]
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            process.wait()
-            for one in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            psutil.wait_procs(left, timeout=30)
+        url, log = f"http://127.0.0.1:{dashboard}", folder / "head.log"
+        for _ in range(3):  # a node gives itself 30 s to come up, which a busy machine may not have
+            with _started(command, environment(**mode, PATH=path), log) as process:
+                if _is_up(url, process, log):
+                    yield Head(url, f"127.0.0.1:{gcs}", token_file, process.pid)
+                    return
+    raise AssertionError(log.read_text())
 
 
-def _until_it_answers(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline_s = time.monotonic() + 300
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline_s, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/api/version", timeout=10):
-                return
-        except urllib.error.HTTPError as error:
-            assert error.code == 401
-            return
-        except OSError:
-            time.sleep(0.1)
+@contextlib.contextmanager
+def _started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    mark = next(word for word in command if word.startswith("--temp-dir=")).partition("=")[2]
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+        process.wait()
+        left = [one for one in psutil.process_iter(["cmdline"]) if mark in " ".join(one.info["cmdline"] or ())]
+        for one in left:  # only this head's have its folder in their command line
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(left, timeout=30)
+
+
+def _is_up(url: str, process: subprocess.Popen, log: Path) -> bool:
+    """Wait until the node is there and its dashboard answers; False when it has ended instead."""
+    while process.poll() is None:
+        if "Ray runtime started" in log.read_text():
+            try:
+                with urllib.request.urlopen(f"{url}/api/version", timeout=30):
+                    return True
+            except urllib.error.HTTPError:  # 401: it wants the token
+                return True
+            except OSError:
+                pass
+        time.sleep(0.2)
+    return False
