@@ -212,7 +212,7 @@ class Jobs:
         wait_s = 0.0
         while True:
             before_chars = log.seen_chars
-            tail = self._client.tail_job_logs(job.id)
+            tail: Any = self._client.tail_job_logs(job.id)
             try:
                 async with contextlib.aclosing(tail):
                     await log.read(tail)
