@@ -1,5 +1,7 @@
 """The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
+import os
+import platform
 import shlex
 import sys
 import traceback
@@ -10,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster import cli_jobs
 from cluster.cli_dashboard import DASHBOARD_EXAMPLES, dashboard
 from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
 from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
 from roclip.errors import CheckpointError, ConfigError, RoclipError
+from roclip.private import refuse_secret
 
 EXIT_CODES = """\
 [bold]Exit codes[/]
@@ -32,7 +36,7 @@ EXIT_CODES = """\
  20   oracle: poisoned, with oracle.fail_on=suspicious or poisoned\n
  21   the same, but repaired, checked again and trusted\n
  30   oracle: inconclusive, with oracle.fail_on=suspicious\n
- 130  stopped by Ctrl-C
+ 130  stopped by Ctrl-C (also a job, by [bold]stop[/]; [bold]submit[/] and [bold]logs[/]: detached from the job)
 """
 INTERRUPTED = 130
 VERDICT_CODES = {"suspicious": 10, "poisoned": 20, "inconclusive": 30}
@@ -59,15 +63,26 @@ app = typer.Typer(
         "run configs/demo.yaml",
         "run configs/demo.yaml pool.size=4096 train.lr=1e-3 --dry-run",
         "run runs/2026-01-31-demo",
+        "run configs/laion.yaml data.urls='urls/*.parquet' --address auto",
     )
 )
-def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(metavar="auto|IP:PORT", help="On a node of a Ray cluster: run there; sets cluster.address.")
+    ] = "",
+    dry_run: DryRun = False,
+) -> int:
     """The whole system: ingest, train while it still runs, evaluate, check with the oracle, report.
 
     The same config goes on where it stopped.
     """
-    settings = resolve(config, overrides)
-    return show_dry_run(settings, "run") if dry_run else _finish(settings, _pipeline().run(settings))
+    settings = resolve(config, [*(overrides or ()), *([f"cluster.address={address}"] if address else [])])
+    if dry_run:
+        return show_dry_run(settings, "run")
+    typer.echo(f"start    process {os.getpid()} on {platform.node()}")  # the libraries take seconds to load
+    return _finish(settings, _pipeline().run(settings))
 
 
 @app.command(
@@ -153,6 +168,8 @@ def oracle(
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
     settings = resolve(config, [*(overrides or ()), *(["oracle.repair=true"] if repair else [])])
+    for option, value in (("--data", data), ("--checkpoint", checkpoint or "")):  # the report names both
+        refuse_secret(option, value)
     if dry_run:
         return show_dry_run(settings, "oracle")
     return _finish(
@@ -271,6 +288,11 @@ def doctor(
 app.command(epilog=POISON_EXAMPLES)(poison)
 app.command(epilog=DASHBOARD_EXAMPLES)(dashboard)
 app.command(epilog=SEGMENTER_EXAMPLES)(train_segmenter)
+app.command(epilog=cli_jobs.SUBMIT_EXAMPLES)(cli_jobs.submit)
+app.command(epilog=cli_jobs.STATUS_EXAMPLES)(cli_jobs.status)
+app.command(epilog=cli_jobs.LOGS_EXAMPLES)(cli_jobs.logs)
+app.command(epilog=cli_jobs.STOP_EXAMPLES)(cli_jobs.stop)
+app.command(epilog=cli_jobs.RUNS_EXAMPLES)(cli_jobs.runs)
 
 
 def pointed_checkpoint(config: Config, arm: str, pointer: str) -> Path:
@@ -309,10 +331,7 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
 def main() -> None:
     """Run the command and end with its exit code; errors of ours are one line, others a traceback."""
     environment_defaults()
-    code = guarded(sys.argv[1:] or ["--help"])
-    if code == INTERRUPTED:
-        _complain("stopped by Ctrl-C; the same command goes on from here")
-    sys.exit(code)
+    sys.exit(guarded(sys.argv[1:] or ["--help"]))
 
 
 def guarded(arguments: list[str]) -> int:
@@ -323,6 +342,7 @@ def guarded(arguments: list[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped by Ctrl-C; the same command goes on from here")
         return INTERRUPTED
     except typer.Exit as error:
         return error.exit_code

@@ -12,6 +12,7 @@ from cluster.ingest_progress import IngestProgress
 from cluster.ingest_report import IngestPage
 from cluster.ingest_signals import SIGNALS_FILE, look, release
 from cluster.plan import ingests
+from cluster.queueing import ingest_need, wait_for_room
 from cluster.session import Session, session
 from cluster.url_list import open_list
 from ingest.origin import Origin
@@ -124,6 +125,7 @@ def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
         thread = Fetching(here, urls, over)
         if ingests(config) and not over:
             here.need_ray()
+            wait_for_room(ingest_need(config.cluster), config.cluster, here.display.say)
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
                 thread.urls = origin_folder / "urls.parquet"

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import psutil
 import ray
+import ray.exceptions
 
 from cluster.progress import Display
-from roclip.config import Config, dump_config, environment_defaults, identity, parse_config, run_directory
-from roclip.errors import ConfigError, RunLockedError
+from cluster.ray_token import ensure_token
+from roclip.config import Config, dump_config, environment_defaults, identity, model_file, parse_config, run_directory
+from roclip.errors import ConfigError, RunLockedError, StageError
+from roclip.private import private_directory
 from roclip.shards import write_atomic
 from roclip.tar_sources import shards_root
 
@@ -53,8 +56,9 @@ class Session:
         if ray.is_initialized():
             return
         cluster = self.config.cluster
+        ensure_token()
         if cluster.address != "local":
-            ray.init(address=cluster.address, log_to_driver=False)
+            self._join(cluster.address)
             return
         training = cluster.workers * cluster.cpus_per_worker
         fetching = self.config.ingest.max_in_flight * cluster.cpus_per_ingest_task
@@ -68,6 +72,16 @@ class Session:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
+
+    def _join(self, address: str) -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise StageError(
+                f"cluster.address: expected a Ray cluster at {address}, got: {str(error).strip().splitlines()[0]} "
+                "Is its head up (`ray status`), is this one of its nodes, and is its token here (RAY_AUTH_TOKEN_PATH)? "
+                "From outside use `roclip submit`."
+            ) from error
 
     def note_cost(self) -> None:
         """Write `cost.json`, so that a killed run's time is not forgotten."""
@@ -102,7 +116,7 @@ def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
     """
     environment_defaults()
     path = run_directory(config)
-    path.mkdir(parents=True, exist_ok=True)
+    private_directory(path)
     with (path / "run.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +144,9 @@ def keep_config(config: Config, path: Path) -> None:
     """Write `config.yaml` of a directory, once. Raises `ConfigError` if it began with another config."""
     file = path / "config.yaml"
     if not file.exists():
-        path.mkdir(parents=True, exist_ok=True)
+        private_directory(path)
+        if (model := model_file(config)) is not None:
+            write_atomic(path / "models" / model.name, model.read_text())
         write_atomic(file, dump_config(config))
         return
     before, now = identity(parse_config(file.read_text())).splitlines(), identity(config).splitlines()
@@ -142,13 +158,18 @@ def keep_config(config: Config, path: Path) -> None:
         )
 
 
+def commit() -> str:
+    """Of the code that runs here, or `unknown`."""
+    return _git("rev-parse", "HEAD") or "unknown"
+
+
 def _provenance() -> dict:
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "packages": versions,

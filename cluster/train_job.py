@@ -6,6 +6,7 @@ can neither be lost between Ray's polls nor differ from what `torchrun -m roclip
 
 import datetime
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cluster.progress import CAUSE
+from cluster.queueing import Patience, training_need, wait_for_room
 from cluster.restarts import Restarts, TorchThatListens, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
@@ -33,23 +35,26 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     (run / name).mkdir(parents=True, exist_ok=True)
     (run / name / CAUSE).unlink(missing_ok=True)
     cluster = config.cluster
+    need = training_need(cluster, name)
+    wait_for_room(need, cluster, partial(note, run / name))
+    patience = Patience(
+        need, cluster.queue_timeout_s, partial(note, (run / name).resolve()), (run / name / CAUSE).resolve()
+    )
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.workers) if cluster.elastic else cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-            },
+            resources_per_worker=need.bundle,
+            placement_strategy="PACK",
         ),
         torch_config=TorchThatListens(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[Restarts((run / name).resolve(), cluster.max_failures)],
+            callbacks=[Restarts((run / name).resolve(), cluster.max_failures), patience],
         ),
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from roclip import strict
 from roclip.errors import ConfigError
+from roclip.private import refuse_secrets
 from roclip.sections_ingest import FetchPolicy as FetchPolicy
 from roclip.sections_ingest import IngestConfig
 from roclip.sections_run import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, OracleConfig
@@ -47,6 +48,7 @@ class Config:
     """The preset that this was loaded from; model files are looked up beside it."""
 
     def __post_init__(self) -> None:
+        refuse_secrets(self)
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ConfigError(f"arms: expected one or more different arms, got {list(self.arms)}.")
         if (self.train.push_away_weight or self.train.hold_weight) and not self.model.pretrained:
@@ -105,6 +107,7 @@ def identity(config: Config) -> str:
         "run_dir": "",
         "runs": "",
         "source": "",
+        "cluster": config.cluster.of_identity,
         "train": train,
         "oracle": config.oracle.of_verdict,
         "evaluate": measured,
@@ -113,9 +116,11 @@ def identity(config: Config) -> str:
 
 
 def model_file(config: Config) -> Path | None:
-    """The JSON of the model, if it is one of the preset's own; None for a name that open_clip knows."""
-    path = Path(config.source).parent / "models" / f"{config.model.name}.json"
-    return path if path.is_file() else None
+    """The JSON of the model, if it is one of the preset's own; None for a name that open_clip knows. The run's copy, where
+    it has one, because the preset may not be on every node."""
+    folders = [Path(where) for where in (config.run_dir, Path(config.source).parent) if where]
+    paths = [folder / "models" / f"{config.model.name}.json" for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def environment_defaults() -> None:

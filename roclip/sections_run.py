@@ -302,15 +302,32 @@ class ClusterConfig:
     """Start Ray's dashboard on loopback, for `address: local`."""
     max_failures: int = 1
     """Restarts of a training whose worker died."""
+    queue_timeout_s: float = 0.0
+    """How long a stage waits for room on the cluster before the command ends; 0 waits as long as it takes. What could never
+    have room is waited for five minutes at most, as nodes may join, and not at all with `address: local`."""
     store_memory_bytes: int = 256 * 2**20
     """Ray's object store on the local Ray; shards never pass through it."""
 
     def __post_init__(self) -> None:
         positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task")
+        if self.queue_timeout_s < 0:
+            raise ConfigError(f"cluster.queue_timeout_s: expected 0 or more, got {self.queue_timeout_s}.")
+        if self.address.startswith("ray://"):
+            raise ConfigError(
+                f"cluster.address: expected local, auto or IP:PORT on a node of the cluster, got {self.address!r}: Ray's "
+                "client cannot drive a training. From outside use `roclip submit CONFIG --address http://HEAD:8265`."
+            )
         if not 0 <= self.min_workers <= self.workers:
             raise ConfigError(
                 f"cluster.min_workers: expected 0 to cluster.workers = {self.workers}, got {self.min_workers}. Set 0."
             )
+
+    @property
+    def of_identity(self) -> "ClusterConfig":
+        """The same without where and how long: a run may go on on another cluster."""
+        where = ("address", "ingest_resource", "dashboard", "max_failures", "queue_timeout_s", "store_memory_bytes")
+        plain = ClusterConfig()
+        return replace(self, **{name: getattr(plain, name) for name in where})
 
     @property
     def elastic(self) -> bool:

@@ -32,6 +32,7 @@ def load(schema: type[Schema], source: str, text: str, overrides: Sequence[str] 
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([given]))
         except Exception as error:
             raise _explain(schema, override, error) from error
+    _refuse_interpolation(source, OmegaConf.to_container(merged, resolve=False, enum_to_str=True))
     try:
         return _tuples(OmegaConf.to_object(merged))
     except ConfigError as error:
@@ -57,6 +58,18 @@ def fraction(section: Any, name: str, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(section, key) <= 1:
             raise ConfigError(f"{name}.{key}: expected a share from 0 to 1, got {getattr(section, key)}.")
+
+
+def _refuse_interpolation(source: str, value: Any, key: str = "") -> None:
+    """`${oc.env:NAME}` would write what the environment holds into every copy of the config."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_interpolation(source, inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_interpolation(source, inner, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{source}: {key}: expected a plain value, got one with '${{'. Write out what it stands for.")
 
 
 def _tuples(value: Any) -> Any:

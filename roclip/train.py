@@ -39,6 +39,7 @@ from roclip.meter import Meter
 from roclip.metrics import MetricsWriter
 from roclip.mirrors import mirrors
 from roclip.model import Towers
+from roclip.private import private_directory
 from roclip.repair_losses import repair_losses
 from roclip.schedule import Position
 from roclip.shard_cache import shard_cache
@@ -342,6 +343,7 @@ def main(arguments: list[str]) -> int:
             torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         run = distributed.broadcast_object(run_directory(config) if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
+            private_directory(run)
             write_atomic(run / "config.yaml", dump_config(config))
         for arm in config.arms:
             final = train(config, arm, run)

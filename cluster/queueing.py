@@ -1,0 +1,152 @@
+"""Waiting for room on a cluster: what a stage waits for is said, and how long it may wait is bounded.
+
+Room is asked for as a placement group, so that Ray's own scheduler decides and an autoscaler hears of it. The stage then
+takes the place of the group. Should another one be faster, Ray Train waits, and `Patience` says so.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util import placement_group, remove_placement_group
+
+from roclip.config import ClusterConfig
+from roclip.errors import StageError
+
+JOINING_S = 300.0
+"""Nodes may still join a cluster that could never hold the stage; after so long they are not expected any more."""
+SAY_AFTER_S = 2.0
+SAY_EVERY_S = 60.0
+Bundle = dict[str, float]
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Need:
+    """Room for so many equal parts, each on one node."""
+
+    what: str
+    number: int
+    bundle: Bundle
+
+    def __str__(self) -> str:
+        return f"{self.number} × {{{_words(self.bundle)}}}"
+
+
+def training_need(cluster: ClusterConfig, name: str) -> Need:
+    """Ranks that a training cannot begin without."""
+    bundle = {"CPU": cluster.cpus_per_worker, **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})}
+    return Need(f"training {name}", cluster.min_workers if cluster.elastic else cluster.workers, bundle)
+
+
+def ingest_need(cluster: ClusterConfig) -> Need:
+    """One task of an ingest."""
+    resource = {cluster.ingest_resource: 1.0} if cluster.ingest_resource else {}
+    return Need("ingest", 1, {"CPU": cluster.cpus_per_ingest_task, **resource})
+
+
+def wait_for_room(
+    need: Need, cluster: ClusterConfig, say: Callable[[str], None], *, joining_s: float = JOINING_S
+) -> None:
+    """Return when the cluster has room; say what is waited for, at first and every minute.
+
+    Raises `StageError` after `cluster.queue_timeout_s`; and for what the cluster could never hold and will not grow to:
+    at once on a Ray of our own, else after `joining_s`.
+    """
+    if cluster.address == "local" and not holds(need, totals()):
+        raise StageError(_too_small(need))
+    group = placement_group([need.bundle] * need.number, strategy="PACK")
+    begun_s, said_s, said = time.monotonic(), SAY_AFTER_S - SAY_EVERY_S, ""
+    try:
+        while not group.wait(_POLL_S):
+            waited_s = time.monotonic() - begun_s
+            never = not holds(need, totals()) and not grows()
+            if 0 < cluster.queue_timeout_s <= waited_s:
+                raise StageError(_patience_ends(need, waited_s))
+            if never and waited_s >= joining_s:
+                raise StageError(_too_small(need))
+            text = f"{need.what} waits for {need}; {free()}" + (". It could not hold it even if idle" if never else "")
+            if waited_s - said_s >= SAY_EVERY_S and text != said:
+                said_s, said = waited_s, text
+                say(text)
+    finally:
+        remove_placement_group(group)
+
+
+class Patience(ControllerCallback):
+    """For Ray Train's controller, which waits for ever and silently when ranks that were lost find no room again.
+
+    Args:
+        note: Gets what is to be said.
+        cause: File that says why a training ended.
+    """
+
+    def __init__(self, need: Need, timeout_s: float, note: Callable[[str], None], cause: Path):
+        self.need, self.timeout_s, self.note, self.cause = need, timeout_s, note, cause
+        self._waiting_since_s = 0.0
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        state_name = current_state._state_type.name
+        if state_name == "RUNNING":
+            self._waiting_since_s = 0.0
+        if state_name != "RESCHEDULING":  # what Ray comes to when it had waited a minute for room, in vain
+            return
+        if not self._waiting_since_s:
+            self._waiting_since_s = time.monotonic()
+            self.note(f"waits for {self.need}; {free()}")
+        waited_s = time.monotonic() - self._waiting_since_s
+        if 0 < self.timeout_s <= waited_s:
+            self.cause.write_text(_patience_ends(self.need, waited_s))
+            raise StageError(_patience_ends(self.need, waited_s))
+
+
+def totals() -> list[Bundle]:
+    """What each living node has when it is idle."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def holds(need: Need, nodes: Sequence[Bundle]) -> bool:
+    """Whether idle nodes could hold it."""
+    rooms = (
+        min(int((node.get(name, 0.0) + 1e-6) / amount) for name, amount in need.bundle.items() if amount)
+        for node in nodes
+    )
+    return sum(rooms) >= need.number
+
+
+def grows() -> bool:
+    """Whether an autoscaler may add nodes to the cluster."""
+    return state.get_max_resources_from_cluster_config() is not None
+
+
+def free() -> str:
+    """What is free of what the cluster has, in words."""
+    now, all_ = ray.available_resources(), ray.cluster_resources()
+    names = [name for name in sorted(all_) if ":" not in name and "memory" not in name and "_group_" not in name]
+    return (
+        "the cluster has " + (", ".join(f"{now.get(name, 0):g} of {all_[name]:g} {name}" for name in names)) + " free"
+    )
+
+
+def _too_small(need: Need) -> str:
+    nodes = "; ".join(f"{{{_words({k: v for k, v in node.items() if k in need.bundle})}}}" for node in totals())
+    return (
+        f"{need.what}: expected nodes that hold {need}, got {nodes or 'no nodes'}. Add nodes, or ask for less with "
+        "cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker or cluster.ingest_resource."
+    )
+
+
+def _patience_ends(need: Need, waited_s: float) -> str:
+    return (
+        f"{need.what} waited {waited_s:.0f} s for {need}, in vain; {free()}. See who has the rest in `ray status`. Wait "
+        "longer with cluster.queue_timeout_s (0: as long as it takes), ask for less, or add nodes; the same command goes on."
+    )
+
+
+def _words(bundle: Bundle) -> str:
+    return ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items())
