@@ -12,6 +12,7 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from cluster.monitor import following
 from cluster.restarts import CAUSE, Restarts, TorchThatListens, note
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
@@ -53,7 +54,8 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        with following(config, run / name, "training"):
+            trainer.fit()
     except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
         raise KeyboardInterrupt from stop
     except Exception as error:
