@@ -130,11 +130,10 @@ class Monitor:
 
 def training_readings(folder: Path) -> Iterator[Reading]:
     """Of `metrics.jsonl`, the log of the ranks, the checkpoints and the disk below them."""
-    path = folder / "metrics.jsonl"
-    if rows := read_metrics(path):
-        yield "roclip_train_last_step_timestamp_seconds", path.stat().st_mtime, {}
-        yield from _of_rows(rows)
-    log = folder / LOG
+    path, log = folder / "metrics.jsonl", folder / LOG
+    if times := [file.stat().st_mtime for file in (path, log) if file.exists()]:
+        yield "roclip_train_last_step_timestamp_seconds", max(times), {}
+    yield from _of_rows(read_metrics(path))
     if starts := _STARTED.findall(log.read_text()) if log.exists() else []:
         yield "roclip_train_ranks", int(starts[-1]), {}
         yield "roclip_train_starts", len(starts), {}

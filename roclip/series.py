@@ -58,7 +58,9 @@ SERIES: dict[str, Series] = {
         Series("roclip_ingest_backlog_rows", "gauge", "Rows that are left, as far as that is known", ("run",)),
         Series("roclip_ingest_in_flight_tasks", "gauge", "Tasks that run or wait for a node", ("run",)),
         Series("roclip_ingest_window_tasks", "gauge", "Tasks that may be in flight now", ("run",)),
-        Series("roclip_train_last_step_timestamp_seconds", "gauge", "When a step was last logged"),
+        Series(
+            "roclip_train_last_step_timestamp_seconds", "gauge", "When a step was last logged, or the ranks started"
+        ),
         Series("roclip_train_ranks", "gauge", "Training ranks, since they last started"),
         Series("roclip_train_starts", "gauge", "How often the ranks have started; each but the first is a restart"),
         Series("roclip_checkpoint_last_timestamp_seconds", "gauge", "When a checkpoint was last complete"),
