@@ -1,6 +1,7 @@
 """Dashboards for Grafana, made of the registry of series, one for each part of a run.
 
-`python -m cluster.grafana configs/cluster` writes them and the alert rules. Matched epochs are annotations, so every panel of a training shows them shaded.
+`python -m cluster.grafana configs/cluster` writes them and the alert rules. Matched epochs are annotations, so every panel
+of a training shows them shaded.
 """
 
 import json

@@ -129,7 +129,7 @@ class _Ingest:
                 self.segment = segment
                 self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
                 # Desks of its own: what was down while the list was read is asked again in a later pass.
-                with host_desks(self.config.ingest.policy, self.source.name, desks_needed()) as self.desks:
+                with host_desks(self.config.ingest.policy, self.run_name, desks_needed()) as self.desks:
                     self.tasks.run(self._orders(segment))
             self._publish_held()
         except Stopped:

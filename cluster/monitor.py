@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.progress import LOG
@@ -52,6 +53,13 @@ def _made(name: str) -> Any:
     known = SERIES[name]
     kind = {"counter": metrics.Counter, "gauge": metrics.Gauge}[known.kind]
     return kind(name, description=known.help, tag_keys=known.labels)
+
+
+def job_config(config: Config, run: Path, commit: str) -> JobConfig:
+    """What Ray's dashboard says of the driver of a run: nothing that is secret, everybody who may look sees it."""
+    arms, source = ", ".join(config.arms), Path(config.source).name
+    run = run.resolve()
+    return JobConfig(metadata={"run": run.name, "run_dir": str(run), "config": source, "arms": arms, "commit": commit})
 
 
 def labels_of(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from cluster.monitor import job_config
 from cluster.progress import Display
 from roclip.config import Config, dump_config, environment_defaults, identity, parse_config, run_directory
 from roclip.errors import ConfigError, RunLockedError
@@ -52,14 +53,15 @@ class Session:
         """Connect to Ray, or start one on loopback, unless that has been done."""
         if ray.is_initialized():
             return
-        cluster = self.config.cluster
+        cluster, job = self.config.cluster, job_config(self.config, self.path, self.provenance["commit"])
         if cluster.address != "local":
-            ray.init(address=cluster.address, log_to_driver=False)
+            ray.init(address=cluster.address, job_config=job, log_to_driver=False)
             return
         training = cluster.workers * cluster.cpus_per_worker
         fetching = self.config.ingest.max_in_flight * cluster.cpus_per_ingest_task
         ray.init(
             address="local",
+            job_config=job,
             num_cpus=max(os.cpu_count() or 1, int(training + fetching + 1)),
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
