@@ -161,8 +161,7 @@ def _of_rows(rows: list[dict]) -> Iterator[Reading]:
         if metric.summed:
             yield series, sum(row.get(name, 0) for row in rows), {}
         elif metric.each:
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((series, each, {metric.each: str(key)}) for key, each in pairs)
+            yield from ((series, each, {metric.each: str(n)}) for n, each in enumerate(value))
         elif name == "phase":
             yield series, value == "matched", {}
         else:

@@ -26,9 +26,9 @@ class Metric:
     reduction: Literal["global", "mean", "sum", "max"] = "global"
     """How the ranks' values become one; `global` is the same on every rank already."""
     series: str = ""
-    """Its name in Prometheus, after `roclip_`."""
+    """Its name in Prometheus, after `roclip_`; empty for what only the file tells."""
     each: str = ""
-    """Label of the values in a list or an object."""
+    """What the values of a list are of: its label."""
     summed: bool = False
     """Prometheus sees the sum of all rows."""
 
@@ -69,14 +69,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "bad_samples", "samples", "samples of the epoch that could not be read", "sum", series="data_bad_samples"
         ),
-        Metric(
-            "bad_reasons",
-            "samples",
-            "samples of the epoch that could not be read, an object by reason",
-            "sum",
-            series="data_bad_samples_by_reason",
-            each="reason",
-        ),
+        Metric("bad_reasons", "samples", "samples of the epoch that could not be read, an object by reason", "sum"),
         Metric(
             "left_out_steps",
             "steps",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -30,22 +31,24 @@ WATCHED_RUN = """
 name: watched
 run_dir: {folder}/runs/watched
 arms: [roclip]
-data: {{scenes: 300, min_shards: 1}}
+data: {{scenes: 200, min_shards: 1}}
 attacks: {{targeted: {{images: 4, captions_per_image: 3}}, backdoor: {{count: 10}}}}
 ingest: {{samples_per_shard: 128, image_size: 64, encode_format: png, encode_quality: 6, retry_passes: 0,
   policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 256, host_requests_per_s: 1.0e6,
     max_redirects: 0}}}}
 model: {{name: tiny}}
 pool: {{size: 64, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 2}}
-train: {{epochs: {epochs}, global_batch_size: 64, lr: 1e-3, log_every_steps: 1, checkpoint_every_steps: 4,
+train: {{epochs: 4, global_batch_size: 64, lr: 1e-3, log_every_steps: 1, checkpoint_every_steps: 4,
   checkpoint_store: "memory://store"}}
-evaluate: {{size: 60, every: 0}}
-oracle: {{trusted: 200, epochs: 1, repair: true, repair_steps: 20, repair_epochs: 2}}
+evaluate: {{size: 20, every: 0}}
+oracle: {{trusted: 100, epochs: 1}}
 cluster: {{address: "{address}"}}
 """
 
 
-def waited(found: Callable[[], Any], what: str, last_words: Callable[[], str] = lambda: "", within_s: float = 240) -> Any:
+def waited(
+    found: Callable[[], Any], what: str, last_words: Callable[[], str] = lambda: "", within_s: float = 240
+) -> Any:
     """What `found` gives, once that is something."""
     deadline_s = time.monotonic() + within_s
     while not (value := found()):
@@ -163,10 +166,10 @@ def ray_head(cpus: int = 3, **extra: str) -> Iterator[Head]:
 def _answers(head: Head) -> bool:
     assert head.process.poll() is None
     try:
-        head.get("/api/version")
+        nodes = head.get("/api/v0/nodes")["data"]["result"]["result"]
     except OSError:
         return False
-    return head.discovery.exists()
+    return any(node["state"] == "ALIVE" for node in nodes) and head.discovery.exists()
 
 
 class Prometheus:
@@ -241,3 +244,17 @@ def executable(name: str) -> str:
     if not found:
         pytest.skip(f"no {name} on this machine: install Debian's package prometheus")
     return found
+
+
+def promtool(*arguments: str, stdin: str | None = None) -> str:
+    """What it says; an error if it finds one."""
+    done = subprocess.run(
+        [executable("promtool"), *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def names_in(text: str) -> set[str]:
+    """The metrics of Ray, and ours through it, in an expression."""
+    return set(re.findall(r"\bray_\w+", text))
