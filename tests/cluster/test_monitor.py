@@ -87,7 +87,8 @@ def during(process: subprocess.Popen, found: Callable):
     """What is found while a process runs."""
 
     def look():
-        assert process.poll() is None, print(process.communicate()[0])
+        if process.poll() is not None:
+            pytest.fail(process.communicate()[0])
         return found()
 
     return waited(look, "in a run", within_s=600)

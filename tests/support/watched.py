@@ -69,13 +69,8 @@ class Head:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN=self.token,
-            RAY_TRAIN_ENABLE_STATE_TRACKING="1",
-            RAY_metrics_report_interval_ms=str(int(1000 * REPORT_S)),
-            OMP_NUM_THREADS="1",
-        )
+        """Of processes that work on it."""
+        return _with(self.token)
 
     @property
     def discovery(self) -> Path:
@@ -117,10 +112,21 @@ class Head:
 
 
 @contextlib.contextmanager
-def ray_head(cpus: int = 3, **extra: str) -> Iterator[Head]:
-    """Started by `ray start`, ended with all its processes."""
+def ray_head(cpus: int = 3) -> Iterator[Head]:
+    """Started by `ray start`, ended with all its processes. A start that Ray gives up, for a busy machine, is tried again."""
+    head = _start_head(cpus)
+    while not waited(lambda head=head: _state(head), "Ray", lambda: _said(head)) == "up":
+        assert "timed out during startup" in _said(head), _said(head)
+        _end(head)
+        head = _start_head(cpus)
+    try:
+        yield head
+    finally:
+        _end(head)
+
+
+def _start_head(cpus: int) -> Head:
     folder = Path(tempfile.mkdtemp(prefix="rc"))  # short: a socket's path has at most 107 bytes
-    token = secrets.token_hex(32)
     port, dashboard = free_port(), free_port()
     options = {
         "port": port,
@@ -136,40 +142,54 @@ def ray_head(cpus: int = 3, **extra: str) -> Iterator[Head]:
         "object-store-memory": 100 * 2**20,
         "temp-dir": folder,
     }
-    ray = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
-    said = folder / "said.txt"
-    head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, folder, None)  # pyright: ignore
-    with said.open("w") as out:
-        process = subprocess.Popen(
-            [*ray, *(f"--{name}={value}" for name, value in options.items())],
-            env={**head.environment, **extra},
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    head = Head(head.address, head.dashboard, token, folder, process)
-    try:
-        waited(lambda: _answers(head), "Ray", said.read_text)
-        yield head
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        psutil.wait_procs(family, timeout=20)
-        for left in family:
-            with contextlib.suppress(psutil.Error):
-                left.kill()
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    token = secrets.token_hex(32)
+    with (folder / "said.txt").open("w") as out:
+        process = subprocess.Popen(command, env=_with(token), stdout=out, stderr=out, start_new_session=True)
+    return Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, folder, process)
 
 
-def _answers(head: Head) -> bool:
-    assert head.process.poll() is None
-    try:
+def _with(token: str) -> dict[str, str]:
+    return environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=token,
+        RAY_TRAIN_ENABLE_STATE_TRACKING="1",
+        RAY_metrics_report_interval_ms=str(int(1000 * REPORT_S)),
+        OMP_NUM_THREADS="1",
+    )
+
+
+def _state(head: Head) -> str:
+    if head.process.poll() is not None:
+        return "ended"
+    with contextlib.suppress(OSError):
         nodes = head.get("/api/v0/nodes")["data"]["result"]["result"]
-    except OSError:
-        return False
-    return any(node["state"] == "ALIVE" for node in nodes) and head.discovery.exists()
+        if any(node["state"] == "ALIVE" for node in nodes) and head.discovery.exists():
+            return "up"
+    return ""
+
+
+def _said(head: Head) -> str:
+    return (head.folder / "said.txt").read_text()
+
+
+def _end(head: Head) -> None:
+    family = [process for process in psutil.process_iter() if _session(process) == head.process.pid]
+    head.process.terminate()
+    psutil.wait_procs(family, timeout=20)
+    for left in family:
+        with contextlib.suppress(psutil.Error):
+            left.kill()
+    head.process.kill()
+    head.process.wait()
+    shutil.rmtree(head.folder, ignore_errors=True)
+
+
+def _session(process: psutil.Process) -> int:
+    with contextlib.suppress(OSError):
+        return os.getsid(process.pid)
+    return -1
 
 
 class Prometheus:
