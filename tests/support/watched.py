@@ -15,6 +15,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,22 @@ class Head:
 @contextlib.contextmanager
 def ray_head(cpus: int = 3) -> Iterator[Head]:
     """Started by `ray start`, ended with all its processes. A start that Ray gives up, for a busy machine, is tried again."""
-    head = _start_head(cpus)
-    while not waited(lambda head=head: _state(head), "Ray", lambda: _said(head)) == "up":
-        assert "timed out during startup" in _said(head), _said(head)
-        _end(head)
-        head = _start_head(cpus)
+    head = _started(cpus)
     try:
         yield head
     finally:
         _end(head)
+
+
+def _started(cpus: int) -> Head:
+    for _ in range(5):
+        head = _start_head(cpus)
+        if waited(partial(_state, head), "Ray", partial(_said, head)) == "up":
+            return head
+        said = _said(head)
+        _end(head)
+        assert "timed out during startup" in said, said
+    pytest.fail("Ray does not start on this machine")
 
 
 def _start_head(cpus: int) -> Head:
