@@ -127,7 +127,9 @@ def _start(here: Session, job: _Job) -> Any:
     before = commits.read_text().split() if commits.exists() else []
     write_atomic(commits, "\n".join(dict.fromkeys([*before, commit])))
     config = dump_config(job.training.config)
-    return _task.remote(config, job.training.method, str(job.run.resolve()), job.training.arm)
+    return _task.options(name=f"train {job.name}").remote(
+        config, job.training.method, str(job.run.resolve()), job.training.arm
+    )
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -102,7 +102,7 @@ def host_desks(policy: FetchPolicy, name: str, number: int = 1) -> Iterator[tupl
     most_hosts = MAX_HOSTS_AT_DESK // number
     limits = Limits(policy.host_connections, policy.host_requests_per_s, most_hosts, policy.rates)
     unique = uuid.uuid4().hex[:8]
-    names = tuple(f"roclip-hosts:{name}:{unique}:{desk}" for desk in range(number))
+    names = tuple(f"hosts of {name}, desk {desk} ({unique})" for desk in range(number))
     actor: Any = ray.remote(HostDesk)
     desks = [
         actor.options(name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here).remote(

@@ -21,10 +21,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.host_desk import desks_needed, host_desks
-from cluster.ingest_metrics import count
 from cluster.ingest_progress import IngestProgress, Tally
 from cluster.ingest_task import OUTAGE_URLS, Order, copied, work_folder
 from cluster.ingest_tasks import Stopped, Tasks
+from cluster.monitor import count
 from cluster.url_list import open_list
 from ingest.again import parts_again, passing_reasons, rows_again
 from ingest.lease import Lease
@@ -48,6 +48,7 @@ def ingest(
     on_progress: Callable[[IngestProgress], None] | None = None,
     stop: threading.Event | None = None,
     release: Release | None = None,
+    run: str = "",
 ) -> dict:
     """Turn a URL list into sealed shards under `shards`, and return the summary that the manifest ends with.
 
@@ -59,6 +60,7 @@ def ingest(
     Returns `{"urls", "succeeded", "failed": {reason: rows}, "shards", "images_per_s", "wall_s"}`: counts over
     all sealed shards, rate and time of this call. A row that was fetched again counts once, as it ended. When `stop` is
     set, tasks are cancelled and the summary of what is sealed by then is returned; the manifest is not ended.
+    `run` names the tasks and the metrics; empty takes the list's name.
 
     Raises `DataError` for a shard in which more than `data.max_bad_frac` of what arrived is of no use, or
     when `shards` holds the shards of another list; `StageError` when a shard fails more than
@@ -72,7 +74,7 @@ def ingest(
     if (summary := ended(config, source, shards)) is not None:
         return summary
     with Lease(shards) as lease:
-        return _Ingest(config, source, shards, lease, on_progress, stop or threading.Event(), release).run()
+        return _Ingest(config, source, shards, lease, on_progress, stop or threading.Event(), release, run).run()
 
 
 def ended(config: Config, source: UrlList, shards: Path) -> dict | None:
@@ -96,7 +98,9 @@ class _Ingest:
         on_progress: Callable[[IngestProgress], None] | None,
         stop: threading.Event,
         release: Release | None,
+        run: str,
     ):
+        self.run_name = run or source.name
         self.config, self.source, self.root, self.lease = config, source, root, lease
         self.on_progress, self.stop, self.release = on_progress, stop, release
         self.per_shard = config.ingest.samples_per_shard
@@ -111,7 +115,7 @@ class _Ingest:
         self.again_done = self.rows_read = 0
         # Of a list that the embedded origin wrote, the URLs change with its port.
         self.identity = ("url", "caption") if config.data.urls else ("caption",)
-        self.tasks = Tasks(config, source.name, lease, self.stop, on_sealed=self._seal, on_step=self._tell)
+        self.tasks = Tasks(config, self.run_name, lease, self.stop, on_sealed=self._seal, on_step=self._tell)
 
     def run(self) -> dict:
         """All of it, from where it stands."""
@@ -125,7 +129,7 @@ class _Ingest:
                 self.segment = segment
                 self.again_done = sum(self.sealed[number].urls for number in segment.numbers(self.sealed))
                 # Desks of its own: what was down while the list was read is asked again in a later pass.
-                with host_desks(self.config.ingest.policy, self.source.name, desks_needed()) as self.desks:
+                with host_desks(self.config.ingest.policy, self.run_name, desks_needed()) as self.desks:
                     self.tasks.run(self._orders(segment))
             self._publish_held()
         except Stopped:
@@ -245,6 +249,7 @@ class _Ingest:
             outage_urls=len(table) + 1,
             held=bool(self.config.ingest.quarantine),
             desks=self.desks,
+            run=self.run_name,
         )
 
     def _seal(self, record: ShardRecord) -> None:
@@ -284,10 +289,10 @@ class _Ingest:
     def _tell(self) -> None:
         now = self._progress()
         count(
-            "roclip_ingest_backlog",
+            "roclip_ingest_backlog_rows",
             (now.total_urls or now.done_urls) - now.done_urls + now.again_total - now.again_done,
+            run=self.run_name,
         )
-        count("roclip_ingest_images_per_s", now.images_per_s)
         if self.on_progress is not None:
             self.on_progress(now)
 

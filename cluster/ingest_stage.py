@@ -72,7 +72,15 @@ class Fetching(threading.Thread):
         config, shards = self.here.config, self.here.shards
         if not self.over:
             letting_go = release(config.ingest, self.folder, self._say)
-            ingest(config, self.urls, shards, on_progress=self._show, stop=self.halt, release=letting_go)
+            ingest(
+                config,
+                self.urls,
+                shards,
+                on_progress=self._show,
+                stop=self.halt,
+                release=letting_go,
+                run=self.here.path.resolve().name,
+            )
         if Manifest(shards).summary is not None:
             look(config.ingest, shards, self.folder, Manifest(shards).records(), self._say)
         self.page.write()

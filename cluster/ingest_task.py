@@ -50,6 +50,8 @@ class Order:
     """The shard is kept from training for now."""
     desks: tuple[str, ...] = ()
     """Names of those that give turns at hosts to all tasks (`cluster/host_desk.py`)."""
+    run: str = ""
+    """In the metrics."""
 
     @property
     def name(self) -> str:
@@ -85,15 +87,15 @@ def seal_part(order: Order) -> Outcome:
         begun_s = time.monotonic()
         hosts, robots = manners(order.config, order.desks)
         fetched = fetch(order.part, Path(work), order.config, hosts, robots, dict.fromkeys(order.left_out, LEFT_OUT))
-        begun_s = observe("fetch", begun_s)
+        begun_s = observe(order.run, "fetch", begun_s)
         report = verify(fetched.tar, fetched.parquet, urls=fetched.urls)
-        begun_s = observe("verify", begun_s)
+        begun_s = observe(order.run, "verify", begun_s)
         arrived = report.samples > 0 or report.bad_frac > 0
         good = report.bad_frac <= order.max_bad_frac and (arrived or report.urls < order.outage_urls)
         bad_hosts = _bad_hosts(fetched.parquet)
         seal = Seal(order.rows_sha256, order.retried, order.held, order.ticket)
         record = publish(order.root, fetched, report, seal) if good else None
-        observe("publish", begun_s)
+        observe(order.run, "publish", begun_s)
     memory = psutil.virtual_memory()
     return Outcome(
         record, report.samples, report.failed, report.bad_frac, bad_hosts, memory.available / max(1, memory.total)

@@ -26,13 +26,14 @@ from ray.exceptions import RayError
 
 from cluster.bisect import Bisection
 from cluster.failures import Failure, cause_of, kind_of, words_of
-from cluster.ingest_metrics import HostErrors, count, count_sealed
+from cluster.ingest_metrics import HostErrors, count_sealed
 from cluster.ingest_task import Order, Outcome, probe, seal_part
+from cluster.monitor import count
 from cluster.window import Window
 from ingest.lease import Lease
 from roclip.config import Config
 from roclip.errors import DataError, RunLockedError, StageError
-from roclip.shards import SHARD_DIGITS, ShardRecord
+from roclip.shards import ShardRecord
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 60.0
@@ -80,7 +81,7 @@ class _Search:
 class Tasks:
     """
     Args:
-        name: Of the list, for the names of the tasks: `ingest:<list>:<part>`.
+        run: For the names of the tasks, `ingest <run> part <number>`, and for the metrics.
         stop: Ends `run` by `Stopped`.
         on_sealed: Told each shard that was sealed.
         on_step: Called several times a second.
@@ -89,17 +90,17 @@ class Tasks:
     def __init__(
         self,
         config: Config,
-        name: str,
+        run: str,
         lease: Lease,
         stop: threading.Event,
         *,
         on_sealed: Callable[[ShardRecord], None],
         on_step: Callable[[], None],
     ):
-        self.config, self.name, self.lease, self.stop = config, name, lease, stop
+        self.config, self.run_name, self.lease, self.stop = config, run, lease, stop
         self.on_sealed, self.on_step = on_sealed, on_step
         self.window = Window(config.ingest.max_in_flight)
-        self.hosts = HostErrors()
+        self.hosts = HostErrors(run)
         self._in_flight: dict[Any, _Try] = {}
         self._waiting: list[tuple[float, int, _Try]] = []
         self._searches: list[_Search] = []
@@ -120,8 +121,8 @@ class Tasks:
             if not (self._in_flight or self._waiting or self._searches):
                 return
             self._wait()
-            count("roclip_ingest_in_flight", len(self._in_flight))
-            count("roclip_ingest_window", self.window.size)
+            count("roclip_ingest_in_flight_tasks", len(self._in_flight), run=self.run_name)
+            count("roclip_ingest_window_tasks", self.window.size, run=self.run_name)
             self.on_step()
 
     def cancel(self) -> None:
@@ -151,10 +152,10 @@ class Tasks:
         return None if order is None else _Try(order)
 
     def _submit(self, one: _Try) -> Any:
-        cluster, number = self.config.cluster, f"{one.order.part.number:0{SHARD_DIGITS}d}"
-        rows = f":rows-{one.rows.start}-{one.rows.stop}" if one.search else ""
+        cluster, number = self.config.cluster, one.order.part.number
+        rows = f", rows {one.rows.start} to {one.rows.stop - 1}" if one.search else ""
         options = {
-            "name": f"ingest:{self.name}:{number}{rows}",
+            "name": f"ingest {self.run_name} part {number}{rows}",
             "num_cpus": cluster.cpus_per_ingest_task,
             "resources": {cluster.ingest_resource: 1} if cluster.ingest_resource else None,
             "max_retries": 0,  # done here, where it is known why
@@ -186,7 +187,7 @@ class Tasks:
         if outcome.free_memory_frac < SHORT_MEMORY_FRAC:
             self.window.shrink(one.round)
         if outcome.record is not None:
-            count_sealed(outcome.record)
+            count_sealed(self.run_name, outcome.record)
             self.hosts.add(outcome.bad_hosts)
             self.on_sealed(outcome.record)
         elif outcome.samples or outcome.bad_frac:
@@ -206,13 +207,13 @@ class Tasks:
         if kind in ("memory", "died"):
             self.window.shrink(one.round)
             if one.search:
-                count("roclip_ingest_task_failures", how=kind)
+                count("roclip_ingest_task_failures", run=self.run_name, how=kind)
                 self._told(one, died=True)
                 return
         self._again(one, kind, words_of(error))
 
     def _again(self, one: _Try, kind: Failure, said: str) -> None:
-        count("roclip_ingest_task_failures", how=kind)
+        count("roclip_ingest_task_failures", run=self.run_name, how=kind)
         if kind == "lost":
             one.losses += 1
             self._later(one, one.losses)

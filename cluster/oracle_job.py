@@ -59,7 +59,7 @@ def oracle(
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, max(nodes))  # training is over: take its share
     what = (dump_config(config), run.resolve(), arm, str(Path.cwd()), named)
     gpus = min(config.oracle.gpus_per_actor, 1.0)
-    looks = _get(_prepare.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle:{arm}:prepare").remote(*what), arm)
+    looks = _get(_prepare.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle {arm} prepares").remote(*what), arm)
     if looks is not None:
         shards, saved = looks
         mine = float(os.cpu_count() or 1) if config.cluster.address == "local" else max(nodes)
@@ -67,13 +67,13 @@ def oracle(
             partial(_witness, *what),
             shards,
             saved,
-            name=f"oracle:{arm.replace('/', '-')}:look",  # Ray Data makes a file's name of it
+            name=f"oracle {arm.replace('/', ' ')} looks",  # Ray Data makes a file's name of it
             actors=config.oracle.actors,
             cpus=cpus_per_actor([min(node, mine) for node in nodes], config.oracle.actors),
             gpus=config.oracle.gpus_per_actor,
             say=_teller(run, arm),
         )
-    return _get(_judge.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle:{arm}:judge").remote(*what), arm)
+    return _get(_judge.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle {arm} judges").remote(*what), arm)
 
 
 def judge(

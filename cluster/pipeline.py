@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.ingest_stage import fetching, index
+from cluster.monitor import count, following, labels_of
 from cluster.oracle_case import is_step
 from cluster.oracle_job import oracle, progress_file
 from cluster.progress import told_standing
@@ -134,8 +135,9 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
         here.need_ray()
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
-    with here.display.follow("oracle", lambda: told_standing(said)):
+    with following(here.config, here.path / arm, "oracle"), here.display.follow("oracle", lambda: told_standing(said)):
         result = oracle(here.config, here.path, arm, **named)
+    count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
     if here.config.oracle.repair and result["verdict"] in REPAIRED:
         result["repair"] = _repair(here, arm, **named)
     return result

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import ray
 import ray.exceptions
+from ray.job_config import JobConfig
 
+from cluster.monitor import job_config
 from cluster.progress import Display
 from cluster.ray_token import ensure_token
 from roclip.config import Config, dump_config, environment_defaults, identity, model_file, parse_config, run_directory
@@ -55,15 +57,16 @@ class Session:
         """Connect to Ray, or start one on loopback, unless that has been done."""
         if ray.is_initialized():
             return
-        cluster = self.config.cluster
+        cluster, job = self.config.cluster, job_config(self.config, self.path, self.provenance["commit"])
         ensure_token()
         if cluster.address != "local":
-            self._join(cluster.address)
+            self._join(cluster.address, job)
             return
         training = cluster.workers * cluster.cpus_per_worker
         fetching = self.config.ingest.max_in_flight * cluster.cpus_per_ingest_task
         ray.init(
             address="local",
+            job_config=job,
             num_cpus=max(os.cpu_count() or 1, int(training + fetching + 1)),
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
@@ -73,9 +76,9 @@ class Session:
             _node_ip_address="127.0.0.1",
         )
 
-    def _join(self, address: str) -> None:
+    def _join(self, address: str, job: JobConfig) -> None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise StageError(
                 f"cluster.address: expected a Ray cluster at {address}, got: {str(error).strip().splitlines()[0]} "

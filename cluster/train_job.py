@@ -13,6 +13,7 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from cluster.monitor import following
 from cluster.progress import CAUSE
 from cluster.queueing import Patience, training_need, wait_for_room
 from cluster.restarts import Restarts, TorchThatListens, note
@@ -59,7 +60,8 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        with following(config, run / name, "training"):
+            trainer.fit()
     except SystemExit as stop:  # Ray Train's own SIGINT handler ends the workers, then the process
         raise KeyboardInterrupt from stop
     except Exception as error:

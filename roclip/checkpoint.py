@@ -9,16 +9,19 @@ checkpoints/
     SHA256SUMS              of every file above; such a name has no folder in it
   LATEST                    the newest complete checkpoint: resume starts here
   TRUSTED                   the one that may leave the run; only the oracle moves it
+  saves.jsonl               when each was complete, its size, and how long writing and copying took
 
 There is no random state in it: all that is random is drawn for (seed, step, rank) or (seed, epoch, sample).
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -38,6 +41,7 @@ from roclip.shards import sha256_file, write_atomic
 from roclip.tensor_file import write_tensors
 
 SUMS = "SHA256SUMS"
+SAVES = "saves.jsonl"
 _CURSOR = "cursor.json"
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 """Of SHA256SUMS; a name has no folder in it, so that none leads out of the checkpoint."""
@@ -73,8 +77,8 @@ Outdated = Callable[[Mapping[str, Cursor]], list[str]]
 class Store(Protocol):
     """A second place for checkpoints: `roclip/checkpoint_store.py`."""
 
-    def take(self, checkpoint: Path, outdated: Outdated) -> None:
-        """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there."""
+    def take(self, checkpoint: Path, outdated: Outdated) -> bool:
+        """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there; whether it could."""
 
 
 class Writer:
@@ -136,6 +140,7 @@ class Writer:
         tensors: Mapping[str, dict[str, Tensor]],
         cursor: Cursor,
     ) -> None:
+        begun_s = time.monotonic()
         name = f"step-{cursor.step:08d}"
         final, temporary = self.folder / name, self.folder / f".{name}.partial"
         for left in self.folder.glob(".step-*"):  # by a process that was killed as it wrote or removed
@@ -153,8 +158,22 @@ class Writer:
         write_atomic(self.folder / "LATEST", name)
         outdated = partial(self._outdated, newest=cursor)
         self._drop_old(outdated)
-        if self.store is not None:
-            self.store.take(final, outdated)
+        written_s = time.monotonic()
+        copied = self.store.take(final, outdated) if self.store is not None else None
+        self._note(final, cursor, written_s - begun_s, copied, time.monotonic() - written_s)
+
+    def _note(self, final: Path, cursor: Cursor, write_s: float, copied: bool | None, copy_s: float) -> None:
+        """`copied` is None where there is no second place."""
+        row = {
+            "step": cursor.step,
+            "saved_s": time.time() - copy_s,
+            "size_bytes": sum(file.stat().st_size for file in final.iterdir()),
+            "write_s": round(write_s, 3),
+            "copied": copied,
+            "copy_s": round(copy_s, 3),
+        }
+        with contextlib.suppress(OSError), (self.folder / SAVES).open("a") as file:  # the checkpoint is safe without it
+            file.write(json.dumps(row) + "\n")
 
     def _drop_old(self, outdated: Outdated) -> None:
         for name in outdated({path.name: cursor(path) for path in self.folder.glob("step-*")}):

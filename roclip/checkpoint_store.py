@@ -66,10 +66,10 @@ class CheckpointStore:
         self._cursors: dict[str, Cursor] = {}
         self._snapshots: set[str] = set()
 
-    def take(self, checkpoint: Path, outdated: Outdated) -> None:
+    def take(self, checkpoint: Path, outdated: Outdated) -> bool:
         """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there.
 
-        A failure is logged, and training goes on: the next checkpoint is put there all the same.
+        A failure is logged and told, and training goes on: the next checkpoint is put there all the same.
         """
         try:
             self._put(checkpoint)
@@ -79,6 +79,8 @@ class CheckpointStore:
                 "%s: could not be kept on %s (%s: %s). It is complete here; the next checkpoint tries again.",
                 checkpoint, self.root, type(error).__name__, error,
             )  # fmt: skip
+            return False
+        return True
 
     def bring_newer(self, folder: Path) -> None:
         """`bring` on rank 0. Raises what the store says."""

@@ -25,11 +25,11 @@ from ingesting import (
 )
 
 from cluster.ingest_job import ingest
-from cluster.ingest_metrics import METRICS
 from cluster.ingest_progress import IngestProgress, describe
 from cluster.ingest_task import OUTAGE_URLS, WORK
 from ingest.origin import Origin
 from roclip.errors import ConfigError, DataError, RunLockedError, StageError
+from roclip.series import SERIES
 from roclip.shards import HELD, Manifest, index_path, sample_key
 
 pytestmark = pytest.mark.ray
@@ -342,16 +342,17 @@ def test_metrics_come_out_of_rays_prometheus_endpoint(local_ray, tmp_path):
     with _serve(tmp_path, behaviours) as origin:
         origin.url_list(tmp_path / "urls.parquet")
         ingest(config(), tmp_path / "urls.parquet", tmp_path / "shards")
-    names = {f"ray_{name}{'_total' if metric.kind == 'counter' else ''}" for name, metric in METRICS.items()}
-    names -= {f"ray_roclip_ingest_{name}_total" for name in ("refused", "duplicates", "task_failures")}  # none here
+    names = {series.exposed for series in SERIES.values() if series.name.startswith("roclip_ingest_")}
+    names -= {f"ray_roclip_ingest_{name}_total" for name in ("refused", "task_failures")}  # none here
     deadline_s = time.monotonic() + 30
     while missing := {name for name in names if name not in (page := _metrics_page())}:
         assert time.monotonic() < deadline_s, missing
         time.sleep(0.5)
     lines = [line for line in page.splitlines() if line.startswith("ray_roclip_ingest_")]
+    assert all('run="urls"' in line for line in lines)
     assert any("failed_total" in line and 'reason="http_404"' in line for line in lines)
     assert any("host_errors_total" in line and 'host="127.0.0.1"' in line for line in lines)
-    assert any("phase_s_total" in line and 'phase="fetch"' in line for line in lines)
+    assert any("phase_seconds_total" in line and 'phase="fetch"' in line for line in lines)
 
 
 def _metrics_page():

@@ -75,7 +75,7 @@ def driver(cluster, urls, root, stores=None, expiry_s=30.0, **ingest):
 
 def workers():
     """The processes that fetch."""
-    names = ("ray::ingest:", "ray::seal_part")
+    names = ("ray::ingest ", "ray::seal_part")
     return [p for p in psutil.process_iter() if _name(p).startswith(names)]
 
 

@@ -105,6 +105,7 @@ async def browser_tab(folder: Path) -> AsyncIterator[Tab]:
         "--hide-scrollbars",
         "--remote-debugging-port=0",
     ]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
     command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
