@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
 from cluster.cli_poison import POISON_EXAMPLES, poison
+from cluster.cli_render import RENDER_EXAMPLES, render
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
 from roclip.errors import CheckpointError, ConfigError, RoclipError
@@ -268,6 +269,7 @@ def doctor(
 
 
 app.command(epilog=POISON_EXAMPLES)(poison)
+app.command(epilog=RENDER_EXAMPLES)(render)
 app.command(epilog=SEGMENTER_EXAMPLES)(train_segmenter)
 
 

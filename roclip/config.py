@@ -15,6 +15,7 @@ from typing import Literal
 
 from roclip import strict
 from roclip.errors import ConfigError
+from roclip.sections_deploy import DeployConfig
 from roclip.sections_ingest import FetchPolicy as FetchPolicy
 from roclip.sections_ingest import IngestConfig
 from roclip.sections_run import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, OracleConfig
@@ -43,6 +44,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     oracle: OracleConfig = field(default_factory=OracleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
     source: str = ""
     """The preset that this was loaded from; model files are looked up beside it."""
 
@@ -105,6 +107,7 @@ def identity(config: Config) -> str:
         "run_dir": "",
         "runs": "",
         "source": "",
+        "deploy": DeployConfig(),
         "train": train,
         "oracle": config.oracle.of_verdict,
         "evaluate": measured,
