@@ -69,6 +69,11 @@ class SlurmConfig:
     setup: str = "source .venv/bin/activate"
     """Shell line after which `roclip` and `ray` are found, on all nodes."""
 
+    def __post_init__(self) -> None:
+        for key in ("partition", "ingest_partition", "account", "time_limit"):
+            if any(c.isspace() for c in getattr(self, key)):
+                raise ConfigError(f"deploy.slurm.{key}: expected one word, got {getattr(self, key)!r}.")
+
 
 @dataclass(frozen=True)
 class DeployConfig:
