@@ -129,14 +129,20 @@ def run_command(config: Config, preset: str, overrides: Sequence[str]) -> list[s
         "cluster.ingest_resource": ingest_resource(config),
         "run_dir": config.run_dir or f"{config.runs}/{config.name}",
     }
-    given = [override for override in overrides if override.partition("=")[0] not in ours and not override.startswith("deploy.")]
+    given = [
+        override
+        for override in overrides
+        if override.partition("=")[0] not in ours and not override.startswith("deploy.")
+    ]
     return ["roclip", "run", preset, *given, *(f"{key}={value}" for key, value in ours.items() if value)]
 
 
 def render_k8s(config: Config, path: Path, overrides: Sequence[str], header: str) -> dict[str, str]:
     """Manifests by file name: what both need, a RayCluster that stays, a RayJob for this run alone."""
     preset = f"{config.name}.yaml"
-    allowed = [str(network) for network in map(_network, config.ingest.policy.allow_networks) if not network.is_loopback]
+    allowed = [
+        str(network) for network in map(_network, config.ingest.policy.allow_networks) if not network.is_loopback
+    ]
     values = {
         "k8s": config.deploy.kubernetes,
         "preset": preset,
@@ -238,4 +244,6 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError as error:
-        raise ConfigError(f"ingest.policy.allow_networks: expected networks such as 10.1.0.0/16, got {text!r}.") from error
+        raise ConfigError(
+            f"ingest.policy.allow_networks: expected networks such as 10.1.0.0/16, got {text!r}."
+        ) from error

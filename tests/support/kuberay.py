@@ -1,7 +1,7 @@
 """KubeRay's published schemas, to check manifests against.
 
-`tests/golden/kuberay-1.7.0.json.xz` holds `openAPIV3Schema` of version v1 of RayCluster and RayJob, whole but for descriptions, from
-github.com/ray-project/kuberay, tag v1.7.0 (9c13e71), helm-chart/kuberay-operator/crds. Made by
+`tests/golden/kuberay-1.7.0.json.xz` holds `openAPIV3Schema` of version v1 of RayCluster and RayJob, whole but for descriptions,
+from github.com/ray-project/kuberay, tag v1.7.0 (9c13e71), helm-chart/kuberay-operator/crds. Made by
 `python tests/support/kuberay.py KUBERAY/helm-chart/kuberay-operator/crds`.
 """
 

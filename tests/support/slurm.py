@@ -72,7 +72,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     environment = os.environ | {"SLURM_CONF": str(conf)}
-    munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "pid-file", "log-file", "seed-file")]
+    munge = [
+        f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "pid-file", "log-file", "seed-file")
+    ]
     commands = [
         ["munged", "--foreground", "--force", f"--socket={folder}/munge.sock", "--num-threads=2", *munge],
         ["slurmctld", "-D", "-f", str(conf)],
@@ -84,7 +86,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             out = stack.enter_context((folder / f"{command[0]}.out").open("a"))
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
             stack.callback(_end, process)
-            until(lambda: munge_pid.exists(), 30)
+            until(munge_pid.exists, 30)
         until(lambda: _said(environment, "sinfo", "-h", "-o", "%T %D").split() == ["idle", "3"], 60)
         stack.callback(_cancel, environment)
         yield environment
