@@ -1,5 +1,6 @@
 """The script of `roclip render slurm`, on a real Slurm of three nodes: run, stopped before its time ends, gone on."""
 
+import faulthandler
 import json
 import stat
 import subprocess
@@ -31,6 +32,7 @@ deploy:
 def test_job_is_stopped_before_its_time_ends_queues_again_and_finishes(monkeypatch: pytest.MonkeyPatch):
     if reason := slurm.missing():
         pytest.skip(reason)
+    faulthandler.cancel_dump_traceback_later()  # Slurm holds a job that queues again back for two minutes
     with tempfile.TemporaryDirectory(prefix="sl") as name, slurm.cluster(Path(name)) as environment:
         monkeypatch.chdir(name)
         folder, job = Path(name), Job(Path(name), environment)
