@@ -16,6 +16,7 @@ from cluster import cli_jobs
 from cluster.cli_dashboard import DASHBOARD_EXAMPLES, dashboard
 from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
 from cluster.cli_poison import POISON_EXAMPLES, poison
+from cluster.cli_render import RENDER_EXAMPLES, render
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
 from roclip.errors import CheckpointError, ConfigError, RoclipError
@@ -287,6 +288,7 @@ def doctor(
 
 app.command(epilog=POISON_EXAMPLES)(poison)
 app.command(epilog=DASHBOARD_EXAMPLES)(dashboard)
+app.command(epilog=RENDER_EXAMPLES)(render)
 app.command(epilog=SEGMENTER_EXAMPLES)(train_segmenter)
 app.command(epilog=cli_jobs.SUBMIT_EXAMPLES)(cli_jobs.submit)
 app.command(epilog=cli_jobs.STATUS_EXAMPLES)(cli_jobs.status)

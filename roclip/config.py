@@ -16,6 +16,7 @@ from typing import Literal
 from roclip import strict
 from roclip.errors import ConfigError
 from roclip.private import refuse_secrets
+from roclip.sections_deploy import DeployConfig
 from roclip.sections_ingest import FetchPolicy as FetchPolicy
 from roclip.sections_ingest import IngestConfig
 from roclip.sections_run import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, OracleConfig
@@ -44,6 +45,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     oracle: OracleConfig = field(default_factory=OracleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
     source: str = ""
     """The preset that this was loaded from; model files are looked up beside it."""
 
@@ -108,6 +110,7 @@ def identity(config: Config) -> str:
         "runs": "",
         "source": "",
         "cluster": config.cluster.of_identity,
+        "deploy": DeployConfig(),
         "train": train,
         "oracle": config.oracle.of_verdict,
         "evaluate": measured,
