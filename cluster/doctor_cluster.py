@@ -79,7 +79,11 @@ def _worst(group: list[Finding]) -> Check:
     nodes: dict[str, list[str]] = {}
     for finding in having:
         nodes.setdefault(finding.check.got, []).append(finding.node)
-    shown = list(nodes)[: 1 if status == "ok" else 3]
+    if status == "ok" and len(nodes) > 1:
+        return dataclasses.replace(
+            having[0].check, got=f"all {len(group)}, such as {having[0].node}: {having[0].check.got}"
+        )
+    shown = list(nodes)[:3]
     said = [f"{_some(nodes[got], len(group))}: {got}" for got in shown]
     left = len(group) - sum(len(nodes[got]) for got in shown)
     return dataclasses.replace(having[0].check, got="; ".join(said) + f"; {left} more" * bool(left))
@@ -195,9 +199,9 @@ def _room(ward: Ward, config: Config | None) -> list[Finding]:
         return []
     cluster, resources = config.cluster, [node["Resources"] for node in ward.nodes.values()]
     ranks = sum(_ranks(cluster, each) for each in resources)
-    got = f"{ranks} of {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs"
+    got = f"{ranks} with {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs each"
     advice = "Add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker."
-    findings = [judge("ranks", ranks >= cluster.workers, got, f"{cluster.workers} such ranks", advice)]
+    findings = [judge("ranks", ranks >= cluster.workers, got, f"{cluster.workers}", advice)]
     wanted = cluster.ingest_resource
     if wanted and ingests(config):
         units = sum(each.get(wanted, 0) for each in resources)
@@ -301,7 +305,7 @@ def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Fi
     calls = {name: (rank, len(ranks), meeting, gpu, size, ward.timeout_s / 2) for rank, (name, gpu) in enumerate(ranks)}
     answers = ward.ask("all_reduce", calls)
     wrong = {name: str(answers.get(name, "no answer")) for name in calls if not isinstance(answers.get(name), float)}
-    need = f"a right sum over {len(ranks)} ranks"
+    need = f"a right sum over {len(ranks)} rank{'s' * (len(ranks) > 1)}"
     advice = (
         "Open all ports between the nodes, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that they share "
         "(--verbose shows them) before `ray start`; NCCL_DEBUG=INFO says more."

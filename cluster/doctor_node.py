@@ -109,8 +109,8 @@ class NodeExam:
     def dashboard(self, url: str) -> tuple[list[str], bool]:
         """Addresses that the dashboard of this node listens on, and whether it asks for a token."""
         port = int(url.rsplit(":", 1)[1])
-        connections = psutil.net_connections("tcp")
-        bound = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+        listening = (c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+        bound = {address for address, at in listening if at == port}
         try:
             with urllib.request.urlopen(f"http://{url}/api/jobs/", timeout=10):
                 return sorted(bound), False
@@ -143,6 +143,7 @@ class NodeExam:
                 rank=rank,
                 world_size=world,
                 timeout=datetime.timedelta(seconds=wait_s),
+                device_id=None if gpu is None else device,
             )
             took = []
             for _ in range(1 + _TIMED_RUNS):  # the first makes the connections

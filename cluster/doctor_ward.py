@@ -1,6 +1,7 @@
 """The nodes of a cluster while `roclip doctor --cluster` looks at them: an actor on each, asked in parallel, in time."""
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ class Finding:
 def connected(address: str) -> Iterator[str]:
     """Be connected to a running Ray, and know its dashboard's `host:port`. Raises `StageError` where there is none."""
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StageError(
             f"{address}: expected a running Ray, got: {_reason(error).rstrip('.')}. Name its head with --address HOST:6379 "
@@ -141,7 +142,9 @@ class Ward:
 
 def _living() -> dict[str, dict]:
     """Ray's nodes by name, with the beginning of their id where several have one name; the head, then the others."""
-    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: (not _is_head(node), node["NodeName"]))
+    nodes = sorted(
+        (node for node in ray.nodes() if node["Alive"]), key=lambda node: (not _is_head(node), node["NodeName"])
+    )
     count = Counter(node["NodeName"] for node in nodes)
     unique = [node["NodeName"] + f"/{node['NodeID'][:6]}" * (count[node["NodeName"]] > 1) for node in nodes]
     return dict(zip(unique, nodes, strict=True))
