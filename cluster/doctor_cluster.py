@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -166,7 +167,7 @@ def _clocks(ward: Ward) -> list[Finding]:
         for _ in range(_CLOCK_READINGS):
             asked_s = time.time()
             with contextlib.suppress(RayError):  # who is lost meanwhile is missed at the next question
-                said_s = ray.get(ward.actors[name].now.remote(), timeout=ward.timeout_s)
+                said_s: Any = ray.get(ward.actors[name].now.remote(), timeout=ward.timeout_s)
                 readings.append(clock_reading(asked_s, said_s, time.time()))
         if readings:
             best[name] = min(readings, key=lambda reading: reading.error_s)
@@ -182,15 +183,16 @@ def _dashboard(ward: Ward, url: str) -> list[Finding]:
     return [Finding(name, dashboard_check(url, *answer)) for name, answer in answers.items()]
 
 
-def dashboard_check(url: str, bound: list[str], asks: bool) -> Check:
+def dashboard_check(url: str, bound: list[str], asks: bool | None) -> Check:
     """A dashboard that others reach must ask for a token."""
-    got = f"{url} listens on {', '.join(bound) or 'an unknown address'}, " + f"asks for {'a' if asks else 'no'} token"
+    heard = "does not answer" if asks is None else f"asks for {'a' if asks else 'no'} token"
+    got = f"{url} listens on {', '.join(bound) or 'an unknown address'}, {heard}"
     advice = (
         "Start the head with --dashboard-host 127.0.0.1 and come by `ssh -L 8265:127.0.0.1:8265 HEAD`, or start every node "
         "with RAY_AUTH_MODE=token: who reaches this dashboard runs code on the cluster."
     )
     inside = bool(bound) and all(map(is_loopback, bound))
-    return judge("dashboard", asks, got, "loopback and a token", advice, otherwise="warn" if inside else "fail")
+    return judge("dashboard", bool(asks), got, "loopback and a token", advice, otherwise="warn" if inside else "fail")
 
 
 def _room(ward: Ward, config: Config | None) -> list[Finding]:

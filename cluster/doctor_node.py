@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -106,16 +107,19 @@ class NodeExam:
             with contextlib.suppress(Exception):  # it could not be written either
                 drop(place(where) / name)
 
-    def dashboard(self, url: str) -> tuple[list[str], bool]:
-        """Addresses that the dashboard of this node listens on, and whether it asks for a token."""
+    def dashboard(self, url: str) -> tuple[list[str], bool | None]:
+        """Addresses that the dashboard of this node listens on, and whether it asks for a token; None: it does not answer."""
         port = int(url.rsplit(":", 1)[1])
-        listening = (c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
-        bound = {address for address, at in listening if at == port}
+        connections = psutil.net_connections("tcp")
+        listening: list[Any] = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+        bound = sorted({address.ip for address in listening if address.port == port})
         try:
             with urllib.request.urlopen(f"http://{url}/api/jobs/", timeout=10):
-                return sorted(bound), False
+                return bound, False
         except urllib.error.HTTPError as error:
-            return sorted(bound), error.code in (401, 403)
+            return bound, error.code in (401, 403)
+        except OSError:
+            return bound, None
 
     def free_port(self) -> int:
         """A port that nobody listens on now."""
