@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.doctor import Check, Status, judge
 from cluster.doctor_dns import first_hosts
-from cluster.doctor_node import Node, NodeExam, is_loopback
+from cluster.doctor_node import Node, NodeExam, Rank, is_loopback
 from cluster.doctor_ward import Finding, Say, Ward
 from cluster.plan import Plan, human_bytes, ingests, make_plan
 from roclip.config import ClusterConfig, Config, run_directory
@@ -28,6 +29,8 @@ SLOWEST_STORE_S = 1.0
 SLOWEST_BYTES_PER_S = 1e8
 """Of an all-reduce: about a link of 1 Gb/s."""
 REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 128 * 2**20}
+NETWORK_SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
+"""How the names of variables begin that say how ranks talk."""
 _VISIBLE_S = 15.0
 """In which a node must see another's file."""
 _CLOCK_READINGS = 5
@@ -131,7 +134,6 @@ def _looks(ward: Ward, config: Config | None, plan: Plan | None) -> list[Finding
                 gpus=int(resources.get("GPU", 0)),
                 run_directory=str(run_directory(config).resolve()) if config else "",
                 disk_bytes=plan.disk_bytes if plan else 0,
-                alone=len(ward.nodes) == 1,
             ),
         )
     return [Finding(name, check) for name, checks in ward.ask("look", calls).items() for check in checks]
@@ -303,14 +305,22 @@ def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Fi
         return []
     first, size = ranks[0][0], REDUCED_BYTES[backend]
     port = ward.ask("free_port", {first: ()}).get(first)
-    meeting = f"{ward.nodes[first]['NodeManagerAddress']}:{port}"
-    calls = {name: (rank, len(ranks), meeting, gpu, size, ward.timeout_s / 2) for rank, (name, gpu) in enumerate(ranks)}
+    address = {name: ward.nodes[name.partition(" #")[0]]["NodeManagerAddress"] for name, _ in ranks}
+    network = {name: value for name, value in os.environ.items() if name.startswith(NETWORK_SETTINGS)}
+    calls = {
+        name: (
+            Rank(rank, len(ranks), f"{address[first]}:{port}", address[name], gpu, network),
+            size,
+            ward.timeout_s / 2,
+        )
+        for rank, (name, gpu) in enumerate(ranks)
+    }
     answers = ward.ask("all_reduce", calls)
     wrong = {name: str(answers.get(name, "no answer")) for name in calls if not isinstance(answers.get(name), float)}
     need = f"a right sum over {len(ranks)} rank{'s' * (len(ranks) > 1)}"
     advice = (
-        "Open all ports between the nodes, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that they share "
-        "(--verbose shows them) before `ray start`; NCCL_DEBUG=INFO says more."
+        "Open all ports between the nodes; name the interface that they share with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+        "(--verbose shows each node's). NCCL_DEBUG=INFO says more."
     )
     if wrong:
         return [

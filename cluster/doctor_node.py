@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,22 @@ class Node:
     """Empty without a config."""
     disk_bytes: int = 0
     """For the run."""
-    alone: bool = False
-    """No other node needs to be reached."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of an all-reduce."""
+
+    rank: int
+    world: int
+    meeting: str
+    """`address:port` at rank 0."""
+    address: str
+    """Of this rank's node: gloo takes the interface that has it, as in a training."""
+    gpu: int | None
+    """Its index on the node, for NCCL; None for gloo."""
+    network: Mapping[str, str]
+    """Settings such as NCCL_SOCKET_IFNAME, which a training's driver passes on, too."""
 
 
 class NodeExam:
@@ -127,35 +141,34 @@ class NodeExam:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
-    def all_reduce(self, rank: int, world: int, meeting: str, gpu: int | None, size: int, wait_s: float) -> float | str:
-        """Seconds that a sum of `size` bytes over all ranks takes (median), or what went wrong.
-
-        Args:
-            meeting: `address:port` at rank 0.
-            gpu: Its index for NCCL; None for gloo.
-        """
+    def all_reduce(self, place: Rank, size: int, wait_s: float) -> float | str:
+        """Seconds that a sum of `size` bytes over all ranks takes (median), or what went wrong."""
         import torch
         import torch.distributed as dist
 
-        device = torch.device("cpu" if gpu is None else f"cuda:{gpu}")
+        os.environ.update(place.network)
+        if interface := interface_of(place.address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        device = torch.device("cpu" if place.gpu is None else f"cuda:{place.gpu}")
+        world = place.world
         try:
-            if gpu is not None:
+            if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
-                "gloo" if gpu is None else "nccl",
-                init_method=f"tcp://{meeting}",
-                rank=rank,
+                "gloo" if place.gpu is None else "nccl",
+                init_method=f"tcp://{place.meeting}",
+                rank=place.rank,
                 world_size=world,
                 timeout=datetime.timedelta(seconds=wait_s),
-                device_id=None if gpu is None else device,
+                device_id=device if device.type == "cuda" else None,
             )
             took = []
             for _ in range(1 + _TIMED_RUNS):  # the first makes the connections
-                value = torch.full((size // 4,), float(rank), device=device)
+                value = torch.full((size // 4,), float(place.rank), device=device)
                 dist.barrier()
                 start_s = time.perf_counter()
                 dist.all_reduce(value)
-                if gpu is not None:
+                if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 took.append(time.perf_counter() - start_s)
                 total = value.amin().item(), value.amax().item()
@@ -263,29 +276,27 @@ def _open_files() -> Check:
 
 
 def _interface(node: Node) -> Check:
-    """The interface that Ray's address belongs to, and whether gloo and NCCL will take it, too."""
-    owner = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-    name = owner.get(node.address)
-    need = "one for Ray, gloo and NCCL"
-    if name is None:
-        advice = f"Start Ray with --node-ip-address set to one of {', '.join(_addresses())}."
+    name, need = interface_of(node.address), "one that the other nodes reach"
+    if not name:
+        known = ", ".join(
+            entry.address for entries in psutil.net_if_addrs().values() for entry in entries if _is_ip4(entry)
+        )
+        advice = f"Start Ray there with --node-ip-address set to one of {known}."
         return Check("interface", "warn", f"none has {node.address}", need, advice)
-    chosen = {key: os.environ[key] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in os.environ}
     speed = psutil.net_if_stats()[name].speed
-    got = f"{name} {node.address}" + f", {speed} Mb/s" * bool(speed) + "".join(f", {k}={v}" for k, v in chosen.items())
-    advice = f"Set GLOO_SOCKET_IFNAME={name} and NCCL_SOCKET_IFNAME={name} before `ray start` on that node."
-    if node.alone or chosen:
-        return Check("interface", "ok", got, need)
-    try:
-        other = owner.get(socket.gethostbyname(socket.gethostname()))
-    except OSError:
-        other = None
-    return judge("interface", other == name, f"{got}; the host's name leads to {other}", need, advice, otherwise="warn")
+    return Check("interface", "ok", f"{name} {node.address}" + f", {speed} Mb/s" * bool(speed), need)
 
 
-def _addresses() -> list[str]:
-    entries = (entry for many in psutil.net_if_addrs().values() for entry in many)
-    return [entry.address for entry in entries if entry.family == socket.AF_INET and not is_loopback(entry.address)]
+def _is_ip4(entry: Any) -> bool:
+    return entry.family == socket.AF_INET and not is_loopback(entry.address)
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this node that has an address; empty if none has."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    return ""
 
 
 def is_loopback(address: str) -> bool:
