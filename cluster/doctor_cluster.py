@@ -156,7 +156,7 @@ def clock_reading(asked_s: float, said_s: float, answered_s: float) -> Reading:
 def clock_check(head: Reading, node: Reading) -> Check:
     """A node's clock against the head's. It fails only if it is wrong for sure."""
     ahead_s, error_s = node.ahead_s - head.ahead_s, node.error_s + head.error_s
-    got = f"{ahead_s * 1e3:+,.1f} ms to the head's, ± {error_s * 1e3:,.1f}"
+    got = f"{ahead_s * 1e3:+,.1f} ms to the head's, ± {error_s * 1e3:,.1f} ms"
     advice = "Run chrony or systemd-timesyncd there: an ingest's lease and signed requests to stores compare clocks."
     return judge("clock", abs(ahead_s) - error_s <= LARGEST_SKEW_S, got, f"within {LARGEST_SKEW_S:g} s", advice)
 

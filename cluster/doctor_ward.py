@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from roclip.errors import StageError
 
 Say = Callable[[float, float, str], None]
 """Told how far it is: done, total, words."""
+_REACHED_WITHIN_S = 10.0
 _WHAT_TO_DO = (
     "Look at that node and at Ray's logs there (raylet.out and worker-*.err of the session): is it up, is roclip installed "
     "in the Python that Ray was started with, do head and node reach each other? Then start Ray there again."
@@ -36,8 +38,9 @@ class Finding:
 def connected(address: str) -> Iterator[str]:
     """Be connected to a running Ray, and know its dashboard's `host:port`. Raises `StageError` where there is none."""
     try:
+        _reach(address)
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
             f"{address}: expected a running Ray, got: {_reason(error).rstrip('.')}. Name its head with --address HOST:6379 "
             "(ray://HOST:10001 from outside); where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
@@ -46,6 +49,13 @@ def connected(address: str) -> Iterator[str]:
         yield getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises `OSError` at once where nobody listens; Ray tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_REACHED_WITHIN_S).close()
 
 
 class Ward:

@@ -17,7 +17,7 @@ import fsspec.config
 import psutil
 import pytest
 import s3fs
-from kit import REPOSITORY, environment, preset
+from kit import REPOSITORY, environment, free_port, preset
 from ray_nodes import RayNodes
 from s3 import s3_server
 
@@ -223,6 +223,11 @@ def test_command_says_what_is_needed_when_no_ray_is_named_or_there(tmp_path: Pat
     none = subprocess.run([*COMMAND, "--cluster"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert none.returncode == 2
     assert "--address HOST:6379" in none.stderr
+    nobody = subprocess.run(
+        [*COMMAND, f"--address=127.0.0.1:{free_port()}"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert nobody.returncode == 7
+    assert "refused" in nobody.stderr
 
 
 def test_clock_fails_when_it_is_wrong_for_sure():
