@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cluster import cli_jobs
 from cluster.cli_dashboard import DASHBOARD_EXAMPLES, dashboard
+from cluster.cli_doctor import DOCTOR_EXAMPLES, doctor
 from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
 from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_render import RENDER_EXAMPLES, render
@@ -32,7 +33,7 @@ EXIT_CODES = """\
  4    checkpoint incomplete, altered, of another model, or not trusted\n
  5    another process works in this run directory\n
  6    training cannot go on: a value is not finite, or the ranks disagree\n
- 7    a stage could not be finished, or the machine lacks something ([bold]doctor[/])\n
+ 7    a stage could not be finished, or machine or cluster lack something ([bold]doctor[/])\n
  10   oracle: suspicious, with oracle.fail_on=suspicious\n
  20   oracle: poisoned, with oracle.fail_on=suspicious or poisoned\n
  21   the same, but repaired, checked again and trusted\n
@@ -257,35 +258,7 @@ def export(
     return 0
 
 
-@app.command(
-    epilog=examples(
-        "doctor",
-        "doctor configs/demo.yaml",
-        "doctor configs/web.yaml cluster.workers=8 cluster.gpus_per_worker=1",
-    )
-)
-def doctor(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Check for what this config needs, too.")
-    ] = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-) -> int:
-    """Does this machine have what is needed: cores, memory, disk, compiler, GPUs, FAISS, ports?"""
-    settings = resolve(config, overrides) if config else None
-    if dry_run and settings is not None:
-        return show_dry_run(settings, "doctor")
-    if dry_run:
-        typer.echo("would check this machine; name a config to check for what it needs")
-        return 0
-    from cluster.doctor import doctor as run_checks
-    from cluster.doctor import exit_code, show_checks
-
-    checks = run_checks(settings)
-    show_checks(Console(), checks)
-    return exit_code(checks)
-
-
+app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=POISON_EXAMPLES)(poison)
 app.command(epilog=DASHBOARD_EXAMPLES)(dashboard)
 app.command(epilog=RENDER_EXAMPLES)(render)

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.doctor_dns import WHAT_TO_DO, measure_names
+from cluster.doctor_dns import WHAT_TO_DO, Hosts, first_hosts, measure_names
 from cluster.plan import Plan, human_bytes, ingests, make_plan
-from roclip.config import Config, run_directory
+from roclip.config import Config, FetchPolicy, run_directory
 from roclip.errors import RoclipError, StageError
 from roclip.shards import place, write_atomic
 
@@ -84,11 +84,16 @@ def doctor(config: Config | None) -> list[Check]:
 
 def _names(config: Config) -> Check:
     try:
-        per_s, needed, missing = measure_names(config)
+        return names_check(first_hosts(config), config.ingest.policy)
     except RoclipError as error:
         return Check("names", "fail", str(error), "a URL list", "Correct data.urls.")
+
+
+def names_check(hosts: Hosts, rules: FetchPolicy) -> Check:
+    """Whether this machine finds names as fast as its cores could fetch."""
+    per_s, needed, missing = measure_names(hosts, rules)
     got = f"{per_s:,.0f} names/s, {missing:.0%} not found"
-    return _judge(
+    return judge(
         "names", per_s >= needed and missing < 0.5, got, f"{needed:,.0f} names/s", WHAT_TO_DO, otherwise="warn"
     )
 
@@ -112,13 +117,14 @@ def show_checks(console: Console, checks: list[Check]) -> None:
             console.print(line, soft_wrap=True, highlight=False)
 
 
-def _judge(name: str, good: bool, got: str, need: str, what_to_do: str, *, otherwise: Status = "fail") -> Check:
+def judge(name: str, good: bool, got: str, need: str, what_to_do: str, *, otherwise: Status = "fail") -> Check:
+    """A check that is ok if `good`, else `otherwise`."""
     return Check(name, "ok" if good else otherwise, got, need, "" if good else what_to_do)
 
 
 def _python() -> Check:
     version = sys.version_info
-    return _judge(
+    return judge(
         "python",
         (3, 10) <= version[:2] < (3, 13),
         f"{version.major}.{version.minor}.{version.micro}",
@@ -148,7 +154,7 @@ def _packages() -> Check:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version}, not {requirement.specifier}")
     got = "; ".join(wrong) or f"{found} as required"
-    return _judge("packages", not wrong, got, "roclip's requirements", "Run `pip install .` in a checkout.")
+    return judge("packages", not wrong, got, "roclip's requirements", "Run `pip install .` in a checkout.")
 
 
 def _compiler() -> Check:
@@ -160,13 +166,13 @@ def _compiler() -> Check:
         return Check("compiler", "fail", "none", need, advice)
     flags = ["-std=c++17", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only", "-x", "c++", "-"]
     code, output = _command([*command.split(), *flags], "#include <Python.h>\n#include <vector>\nint main() {}\n")
-    return _judge("compiler", code == 0, command if code == 0 else output, need, advice)
+    return judge("compiler", code == 0, command if code == 0 else output, need, advice)
 
 
 def _ninja() -> Check:
     beside = Path(sys.executable).parent / "ninja"
     found = shutil.which("ninja") or (str(beside) if beside.is_file() else None)
-    return _judge("ninja", found is not None, found or "none", "ninja", "Run `pip install ninja`.")
+    return judge("ninja", found is not None, found or "none", "ninja", "Run `pip install ninja`.")
 
 
 def _faiss() -> Check:
@@ -181,7 +187,7 @@ def _faiss() -> Check:
     )
     code, output = _command([sys.executable, "-c", program])
     advice = "Reinstall faiss-gpu (Linux x86-64) or faiss-cpu, never both; or set pool.backend=torch."
-    return _judge("faiss", code == 0, output, "a right search", advice)
+    return judge("faiss", code == 0, output, "a right search", advice)
 
 
 def _port() -> Check:
@@ -193,7 +199,7 @@ def _port() -> Check:
                 got, good = "bound and reached one on loopback", True
     except OSError as error:
         got, good = str(error), False
-    return _judge(
+    return judge(
         "ports",
         good,
         got,
@@ -205,7 +211,7 @@ def _port() -> Check:
 def _cores(config: Config | None) -> Check:
     cores = usable_cores()
     if config is None:
-        return _judge("cores", cores >= 2, f"{cores:g}", "2", "It will be slow.", otherwise="warn")
+        return judge("cores", cores >= 2, f"{cores:g}", "2", "It will be slow.", otherwise="warn")
     if config.cluster.address != "local":
         return Check("cores", "ok", f"{cores:g} here", f"decided by the cluster {config.cluster.address}")
     cluster = config.cluster
@@ -214,7 +220,7 @@ def _cores(config: Config | None) -> Check:
     if cores < need:
         advice = f"Set cluster.workers={max(1, int(cores // cluster.cpus_per_worker))} or cluster.cpus_per_worker."
         return Check("cores", "fail", f"{cores:g}", f"{need:g} to train", advice)
-    return _judge(
+    return judge(
         "cores",
         cores >= both,
         f"{cores:g}",
@@ -227,7 +233,7 @@ def _cores(config: Config | None) -> Check:
 def _memory(config: Config | None, plan: Plan | None) -> Check:
     free = usable_memory_bytes()
     if config is None or config.cluster.address != "local":
-        return _judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
+        return judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
     model = (plan.parameters or 0) * _TRAINING_BYTES + plan.pool_bytes if plan else 0
     need = _RAY_BYTES + config.cluster.store_memory_bytes + config.cluster.workers * (_WORKER_BYTES + model)
     need += (plan.parameters or 0) * _CHECKPOINT_BYTES if plan else 0
@@ -240,11 +246,11 @@ def _shared_memory(config: Config) -> Check:
     need, folder = config.cluster.store_memory_bytes, Path("/dev/shm")
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     advice = "Ray will use files instead, which is slow: enlarge /dev/shm or lower cluster.store_memory_bytes."
-    return _judge("shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn")
+    return judge("shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn")
 
 
 def _disk(config: Config, plan: Plan) -> Check:
-    free, need = shutil.disk_usage(_existing(run_directory(config))).free, plan.disk_bytes
+    free, need = shutil.disk_usage(existing(run_directory(config))).free, plan.disk_bytes
     status: Status = "fail" if free < need else "warn" if free < 1.2 * need else "ok"
     advice = "Free some space, set `runs` to another disk, or lower train.keep_checkpoints."
     return Check("disk", status, f"{human_bytes(free)} free", f"about {human_bytes(need)}", advice)
@@ -255,7 +261,7 @@ def _data(plan: Plan) -> Check:
     if plan.rows is None:
         return Check("data", "fail", plan.problem, "the list or the shards", "Correct the path in the config.")
     got, advice = f"{plan.rows:,} rows, {plan.steps_per_epoch:,} steps an epoch", "Lower train.global_batch_size."
-    return _judge("data", plan.steps_per_epoch != 0, got, "a step an epoch", advice)
+    return judge("data", plan.steps_per_epoch != 0, got, "a step an epoch", advice)
 
 
 def _gpus(config: Config) -> Check:
@@ -267,12 +273,12 @@ def _gpus(config: Config) -> Check:
     seen = int(output) if code == 0 and output.isdigit() else 0
     got = f"{seen} seen by torch, {devices} by the system" if code == 0 else output
     advice = "Check the driver; or set cluster.workers to the GPUs seen, or cluster.gpus_per_worker=0."
-    return _judge("gpus", seen >= need, got, f"{need:g}", advice)
+    return judge("gpus", seen >= need, got, f"{need:g}", advice)
 
 
 def _store(folder: Path) -> Check:
     """Write, replace and read back in the folder that will hold the runs."""
-    root = _existing(folder)
+    root = existing(folder)
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".roclip-doctor-") as scratch:
             probe = Path(scratch, "probe")
@@ -282,7 +288,7 @@ def _store(folder: Path) -> Check:
     except OSError as error:
         good, got = False, str(error)
     need = "writable, with atomic rename"
-    return _judge("run store", good, got, need, "Set `runs` to a folder that you may write to.")
+    return judge("run store", good, got, need, "Set `runs` to a folder that you may write to.")
 
 
 def _object_store(key: str, where: str) -> Check:
@@ -295,7 +301,7 @@ def _object_store(key: str, where: str) -> Check:
     except Exception as error:  # each store has errors of its own
         good, got = False, f"{where}: {type(error).__name__}: {error}"
     advice = f"Set {key} to a place that you may write to; fsspec's settings say with which key."
-    return _judge(key, good, got, "writable", advice)
+    return judge(key, good, got, "writable", advice)
 
 
 def usable_cores() -> float:
@@ -319,7 +325,7 @@ def usable_memory_bytes() -> int:
     return max(0, min(available, limit - used))
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The nearest folder above a path that is there."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,15 +1,15 @@
 """Doctor's look at names: how many hosts of the list are found a second, and what to run when that is the bottleneck."""
 
-import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from cluster.url_list import open_list
 from ingest.reasons import FetchError
 from ingest.resolver import Resolver
-from roclip.config import Config
+from roclip.config import Config, FetchPolicy
 
 HOSTS = 200
 """Names of the list that are looked up, from its first rows."""
@@ -22,23 +22,34 @@ WHAT_TO_DO = (
 )
 
 
-def measure_names(config: Config) -> tuple[float, float, float]:
+@dataclass(frozen=True)
+class Hosts:
+    """Names to look up."""
+
+    names: list[str]
+    per_row: float
+    """Different names in the first rows of the list, to one row."""
+
+
+def first_hosts(config: Config) -> Hosts:
+    """Hosts of the first rows of the URL list. Raises `UrlListError`."""
+    part = next(open_list(config, config.data.urls).parts(_ROWS))
+    hosts = list(dict.fromkeys(filter(None, map(_host, part.table["url"].to_pylist()))))
+    return Hosts(hosts[:HOSTS], len(hosts) / len(part.table))
+
+
+def measure_names(hosts: Hosts, rules: FetchPolicy) -> tuple[float, float, float]:
     """Names found a second, names needed a second by this machine's cores, share of names that were not found.
 
     Asked as a task would ask: so many at a time, by the same resolver, nothing in its cache.
     """
-    part = next(open_list(config, config.data.urls).parts(_ROWS))
-    hosts = list(itertools.islice(dict.fromkeys(filter(None, map(_host, part.table["url"].to_pylist()))), _ROWS))
-    per_row = len(hosts) / len(part.table)
-    hosts = hosts[:HOSTS]
-    rules = config.ingest.policy
     resolver = Resolver(tuple(rules.nameservers), rules.dns_lookups)
     start_s = time.monotonic()
     with ThreadPoolExecutor(rules.dns_lookups) as pool:
-        found = list(pool.map(lambda host: _is_found(resolver, host, start_s + _LONGEST_S), hosts))
+        found = list(pool.map(lambda host: _is_found(resolver, host, start_s + _LONGEST_S), hosts.names))
     seconds = max(time.monotonic() - start_s, 1e-3)
-    needed = IMAGES_PER_S_PER_CORE * (os.cpu_count() or 1) * per_row
-    return len(hosts) / seconds, needed, 1 - sum(found) / max(1, len(hosts))
+    needed = IMAGES_PER_S_PER_CORE * (os.cpu_count() or 1) * hosts.per_row
+    return len(found) / seconds, needed, 1 - sum(found) / max(1, len(found))
 
 
 def _host(url: str) -> str:
