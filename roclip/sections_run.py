@@ -293,6 +293,8 @@ class ClusterConfig:
     """Training ranks."""
     min_workers: int = 0
     """Fewest ranks that training goes on with when nodes are lost; 0 is `workers`, no fewer."""
+    resize_every_s: float = 60.0
+    """How often a training with fewer ranks than `workers` looks whether a node has come that has room for more."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     cpus_per_ingest_task: float = 1.0
@@ -306,7 +308,7 @@ class ClusterConfig:
     """Ray's object store on the local Ray; shards never pass through it."""
 
     def __post_init__(self) -> None:
-        positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task")
+        positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task", "resize_every_s")
         if not 0 <= self.min_workers <= self.workers:
             raise ConfigError(
                 f"cluster.min_workers: expected 0 to cluster.workers = {self.workers}, got {self.min_workers}. Set 0."

@@ -25,9 +25,9 @@ LOOKS = {
 
 
 class RayNodes:
-    """A head that runs drivers and no ranks, and nodes by name."""
+    """A head, on which the drivers run, and nodes by name."""
 
-    def __init__(self, net: Network, **looks: int):
+    def __init__(self, net: Network, head_cpus: int):
         self.net = net
         self.folder = short_folder(net.prefix)
         token = self.folder / "token"
@@ -44,8 +44,8 @@ class RayNodes:
         self.address = f"{self.head.address}:{PORT}"
         self._start(
             "head",
-            "--head", f"--port={PORT}", "--num-cpus=1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-            f"--system-config={json.dumps({**LOOKS, **looks})}", '--resources={"ingest": 4}',
+            "--head", f"--port={PORT}", f"--num-cpus={head_cpus}", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--system-config={json.dumps(LOOKS)}",
         )  # fmt: skip
 
     def add_node(self, name: str, cpus: int = 1, **resources: float) -> Host:
@@ -116,10 +116,10 @@ class RayNodes:
 
 
 @contextlib.contextmanager
-def ray_nodes(**looks: int) -> Iterator[RayNodes]:
+def ray_nodes(head_cpus: int = 1) -> Iterator[RayNodes]:
     """A head with nothing beside it yet. All of it is gone in the end."""
     with network() as net:
-        nodes = RayNodes(net, **looks)
+        nodes = RayNodes(net, head_cpus)
         try:
             yield nodes
         finally:
