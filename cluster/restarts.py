@@ -1,5 +1,6 @@
 """Ranks that end under Ray: what befalls them, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
 
+import contextlib
 import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ class Restarts(UserCallback):
         self.failures += 1
         next_ = f"restart {self.failures} of {self.allowed}" if self.failures <= self.allowed else "no restart is left"
         cause = describe(causes)
-        (self.folder / CAUSE).write_text(cause)
+        with contextlib.suppress(OSError):  # a full disk
+            (self.folder / CAUSE).write_text(cause)
         note(self.folder, f"{cause.rstrip('.')}; {next_}")
 
 
@@ -88,8 +90,10 @@ def describe(causes: dict[int, Exception]) -> str:
 
 
 def note(folder: Path, text: str) -> None:
-    """Add a line to the log of the ranks."""
+    """Add a line to the log of the ranks, unless the disk is full."""
     path = folder / LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n")
+    line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line)

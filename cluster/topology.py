@@ -1,4 +1,4 @@
-"""Ranks on several nodes: the network settings they get before they meet, and one line that says where they are and how fast they talk.
+"""Ranks on several nodes: the network settings they get, and one line that says where they are and how fast they talk.
 
 No hostfile: Ray places the ranks and tells each where rank 0 listens. An all-reduce in a ring sends and receives 2 (W-1)/W
 times its bytes on each of W ranks (Patarasuk and Yuan 2009), so with a bandwidth b a gradient of n bytes takes

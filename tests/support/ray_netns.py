@@ -20,8 +20,10 @@ LOOKS = {
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 5,
+    "worker_niceness": 0,
 }
-"""How the head looks after its nodes: one that does not answer is dead after about fifteen seconds, Ray's own settings take 65."""
+"""How the head looks after its nodes: one that does not answer is dead after about fifteen seconds (Ray's own settings: 65).
+And its workers are as quick as what else runs on this machine, instead of coming after all of it."""
 
 
 class RayNodes:
@@ -78,9 +80,7 @@ class RayNodes:
 
     def roclip(self, *words: object, **extra: str) -> contextlib.AbstractContextManager[subprocess.Popen]:
         """The command `roclip` on the head, with this cluster's address."""
-        return self.drive(
-            sys.executable, "-m", "cluster.cli", *words, f"cluster.address={self.address}", **extra
-        )
+        return self.drive(sys.executable, "-m", "cluster.cli", *words, f"cluster.address={self.address}", **extra)
 
     def processes_of(self, name: str, title: str) -> list[psutil.Process]:
         """Ray workers of a node whose title begins so."""
