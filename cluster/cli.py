@@ -1,6 +1,5 @@
 """The `roclip` command. What a command needs is imported when it runs, so that `--help` is quick."""
 
-import errno
 import shlex
 import sys
 import traceback
@@ -15,7 +14,7 @@ from cluster.cli_options import ConfigPath, DryRun, Overrides, examples, resolve
 from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
-from roclip.errors import CheckpointError, ConfigError, RoclipError, StageError
+from roclip.errors import CheckpointError, ConfigError, RoclipError, without_space
 
 EXIT_CODES = """\
 [bold]Exit codes[/]
@@ -326,9 +325,9 @@ def guarded(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _complain(f"{error.filename or 'a disk'}: no space is left. Make room; the same command goes on from here.")
-            return StageError.exit_code
+        if isinstance(error, OSError) and (told := without_space(error)) is not None:
+            _complain(str(told))
+            return told.exit_code
         if isinstance(error, _USAGE_ERROR):
             say = getattr(error, "format_message", error.__str__)
             _complain(f"{say()} See `roclip --help`.")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from roclip import distributed
 from roclip.engine_state import load_optimizer_state, load_weights, optimizer_state
-from roclip.errors import CheckpointError
+from roclip.errors import CheckpointError, without_space
 from roclip.model import CONFIG, WEIGHTS, Towers
 from roclip.shards import sha256_file, write_atomic
 from roclip.tensor_file import write_tensors
@@ -124,9 +124,9 @@ class Writer:
         try:
             writing.result()
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint cannot be written ({error.strerror or error}). The last whole one is as it was: "
-                "make room, or mend the disk, and run the same command again."
+            raise without_space(error, self.folder) or CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written ({error}). The last whole one is as it was: mend the disk and "
+                "run the same command again."
             ) from error
 
     def _copy(self, name: str, value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

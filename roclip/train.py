@@ -32,7 +32,7 @@ from roclip.divergence import Divergence
 from roclip.eda import caption_edits
 from roclip.engine import build_engine, gradient_norm, leave_out, set_lr
 from roclip.engine import step as optimizer_step
-from roclip.errors import DataError, RoclipError, StoppedError, TrainingError
+from roclip.errors import DataError, RoclipError, StoppedError, TrainingError, without_space
 from roclip.leaving import Leaving
 from roclip.loss import LOSSES
 from roclip.meter import Meter
@@ -78,12 +78,18 @@ def train(
         DataError: no shards came in time, or too many samples cannot be read.
         TrainingError: a loss or gradient is not finite or a spike, and `train.on_divergence` says stop.
         CheckpointError: the checkpoint to resume from was altered.
+        StageError: a disk is full.
         StoppedError: SIGTERM came, and where training stood is saved.
     """
     with Leaving() as leaving:
         while True:
-            with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
-                return _train(config, arm, run, name, on_start, on_epoch_end, leaving, closing)
+            try:
+                with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
+                    return _train(config, arm, run, name, on_start, on_epoch_end, leaving, closing)
+            except OSError as error:
+                if (told := without_space(error, run)) is None:
+                    raise
+                raise told from error
 
 
 class _RolledBackError(Exception):

@@ -35,12 +35,13 @@ class RayNodes:
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
-        self._environment = environment(
+        self.environment = environment(
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
             RAY_USAGE_STATS_ENABLED="0",
             OMP_NUM_THREADS="1",
         )
+        """Of the head and its drivers, and of nodes that are added later."""
         self._started: dict[str, subprocess.Popen] = {}
         self.head = net.add("head")
         self.address = f"{self.head.address}:{PORT}"
@@ -66,7 +67,7 @@ class RayNodes:
         """A process on the head, with the token; it and its children are gone in the end."""
         with subprocess.Popen(
             self.head.command(*command),
-            env={**self._environment, **extra},
+            env={**self.environment, **extra},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -105,7 +106,7 @@ class RayNodes:
         )  # fmt: skip
         with said.open("w") as out:
             process = subprocess.Popen(
-                command, env=self._environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._started[name] = process
         deadline_s = time.monotonic() + 90
