@@ -69,6 +69,7 @@ if __name__ == "__main__":
             include_dashboard=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
+            _system_config={"worker_niceness": 0},  # what else runs on this machine shall slow both alike
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},  # as torchrun sets it
         )
 

@@ -19,7 +19,14 @@ STAGE = 7
 INGEST = """
 name: full
 data: {{scenes: {scenes}, shards: {shards}, faults: false}}
-ingest: {{image_size: 64, samples_per_shard: 8, shard_retries: 1, max_in_flight: 1, fetch: {{robots: false}}}}
+ingest:
+  samples_per_shard: 8
+  image_size: 64
+  encode_format: png
+  encode_quality: 6
+  shard_retries: 1
+  max_in_flight: 1
+  policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 64, host_requests_per_s: 1.0e6}}
 """
 
 

@@ -83,8 +83,8 @@ def test_training_shrinks_when_a_node_is_killed_and_grows_when_it_is_back(cluste
         reach(process, tmp_path, 7)
         cluster.kill_node("two")
         until(lambda: " 1 ranks from step" in befell(tmp_path), lambda: last_words(process))
-        reach(process, tmp_path, 10)
         (rank,) = cluster.processes_of("one", "ray::RayTrain")
+        reach(process, tmp_path, logged(tmp_path) + 1)
         rank.send_signal(signal.SIGSTOP)  # so that steps are left when the node is there
         cluster.add_node("two")
         until(lambda: "nodes have come" in befell(tmp_path), lambda: last_words(process))
@@ -117,6 +117,7 @@ def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path)
         reach(process, tmp_path, 2)
         cluster.net.slow(cluster.net.hosts["two"], delay_s=0.002, loss_frac=0.005)
         try:
+            assert logged(tmp_path) < STEPS
             finish(process)
         finally:
             cluster.net.heal(cluster.net.hosts["two"])
