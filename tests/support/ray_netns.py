@@ -109,7 +109,7 @@ class RayNodes:
                 command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._started[name] = process
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 300
         while "Ray runtime started" not in said.read_text():
             assert process.poll() is None, said.read_text()
             assert time.monotonic() < deadline_s, said.read_text()
