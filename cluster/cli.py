@@ -20,7 +20,7 @@ from cluster.cli_poison import POISON_EXAMPLES, poison
 from cluster.cli_render import RENDER_EXAMPLES, render
 from cluster.cli_segmenter import SEGMENTER_EXAMPLES, train_segmenter
 from roclip.config import Config, environment_defaults, run_directory
-from roclip.errors import CheckpointError, ConfigError, RoclipError
+from roclip.errors import CheckpointError, ConfigError, RoclipError, without_space
 from roclip.private import refuse_secret
 
 EXIT_CODES = """\
@@ -322,6 +322,9 @@ def guarded(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and (told := without_space(error)) is not None:
+            _complain(str(told))
+            return told.exit_code
         if isinstance(error, _USAGE_ERROR):
             say = getattr(error, "format_message", error.__str__)
             _complain(f"{say()} See `roclip --help`.")

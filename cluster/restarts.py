@@ -1,20 +1,30 @@
 """Ranks that end under Ray: what befalls them, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
 
+import contextlib
 import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray.util
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
 from cluster.progress import CAUSE, LOG
+from cluster.topology import join_network, network_environment
 from roclip.errors import RoclipError
-from roclip.leaving import listen
+from roclip.leaving import leave, listen
 
 
+@dataclass
 class TorchThatListens(TorchConfig):
-    """Torch's process group, and SIGTERM heard in each worker: Ray trains in a thread of it, which cannot listen."""
+    """Torch's process group over the nodes' own network, and SIGTERM heard in each worker: Ray trains in a thread of it,
+    which cannot listen. Ranks that are well save and leave before Ray ends them to start another number of ranks."""
+
+    folder: Path = Path()
+    """The training's own."""
+    network: dict[str, str] = field(default_factory=network_environment)
 
     @property
     def backend_cls(self) -> type:
@@ -22,9 +32,21 @@ class TorchThatListens(TorchConfig):
 
 
 class _Backend(TorchConfig().backend_cls):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+        worker_group.execute(_join_network, backend_config.network)
         super().on_start(worker_group, backend_config)
         worker_group.execute(_listen)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+        seen = worker_group.get_latest_poll_status()
+        if seen is not None and not seen.errors and not seen.finished:
+            note(backend_config.folder, "nodes have come or gone: saving, to go on with another number of ranks")
+            worker_group.execute(leave, backend_config.timeout_s)
+        super().on_shutdown(worker_group, backend_config)
+
+
+def _join_network(settings: dict[str, str]) -> None:
+    join_network(settings, ray.util.get_node_ip_address())
 
 
 def _listen() -> None:
@@ -49,7 +71,8 @@ class Restarts(UserCallback):
         self.failures += 1
         next_ = f"restart {self.failures} of {self.allowed}" if self.failures <= self.allowed else "no restart is left"
         cause = describe(causes)
-        (self.folder / CAUSE).write_text(cause)
+        with contextlib.suppress(OSError):  # a full disk
+            (self.folder / CAUSE).write_text(cause)
         note(self.folder, f"{cause.rstrip('.')}; {next_}")
 
 
@@ -65,8 +88,10 @@ def describe(causes: dict[int, Exception]) -> str:
 
 
 def note(folder: Path, text: str) -> None:
-    """Add a line to the log of the ranks."""
+    """Add a line to the log of the ranks, unless the disk is full."""
     path = folder / LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n")
+    line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line)

@@ -87,8 +87,10 @@ class Session:
             ) from error
 
     def note_cost(self) -> None:
-        """Write `cost.json`, so that a killed run's time is not forgotten."""
-        write_atomic(self._cost_file, json.dumps(self.cost))
+        """Write `cost.json`, so that a killed run's time is not forgotten. A full disk does not get a word in here: it would
+        hide what it ended."""
+        with contextlib.suppress(OSError):
+            write_atomic(self._cost_file, json.dumps(self.cost))
 
     def _sample(self) -> None:
         while not self._halt.wait(_SAMPLE_EVERY_S):

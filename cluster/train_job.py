@@ -5,6 +5,8 @@ can neither be lost between Ray's polls nor differ from what `torchrun -m roclip
 """
 
 import datetime
+import math
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,21 @@ from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from cluster.monitor import following
 from cluster.progress import CAUSE
 from cluster.queueing import Patience, training_need, wait_for_room
 from cluster.restarts import Restarts, TorchThatListens, note
+from cluster.topology import topology_line
 from roclip import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import StageError
+from roclip.model import Towers
+
+PLACED_WITHIN_S = "20"
+"""How long Ray waits for room for as many ranks as it thinks there is room for, before it counts again. It counts the nodes every
+20 s, so after a loss the first try may be for one that is gone."""
 
 
 def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
@@ -41,16 +50,23 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     patience = Patience(
         need, cluster.queue_timeout_s, partial(note, (run / name).resolve()), (run / name / CAUSE).resolve()
     )
+    if cluster.elastic:
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, PLACED_WITHIN_S)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": dump_config(config), "arm": arm, "name": name, "run": str(run.resolve())},
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.workers) if cluster.elastic else cluster.workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=need.bundle,
             placement_strategy="PACK",
         ),
-        torch_config=TorchThatListens(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchThatListens(
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=math.ceil(config.train.collective_timeout_s),
+            folder=(run / name).resolve(),
+        ),
         run_config=RunConfig(
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
@@ -107,10 +123,17 @@ def _worker(settings: dict[str, Any]) -> None:
     log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+
+    def say_where(towers: Towers) -> None:
+        line = topology_line(towers, ray.get_runtime_context().get_node_id())
+        if rank == 0:
+            note(run / name, line)
+
     train(
         config,
         settings["arm"],
         run,
         name=name,
+        on_start=say_where,
         on_epoch_end=lambda towers, cursor: record_evaluation(config, run, name, towers, cursor),
     )

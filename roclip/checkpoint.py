@@ -35,7 +35,7 @@ from torch import Tensor
 
 from roclip import distributed
 from roclip.engine_state import load_optimizer_state, load_weights, optimizer_state
-from roclip.errors import CheckpointError
+from roclip.errors import CheckpointError, without_space
 from roclip.model import CONFIG, WEIGHTS, Towers
 from roclip.shards import sha256_file, write_atomic
 from roclip.tensor_file import write_tensors
@@ -105,7 +105,7 @@ class Writer:
         It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part;
         then LATEST names it. A second call waits for the first to be written, and raises what went wrong there.
         """
-        self._join()
+        distributed.lead(self._join)
         leader = distributed.rank() == 0
         weights = towers.weights(self._copy if leader else None)
         tensors = {"optimizer": optimizer_state(engine, self._copy)}
@@ -119,13 +119,19 @@ class Writer:
 
     def wait(self) -> None:
         """Return on all ranks when what was saved last is on disk and named."""
-        self._join()
-        distributed.barrier()
+        distributed.lead(self._join)
 
     def _join(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            raise without_space(error, self.folder) or CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written ({error}). The last whole one is as it was: mend the disk and "
+                "run the same command again."
+            ) from error
 
     def _copy(self, name: str, value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         memory = self._memory.get(name)

@@ -38,20 +38,19 @@ def bring(folder: Path, store: "CheckpointStore | None") -> None:
     """
     if store is None:
         return
-    problem = None
-    if distributed.rank() == 0:
+
+    def bring_newer() -> None:
         try:
             store.bring_newer(folder)
-        except RoclipError as error:
-            problem = error
+        except RoclipError:
+            raise
         except Exception as error:  # each store has errors of its own
-            problem = CheckpointError(
+            raise CheckpointError(
                 f"{store.root}: expected a store of checkpoints that can be read, got {type(error).__name__}: {error}. "
                 "The same command goes on when it can; without train.checkpoint_store it goes on from what is here."
-            )
-    problem = distributed.broadcast_object(problem)
-    if problem is not None:
-        raise problem
+            ) from error
+
+    distributed.lead(bring_newer)
 
 
 class CheckpointStore:

@@ -103,7 +103,10 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
 
 def identity(config: Config) -> str:
     """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
-    train = dataclasses.replace(config.train, checkpoint_store="", mirrors=())
+    plain = TrainConfig()
+    train = dataclasses.replace(
+        config.train, checkpoint_store="", mirrors=(), collective_timeout_s=plain.collective_timeout_s
+    )
     measured = dataclasses.replace(config.evaluate, class_file="", template_file="", webdataset="")
     same = {
         "run_dir": "",
@@ -114,6 +117,7 @@ def identity(config: Config) -> str:
         "train": train,
         "oracle": config.oracle.of_verdict,
         "evaluate": measured,
+        "cluster": ClusterConfig(),
     }
     return dump_config(dataclasses.replace(config, **same))
 

@@ -4,15 +4,29 @@ Without an initialised process group everything here is the one-process case.
 Letters: B local batch, G global batch = B x world size (rank-major).
 """
 
-from collections.abc import Iterable
-from typing import Any
+import datetime
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 SMALL = 1 << 16
 """Elements below which a tensor is sent together with others: latency costs more than the copy."""
+
+
+def start(timeout_s: float) -> None:
+    """Join the process group that the environment describes (`torchrun`). A collective that takes longer fails."""
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+    )
+
+
+def backend() -> str:
+    return dist.get_backend()
 
 
 def rank() -> int:
@@ -35,6 +49,25 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def lead(work: Callable[[], T], tell_every_s: float = 10.0) -> T:
+    """What `work` gives on rank 0, on every rank, or what it raises, which must be fit to be sent.
+
+    It may take as long as it likes: the other ranks are told now and then that it goes on, so no collective times out.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        task = thread.submit(work) if rank() == 0 else None
+        while True:
+            if task is not None:
+                wait([task], tell_every_s)
+            done, problem, result = broadcast_object(_standing(task) if task is not None else None)
+            if problem is not None:
+                raise problem
+            if done:
+                return result
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -81,6 +114,13 @@ def all_sum(value: Tensor) -> Tensor:
     return total.to(value.device)
 
 
+def sum_in_place(value: Tensor) -> None:
+    """Replace a tensor by its sum over ranks, and return when it is there."""
+    dist.all_reduce(value)
+    if value.is_cuda:
+        torch.cuda.synchronize()
+
+
 def mean_in_place(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their means over ranks. Large ones are not copied; small ones travel together."""
     if world_size() == 1:
@@ -110,6 +150,13 @@ def mean_buffers(module: torch.nn.Module) -> None:
 def _carried(value: Tensor) -> Tensor:
     """Where the process group can send it: NCCL knows no CPU memory."""
     return value.cuda() if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL else value
+
+
+def _standing(task: Future[T]) -> tuple[bool, BaseException | None, T | None]:
+    if not task.done():
+        return False, None, None
+    problem = task.exception()
+    return True, problem, None if problem else task.result()
 
 
 class _Gather(torch.autograd.Function):

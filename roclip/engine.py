@@ -22,7 +22,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
     if "RANK" not in os.environ and not torch.distributed.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        distributed.start(config.collective_timeout_s)
     if distributed.world_size() == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it at each engine
     if config.compile:

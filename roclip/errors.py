@@ -16,6 +16,9 @@ Ctrl-C ends with 130. `roclip oracle` and `roclip run` end with 0 even for a poi
 (inconclusive).
 """
 
+import errno
+from pathlib import Path
+
 
 class RoclipError(Exception):
     """Base of every error that this project raises on purpose: expected, got, what to do."""
@@ -71,3 +74,13 @@ class StageError(RoclipError):
     """A stage of the pipeline could not be finished."""
 
     exit_code = 7
+
+
+def without_space(error: OSError, where: Path | None = None) -> StageError | None:
+    """What to say of a full disk; None for any other error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return StageError(
+        f"{error.filename or where or 'a disk'}: no space is left. Make room and run the same command again: it goes on from "
+        "what is whole."
+    )

@@ -6,6 +6,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _heard = threading.Event()
+_left = threading.Event()
+_left.set()
 
 
 class Leaving:
@@ -20,6 +22,7 @@ class Leaving:
         return _heard.is_set()
 
     def __enter__(self) -> "Leaving":
+        _left.clear()
         if threading.current_thread() is threading.main_thread():
             _heard.clear()
             self._before = listen()
@@ -28,11 +31,19 @@ class Leaving:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        _left.set()
 
 
 def listen() -> Any:
     """From now on SIGTERM is only noted. Call it in the main thread; returns the handler that was there."""
     return signal.signal(signal.SIGTERM, _note)
+
+
+def leave(timeout_s: float) -> bool:
+    """Ask the training in another thread of this process to save and leave, as SIGTERM would. Whether it has, in so many
+    seconds; true at once where none runs."""
+    _heard.set()
+    return _left.wait(timeout_s)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -293,6 +293,8 @@ class ClusterConfig:
     """Training ranks."""
     min_workers: int = 0
     """Fewest ranks that training goes on with when nodes are lost; 0 is `workers`, no fewer."""
+    resize_every_s: float = 60.0
+    """How often a training with fewer ranks than `workers` looks whether a node has come that has room for more."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     cpus_per_ingest_task: float = 1.0
@@ -309,7 +311,7 @@ class ClusterConfig:
     """Ray's object store on the local Ray; shards never pass through it."""
 
     def __post_init__(self) -> None:
-        positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task")
+        positive(self, "cluster", "workers", "cpus_per_worker", "cpus_per_ingest_task", "resize_every_s")
         if self.queue_timeout_s < 0:
             raise ConfigError(f"cluster.queue_timeout_s: expected 0 or more, got {self.queue_timeout_s}.")
         if self.address.startswith("ray://"):
@@ -325,7 +327,15 @@ class ClusterConfig:
     @property
     def of_identity(self) -> "ClusterConfig":
         """The same without where and how long: a run may go on on another cluster."""
-        where = ("address", "ingest_resource", "dashboard", "max_failures", "queue_timeout_s", "store_memory_bytes")
+        where = (
+            "address",
+            "ingest_resource",
+            "dashboard",
+            "max_failures",
+            "queue_timeout_s",
+            "resize_every_s",
+            "store_memory_bytes",
+        )
         plain = ClusterConfig()
         return replace(self, **{name: getattr(plain, name) for name in where})
 

@@ -265,10 +265,13 @@ class TrainConfig:
     mirrors: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where `metrics.jsonl` is shown too: TensorBoard files beside it, Weights & Biases."""
     log_every_steps: int = 10
+    collective_timeout_s: float = 600.0
+    """How long a rank waits for the others in one collective before it takes them for lost. A dead process or node is seen much
+    sooner; this ends what hangs without being dead. Waits for ingest or a store are not counted."""
 
     def __post_init__(self) -> None:
         positive(self, "train", "epochs", "global_batch_size", "lr", "checkpoint_every_steps", "log_every_steps")
-        positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out")
+        positive(self, "train", "keep_checkpoints", "grad_accum_steps", "max_left_out", "collective_timeout_s")
         if min(self.in_modal_weight, self.push_away_weight, self.hold_weight) < 0:
             raise ConfigError("train.in_modal_weight, push_away_weight, hold_weight: expected 0 or more.")
         if (self.unlearn or self.finetune) and not self.hold_weight:

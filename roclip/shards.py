@@ -41,9 +41,10 @@ _AT_A_TIME = 16
 """Files of a store that are read or dropped at the same time."""
 _LISTINGS = 5
 """How often a folder is listed until every record in it can be read."""
-ATTEMPTS = 5
+ATTEMPTS = 10
 FIRST_WAIT_S = 0.5
-"""Before a store is asked the second time; each further wait is twice as long."""
+"""Before a store is asked the second time; each further wait is twice as long, up to `_LONGEST_WAIT_S`: 80 s in all."""
+_LONGEST_WAIT_S = 16.0
 T = TypeVar("T")
 
 
@@ -286,15 +287,15 @@ def put(source: Path, target: Path) -> None:
 def patiently(ask: Callable[[], T]) -> T:
     """What `ask` gives, asked again after a failure, `ATTEMPTS` times in all.
 
-    Raises the last failure, and `FileNotFoundError` at once.
+    A store may be away for a minute. Raises the last failure; at once, that a file is not there or may not be had.
     """
     for attempt in range(1, ATTEMPTS):
         try:
             return ask()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception:  # each store has errors of its own
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+            time.sleep(min(_LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)))
     return ask()
 
 

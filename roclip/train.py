@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from roclip.divergence import Divergence
 from roclip.eda import caption_edits
 from roclip.engine import build_engine, gradient_norm, leave_out, set_lr
 from roclip.engine import step as optimizer_step
-from roclip.errors import DataError, RoclipError, StoppedError, TrainingError
+from roclip.errors import DataError, RoclipError, StoppedError, TrainingError, without_space
 from roclip.leaving import Leaving
 from roclip.loss import LOSSES
 from roclip.meter import Meter
@@ -50,15 +50,25 @@ from roclip.tar_sources import index_tars, is_pattern, shards_root
 from roclip.truth import poisoned_samples
 
 EpochEnd = Callable[[Towers, Cursor], None]
+Start = Callable[[Towers], None]
 
 
-def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: EpochEnd | None = None) -> Path:
+def train(
+    config: Config,
+    arm: str,
+    run: Path,
+    *,
+    name: str = "",
+    on_start: Start | None = None,
+    on_epoch_end: EpochEnd | None = None,
+) -> Path:
     """Train one arm in a run directory, from where it stands to its last epoch.
 
     Args:
         arm: `clip` (undefended) or `roclip`.
         run: The run directory; the shards lie in it or where `data.shards` says.
         name: Folder of this training in the run directory; empty is `arm`.
+        on_start: Called on all ranks with the towers when the ranks have met, and again after a rollback.
         on_epoch_end: Called on all ranks with the towers (in evaluation mode) after each epoch, before its checkpoint
             is named; a resume repeats it only for epochs whose checkpoint was not complete.
 
@@ -69,12 +79,18 @@ def train(config: Config, arm: str, run: Path, *, name: str = "", on_epoch_end: 
         DataError: no shards came in time, or too many samples cannot be read.
         TrainingError: a loss or gradient is not finite or a spike, and `train.on_divergence` says stop.
         CheckpointError: the checkpoint to resume from was altered.
+        StageError: a disk is full.
         StoppedError: SIGTERM came, and where training stood is saved.
     """
     with Leaving() as leaving:
         while True:
-            with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
-                return _train(config, arm, run, name, on_epoch_end, leaving, closing)
+            try:
+                with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
+                    return _train(config, arm, run, name, on_start, on_epoch_end, leaving, closing)
+            except OSError as error:
+                if (told := without_space(error, run)) is None:
+                    raise
+                raise told from error
 
 
 class _RolledBackError(Exception):
@@ -86,6 +102,7 @@ def _train(
     arm: str,
     run: Path,
     name: str,
+    on_start: Start | None,
     on_epoch_end: EpochEnd | None,
     leaving: Leaving,
     closing: contextlib.ExitStack,
@@ -97,6 +114,8 @@ def _train(
         towers.begin_from(Path(config.model.pretrained))
     engine = build_engine(towers, config.train)
     rank, world_size, device = distributed.rank(), distributed.world_size(), engine.device
+    if on_start:
+        on_start(towers)
     defence = Defence(config, towers, device, _ground_truth(run)) if arm == "roclip" else None
     repair = repair_losses(config, towers, device)
     folder = run / (name or arm) / "checkpoints"
@@ -277,25 +296,20 @@ def _shards(config: Config, run: Path) -> Manifest:
 
 def _agree_on_snapshot(config: Config, manifest: Manifest, run: Path, epoch: int) -> Snapshot:
     """Rank 0 decides which shards an epoch has and records it: a resume and the other arms see the same data."""
-    names, problem = None, None
-    if distributed.rank() == 0:
+
+    def decide() -> Sequence[str]:
         path = run / "snapshots" / f"epoch-{epoch:05d}.json"
-        try:
-            if path.exists():
-                names = json.loads(path.read_text())["shards"]
-                wait_for_shards(manifest, 1, config.data.wait_s, names)  # a replay may be ahead of its ingest
-            else:
-                wait_for_shards(manifest, config.data.min_shards, config.data.wait_s)
-                snapshot = take_snapshot(manifest)
-                names = snapshot.names
-                record = {"epoch": epoch, "digest": snapshot.digest, "samples": snapshot.samples, "shards": names}
-                write_atomic(path, json.dumps(record, indent=1))
-        except RoclipError as error:
-            problem = error
-    names, problem = distributed.broadcast_object((names, problem))
-    if problem is not None:
-        raise problem
-    return take_snapshot(manifest, names)
+        if path.exists():
+            names = json.loads(path.read_text())["shards"]
+            wait_for_shards(manifest, 1, config.data.wait_s, names)  # a replay may be ahead of its ingest
+            return names
+        wait_for_shards(manifest, config.data.min_shards, config.data.wait_s)
+        snapshot = take_snapshot(manifest)
+        record = {"epoch": epoch, "digest": snapshot.digest, "samples": snapshot.samples, "shards": snapshot.names}
+        write_atomic(path, json.dumps(record, indent=1))
+        return snapshot.names
+
+    return take_snapshot(manifest, distributed.lead(decide))
 
 
 def _agree_on_counts(*counts: float) -> tuple[int, ...]:
@@ -340,7 +354,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(arguments[0], arguments[1:])
         if "RANK" in os.environ:
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            distributed.start(config.train.collective_timeout_s)
         run = distributed.broadcast_object(run_directory(config) if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
             private_directory(run)

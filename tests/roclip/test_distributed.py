@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ def test_loss_gradients_gate_and_pool_match_one_process(ranks, tmp_path):
         assert torch.equal(ours["suspected"], alone["suspected"])
         assert torch.equal(ours["testimony"], alone["testimony"])
         assert torch.equal(ours["scores"], alone["scores"])
+
+
+def test_what_one_rank_does_alone_may_take_longer_than_a_collective(tmp_path):
+    run_script(2, HERE / "lead_ranks.py", tmp_path)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == ["done by rank 0", "nothing came"]

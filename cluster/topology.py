@@ -1,0 +1,97 @@
+"""Ranks on several nodes: the network settings they get, and one line that says where they are and how fast they talk.
+
+No hostfile: Ray places the ranks and tells each where rank 0 listens. An all-reduce in a ring sends and receives 2 (W-1)/W
+times its bytes on each of W ranks (Patarasuk and Yuan 2009), so with a bandwidth b a gradient of n bytes takes
+n * 2 (W-1)/W / b. b is measured at the start, in the same way.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+from roclip import distributed
+from roclip.model import Towers
+
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
+"""What the driver's environment says of the network, by the names' beginnings; it holds for each rank."""
+_FIRST_BYTES, _LAST_BYTES, _LONG_ENOUGH_S = 1 << 20, 1 << 28, 0.05
+
+
+def network_environment() -> dict[str, str]:
+    """The network settings of this process, for the ranks."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+
+
+def join_network(settings: Mapping[str, str], address: str) -> None:
+    """Take the driver's settings, and let gloo use the interface that has the node's address: on its own it takes the one
+    that the host's name leads to, which is often loopback. Call it in a rank before its process group begins."""
+    os.environ.update(settings)
+    interface = interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this node that has an address; empty if none has."""
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(known.family in (socket.AF_INET, socket.AF_INET6) and known.address == address for known in addresses):
+            return interface
+    return ""
+
+
+def topology_line(towers: Towers, node: str) -> str:
+    """Nodes and ranks, backend and interface, bandwidth, and the time of a gradient's all-reduce. Call it on all ranks.
+
+    Args:
+        node: What tells this rank's node from others.
+    """
+    ranks, nodes = distributed.world_size(), distributed.gather_objects(node)
+    place = f"{_count(len(set(nodes)), 'node')}, {_count(ranks, 'rank')}"
+    if ranks == 1:
+        return f"{place}: no all-reduce"
+    sent_bytes, bandwidth = gradient_bytes(towers), measured_bandwidth(towers.logit_scale.device)
+    return (
+        f"{place}, {_carrier()}, {bandwidth / 1e9:.2f} GB/s: all-reduce of {sent_bytes / 1e6:.1f} MB of gradients "
+        f"in {allreduce_s(sent_bytes, ranks, bandwidth) * 1e3:.1f} ms"
+    )
+
+
+def allreduce_s(sent_bytes: int, ranks: int, bandwidth: float) -> float:
+    """Seconds of an all-reduce in a ring, with so many bytes a second between two ranks."""
+    return sent_bytes * 2 * (ranks - 1) / ranks / bandwidth
+
+
+def gradient_bytes(towers: Towers) -> int:
+    """Of all weights that learn, whole at any ZeRO stage, in the precision in which the ranks send them."""
+    learn = [parameter for parameter in towers.parameters() if parameter.requires_grad]
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size() for parameter in learn)
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes a second of an all-reduce's ring, from one that takes 50 ms or has 256 MiB. Call it on all ranks."""
+    sent_bytes, ranks = _FIRST_BYTES, distributed.world_size()
+    distributed.all_sum(torch.zeros(1, device=device))  # the first one also connects
+    while True:
+        message = torch.zeros(sent_bytes // 4, device=device)
+        distributed.barrier()
+        start_s = time.perf_counter()
+        distributed.sum_in_place(message)
+        took = torch.tensor(time.perf_counter() - start_s, dtype=torch.float64)
+        took_s = float(distributed.all_sum(took)) / ranks
+        if took_s >= _LONG_ENOUGH_S or sent_bytes >= _LAST_BYTES:
+            return sent_bytes * 2 * (ranks - 1) / ranks / took_s
+        sent_bytes *= 2
+
+
+def _carrier() -> str:
+    backend = distributed.backend()
+    interface = os.environ.get("GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME", "")
+    return f"{backend} over {interface}" if interface else backend
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
