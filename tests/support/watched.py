@@ -42,7 +42,7 @@ pool: {{size: 64, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 2
 train: {{epochs: 4, global_batch_size: 64, lr: 1e-3, log_every_steps: 1, checkpoint_every_steps: 4,
   checkpoint_store: "memory://store"}}
 evaluate: {{size: 20, every: 0}}
-oracle: {{trusted: 100, epochs: 1}}
+oracle: {{trusted: 200, epochs: 1}}
 cluster: {{address: "{address}"}}
 """
 
