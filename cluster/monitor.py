@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray.actor import exit_actor
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,7 +38,7 @@ _STARTED = re.compile(r"(\d+) ranks from step \d+$", re.MULTILINE)
 _log = logging.getLogger(__name__)
 
 
-def count(name: str, value: float = 1, **labels: str) -> None:
+def count(name: str, value: float = 1, /, **labels: Any) -> None:
     """Add to a counter of `SERIES`, or set a gauge of it. Without Ray nothing is sent; nothing ever fails."""
     if not value and SERIES[name].kind == "counter":
         return
@@ -133,7 +134,7 @@ class Monitor:
 
     def close(self) -> None:
         self._follower.close()
-        ray.actor.exit_actor()
+        exit_actor()
 
 
 def training_readings(folder: Path) -> Iterator[Reading]:

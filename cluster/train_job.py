@@ -71,7 +71,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
             name=f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}",  # a name used again would resume Ray's own state
             storage_path=str((run / "ray").resolve()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[Restarts((run / name).resolve(), cluster.max_failures), patience],
+            callbacks=[Restarts((run / name).resolve(), cluster.max_failures), patience],  # pyright: ignore[reportArgumentType]
         ),
     )
     on_ctrl_c = signal.getsignal(signal.SIGINT)

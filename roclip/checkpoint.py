@@ -79,6 +79,7 @@ class Store(Protocol):
 
     def take(self, checkpoint: Path, outdated: Outdated) -> bool:
         """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there; whether it could."""
+        ...
 
 
 class Writer:

@@ -112,7 +112,6 @@ def identity(config: Config) -> str:
         "run_dir": "",
         "runs": "",
         "source": "",
-        "cluster": config.cluster.of_identity,
         "deploy": DeployConfig(),
         "train": train,
         "oracle": config.oracle.of_verdict,

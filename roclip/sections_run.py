@@ -325,21 +325,6 @@ class ClusterConfig:
             )
 
     @property
-    def of_identity(self) -> "ClusterConfig":
-        """The same without where and how long: a run may go on on another cluster."""
-        where = (
-            "address",
-            "ingest_resource",
-            "dashboard",
-            "max_failures",
-            "queue_timeout_s",
-            "resize_every_s",
-            "store_memory_bytes",
-        )
-        plain = ClusterConfig()
-        return replace(self, **{name: getattr(plain, name) for name in where})
-
-    @property
     def elastic(self) -> bool:
         """Whether a training may go on with fewer ranks than `workers`."""
         return 0 < self.min_workers < self.workers
