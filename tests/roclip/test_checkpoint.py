@@ -158,7 +158,7 @@ def test_what_goes_wrong_in_the_background_is_raised(saved, tmp_path):
     (tmp_path / "file").write_text("")
     writer = checkpoint.Writer(tmp_path / "file", keep=1)
     writer.save(engine, towers, {}, Cursor(3, 1, 3, 12, "plain"))
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(CheckpointError, match="cannot be written"):
         writer.wait()
 
 
