@@ -153,8 +153,9 @@ def _start_head(cpus: int) -> Head:
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     token = secrets.token_hex(32)
+    ports = {f"{part}_METRIC_PORT": free_port() for part in ("AUTOSCALER", "DASHBOARD")}
     with (folder / "said.txt").open("w") as out:
-        process = subprocess.Popen(command, env=_with(token), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, env=_with(token) | ports, stdout=out, stderr=out, start_new_session=True)
     return Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, folder, process)
 
 
