@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import secrets
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from cluster.doctor import Check, Status, judge
 from cluster.doctor_dns import first_hosts
 from cluster.doctor_node import Node, NodeExam, Rank, is_loopback
 from cluster.doctor_ward import Finding, Say, Ward
+from cluster.network import network_environment, ring_bytes
 from cluster.plan import Plan, human_bytes, ingests, make_plan
 from roclip.config import ClusterConfig, Config, run_directory
 from roclip.errors import RoclipError
@@ -29,8 +29,6 @@ SLOWEST_STORE_S = 1.0
 SLOWEST_BYTES_PER_S = 1e8
 """Of an all-reduce: about a link of 1 Gb/s."""
 REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 128 * 2**20}
-NETWORK_SETTINGS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
-"""How the names of variables begin that say how ranks talk."""
 _VISIBLE_S = 15.0
 """In which a node must see another's file."""
 _CLOCK_READINGS = 5
@@ -306,7 +304,7 @@ def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Fi
     first, size = ranks[0][0], REDUCED_BYTES[backend]
     port = ward.ask("free_port", {first: ()}).get(first)
     address = {name: ward.nodes[name.partition(" #")[0]]["NodeManagerAddress"] for name, _ in ranks}
-    network = {name: value for name, value in os.environ.items() if name.startswith(NETWORK_SETTINGS)}
+    network = network_environment()
     calls = {
         name: (
             Rank(rank, len(ranks), f"{address[first]}:{port}", address[name], gpu, network),
@@ -328,15 +326,10 @@ def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Fi
         ]
     if len(ranks) == 1:
         return [Finding(first, Check("all-reduce", "ok", f"{backend}: one rank, nothing to send", need))]
-    rate = sent_bytes(size, len(ranks)) / max(answers.values())
+    rate = ring_bytes(size, len(ranks)) / max(answers.values())
     got = f"{backend}, {len(ranks)} ranks: {rate / 1e9:.2f} GB/s" + _expected(config, plan, rate)
     check = judge("all-reduce", rate >= SLOWEST_BYTES_PER_S, got, need, advice, otherwise="warn")
     return [Finding("the cluster", check)]
-
-
-def sent_bytes(size: int, ranks: int) -> float:
-    """What each rank sends in an all-reduce of `size` bytes by a ring; over the time, NCCL's tests call it bus bandwidth."""
-    return 2 * (ranks - 1) / ranks * size
 
 
 def _expected(config: Config | None, plan: Plan | None, rate: float) -> str:
@@ -344,5 +337,5 @@ def _expected(config: Config | None, plan: Plan | None, rate: float) -> str:
     if config is None or plan is None or not plan.parameters or plan.ranks == 1:
         return ""
     size = plan.parameters * (2 if config.train.precision == "bf16" else 4)
-    seconds = sent_bytes(size, plan.ranks) / rate
+    seconds = ring_bytes(size, plan.ranks) / rate
     return f"; {config.model.name}'s {human_bytes(size)} of gradients take {seconds:.2g} s over {plan.ranks} ranks"

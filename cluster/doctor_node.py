@@ -24,7 +24,9 @@ import psutil
 
 from cluster.doctor import Check, existing, judge, names_check
 from cluster.doctor_dns import Hosts
+from cluster.network import interface_of
 from cluster.plan import human_bytes
+from cluster.ray_token import token_file
 from roclip.config import FetchPolicy
 from roclip.shards import content_of, drop, place, write_atomic, written_beside
 
@@ -291,14 +293,6 @@ def _is_ip4(entry: Any) -> bool:
     return entry.family == socket.AF_INET and not is_loopback(entry.address)
 
 
-def interface_of(address: str) -> str:
-    """The network interface of this node that has an address; empty if none has."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in entries):
-            return name
-    return ""
-
-
 def is_loopback(address: str) -> bool:
     return address.startswith(_LOOPBACK)
 
@@ -306,7 +300,7 @@ def is_loopback(address: str) -> bool:
 def _token() -> Check:
     """Whether Ray asks for a token, and whether only this user can read it."""
     on = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = token_file()
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
     got = ("asked for" if on else "not asked for") + (f", {path} {mode:04o}" if mode is not None else "")
     need = "a token, file 0600"

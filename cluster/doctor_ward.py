@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.doctor import Check, judge
 from cluster.doctor_node import NodeExam
+from cluster.network import reach
 from roclip.errors import StageError
 
 Say = Callable[[float, float, str], None]
 """Told how far it is: done, total, words."""
-_REACHED_WITHIN_S = 10.0
 _WHAT_TO_DO = (
     "Look at that node and at Ray's logs there (raylet.out and worker-*.err of the session): is it up, is roclip installed "
     "in the Python that Ray was started with, do head and node reach each other? Then start Ray there again."
@@ -38,7 +37,7 @@ class Finding:
 def connected(address: str) -> Iterator[str]:
     """Be connected to a running Ray, and know its dashboard's `host:port`. Raises `StageError` where there is none."""
     try:
-        _reach(address)
+        reach(address)
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
@@ -49,13 +48,6 @@ def connected(address: str) -> Iterator[str]:
         yield getattr(context, "dashboard_url", "") or ""
     finally:
         ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Raises `OSError` at once where nobody listens; Ray tries for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_REACHED_WITHIN_S).close()
 
 
 class Ward:

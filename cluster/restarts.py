@@ -11,8 +11,8 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
+from cluster.network import join_network, network_environment
 from cluster.progress import CAUSE, LOG
-from cluster.topology import join_network, network_environment
 from roclip.errors import RoclipError
 from roclip.leaving import leave, listen
 

@@ -19,6 +19,7 @@ import ray.exceptions
 from ray.job_config import JobConfig
 
 from cluster.monitor import job_config
+from cluster.network import reach
 from cluster.progress import Display
 from cluster.ray_token import ensure_token
 from roclip.config import Config, dump_config, environment_defaults, identity, model_file, parse_config, run_directory
@@ -78,8 +79,9 @@ class Session:
 
     def _join(self, address: str, job: JobConfig) -> None:
         try:
+            reach(address)
             ray.init(address=address, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ray.exceptions.RayError) as error:
+        except (OSError, ray.exceptions.RayError) as error:
             raise StageError(
                 f"cluster.address: expected a Ray cluster at {address}, got: {str(error).strip().splitlines()[0]} "
                 "Is its head up (`ray status`), is this one of its nodes, and is its token here (RAY_AUTH_TOKEN_PATH)? "

@@ -1,46 +1,19 @@
-"""Ranks on several nodes: the network settings they get, and one line that says where they are and how fast they talk.
+"""One line that says where the ranks of a training are, and how fast they talk.
 
-No hostfile: Ray places the ranks and tells each where rank 0 listens. An all-reduce in a ring sends and receives 2 (W-1)/W
-times its bytes on each of W ranks (Patarasuk and Yuan 2009), so with a bandwidth b a gradient of n bytes takes
-n * 2 (W-1)/W / b. b is measured at the start, in the same way.
+With a bandwidth b, measured at the start, a gradient of n bytes takes n * 2 (W-1)/W / b. No hostfile: Ray places the ranks and
+tells each where rank 0 listens.
 """
 
 import os
-import socket
 import time
-from collections.abc import Mapping
 
-import psutil
 import torch
 
+from cluster.network import ring_bytes
 from roclip import distributed
 from roclip.model import Towers
 
-PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
-"""What the driver's environment says of the network, by the names' beginnings; it holds for each rank."""
 _FIRST_BYTES, _LAST_BYTES, _LONG_ENOUGH_S = 1 << 20, 1 << 28, 0.05
-
-
-def network_environment() -> dict[str, str]:
-    """The network settings of this process, for the ranks."""
-    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-
-
-def join_network(settings: Mapping[str, str], address: str) -> None:
-    """Take the driver's settings, and let gloo use the interface that has the node's address: on its own it takes the one
-    that the host's name leads to, which is often loopback. Call it in a rank before its process group begins."""
-    os.environ.update(settings)
-    interface = interface_of(address)
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-
-
-def interface_of(address: str) -> str:
-    """The network interface of this node that has an address; empty if none has."""
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(known.family in (socket.AF_INET, socket.AF_INET6) and known.address == address for known in addresses):
-            return interface
-    return ""
 
 
 def topology_line(towers: Towers, node: str) -> str:
@@ -56,13 +29,8 @@ def topology_line(towers: Towers, node: str) -> str:
     sent_bytes, bandwidth = gradient_bytes(towers), measured_bandwidth(towers.logit_scale.device)
     return (
         f"{place}, {_carrier()}, {bandwidth / 1e9:.2f} GB/s: all-reduce of {sent_bytes / 1e6:.1f} MB of gradients "
-        f"in {allreduce_s(sent_bytes, ranks, bandwidth) * 1e3:.1f} ms"
+        f"in {ring_bytes(sent_bytes, ranks) / bandwidth * 1e3:.1f} ms"
     )
-
-
-def allreduce_s(sent_bytes: int, ranks: int, bandwidth: float) -> float:
-    """Seconds of an all-reduce in a ring, with so many bytes a second between two ranks."""
-    return sent_bytes * 2 * (ranks - 1) / ranks / bandwidth
 
 
 def gradient_bytes(towers: Towers) -> int:
@@ -83,7 +51,7 @@ def measured_bandwidth(device: torch.device) -> float:
         took = torch.tensor(time.perf_counter() - start_s, dtype=torch.float64)
         took_s = float(distributed.all_sum(took)) / ranks
         if took_s >= _LONG_ENOUGH_S or sent_bytes >= _LAST_BYTES:
-            return sent_bytes * 2 * (ranks - 1) / ranks / took_s
+            return ring_bytes(sent_bytes, ranks) / took_s
         sent_bytes *= 2
 
 

@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from cluster.topology import allreduce_s, gradient_bytes, interface_of, join_network, network_environment
+from cluster.network import interface_of, join_network, network_environment, ring_bytes
+from cluster.topology import gradient_bytes
 
 
 def test_interface_is_that_of_the_address():
@@ -26,8 +27,8 @@ def test_network_settings_of_the_driver_win_over_what_is_found(monkeypatch):
 
 
 def test_allreduce_of_two_ranks_sends_each_byte_once():
-    assert allreduce_s(10**9, ranks=2, bandwidth=10**9) == pytest.approx(1.0)
-    assert allreduce_s(10**9, ranks=8, bandwidth=10**9) == pytest.approx(1.75)
+    assert ring_bytes(10**9, ranks=2) == pytest.approx(10**9)
+    assert ring_bytes(10**9, ranks=8) == pytest.approx(1.75 * 10**9)
 
 
 def test_gradient_has_the_bytes_of_what_learns():

@@ -1,0 +1,45 @@
+"""The network between the nodes of a cluster: settings that ranks get, interfaces, what an all-reduce sends, who listens."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+import psutil
+
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
+"""What the driver's environment says of the network, by the names' beginnings; it holds for each rank."""
+_REACHED_WITHIN_S = 10.0
+
+
+def network_environment() -> dict[str, str]:
+    """The network settings of this process, for the ranks."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+
+
+def join_network(settings: Mapping[str, str], address: str) -> None:
+    """Take the driver's settings, and let gloo use the interface that has the node's address: on its own it takes the one
+    that the host's name leads to, which is often loopback. Call it in a rank before its process group begins."""
+    os.environ.update(settings)
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this node that has an address; empty if none has."""
+    for interface, entries in psutil.net_if_addrs().items():
+        if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in entries):
+            return interface
+    return ""
+
+
+def ring_bytes(size: int, ranks: int) -> float:
+    """What each rank sends in an all-reduce of `size` bytes in a ring, size x 2 (W-1)/W (Patarasuk and Yuan 2009); over the
+    time, NCCL's tests call it bus bandwidth."""
+    return size * 2 * (ranks - 1) / ranks
+
+
+def reach(address: str) -> None:
+    """Raises `OSError` at once where nobody listens at `HOST:PORT`; Ray itself tries for minutes. Names such as `auto` pass."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_REACHED_WITHIN_S).close()
