@@ -19,7 +19,8 @@ _exit_status: list[int] = []
 
 
 class OneRayAtATime(LoadScopeScheduling):
-    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's."""
+    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's. Those of
+    `tests/cluster/nodes` are another, whose Rays have addresses of their own; it takes longest, so it comes first."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]

@@ -17,7 +17,7 @@ from ray_netns import RayNodes, ray_nodes
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 AWAY_S = 10.0
 """Longer than a request's time-out and the first tries after it."""
-SERVER = Path(__file__).parents[1] / "support" / "s3.py"
+SERVER = Path(__file__).parents[2] / "support" / "s3.py"
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,13 @@ from forked import trainings_of
 from kit import preset, tiny_shards
 from ray_head import Head, ray_head
 
+from roclip.metrics import read_metrics
 from roclip.shards import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 LOGGED = re.compile(r"step (\d+)")
+LONG, STEPS_PER_EPOCH = 20, STEPS // 4
+"""Epochs of a run that is to be stopped by commands, each of which takes seconds to start."""
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_exit_code_is_that_of_the_run(head, config, tmp_path):
 def test_ctrl_c_only_detaches_and_stop_ends_cleanly(head, config):
     """The same command attaches to the job that lives."""
     run = config.parent / "runs" / "two"
-    command = ("submit", str(config), "--run-id", "two", "--address", head.dashboard)
+    command = ("submit", str(config), f"train.epochs={LONG}", "--run-id", "two", "--address", head.dashboard)
     with start(head, *command) as first:
         until(lambda: logged(run) >= 3, lambda: "" if first.poll() is None else first.communicate()[0])
         first.send_signal(signal.SIGINT)
@@ -149,15 +152,17 @@ def test_ctrl_c_only_detaches_and_stop_ends_cleanly(head, config):
     assert "roclip stop two.1" in said
     assert "two.1 is there already" in roclip(head, *command[:-2], "--detach")
     assert "two.1: stopped" in roclip(head, "stop", "two")
-    assert logged(run) < STEPS
+    assert logged(run) < LONG * STEPS_PER_EPOCH
     assert "stopped by Ctrl-C" in roclip(head, "logs", "two")
 
 
-def test_stopped_run_goes_on_from_where_it_was(head, config, sent):
+def test_stopped_run_goes_on_from_where_it_was(head, config):
     """Runs after the test above, which stops it."""
-    whole, _ = sent
-    assert "two.2 sent to" in roclip(head, "submit", str(config), "--run-id", "two")
-    assert_same_end(whole, config.parent / "runs" / "two")
+    said = roclip(head, "submit", str(config), f"train.epochs={LONG}", "--run-id", "two")
+    assert "two.2 sent to" in said
+    assert int(re.findall(r"ranks from step (\d+)", said)[-1]) > 0
+    steps = [row["step"] for row in read_metrics(config.parent / "runs" / "two" / "roclip" / "metrics.jsonl")]
+    assert steps == list(range(1, LONG * STEPS_PER_EPOCH + 1))
 
 
 def test_driver_that_is_killed_is_picked_up_by_the_same_command(head, config, sent):
