@@ -214,7 +214,9 @@ def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, see
     batch = min(_BATCH, len(images))
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=epochs * steps + 1, pct_start=0.2)
+    all_steps = epochs * steps + 1
+    rise = max(0.2, 2 / all_steps)  # torch divides by the steps of the rise, less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=all_steps, pct_start=rise)
     net.train()
     device = next(net.parameters()).device
     for epoch in range(1, epochs + 1):

@@ -107,6 +107,12 @@ def test_training_refuses_when_there_are_too_few_images(tmp_path: Path):
         train_segmenter(write_trusted(tmp_path / "few", 30), LABELS, OracleConfig(), 0, tmp_path)
 
 
+@pytest.mark.parametrize("number", [46, 100])
+def test_one_epoch_of_few_images_is_a_training_too(tmp_path: Path, number: int):
+    trusted = write_trusted(tmp_path / "trusted.parquet", number)
+    assert train_segmenter(trusted, LABELS, OracleConfig(epochs=1), 0, tmp_path / "segmenter").info["epochs"] == 1
+
+
 def test_stickers_are_background():
     images = np.full((64, 32, 32, 3), 200, dtype=np.uint8)
     masks = np.ones((64, 32, 32), dtype=np.uint8)
