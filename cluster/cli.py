@@ -306,7 +306,10 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
 def main() -> None:
     """Run the command and end with its exit code; errors of ours are one line, others a traceback."""
     environment_defaults()
-    sys.exit(guarded(sys.argv[1:] or ["--help"]))
+    code = guarded(sys.argv[1:] or ["--help"])
+    if code == INTERRUPTED:
+        _complain("stopped by Ctrl-C; the same command goes on from here")
+    sys.exit(code)
 
 
 def guarded(arguments: list[str]) -> int:
@@ -317,7 +320,6 @@ def guarded(arguments: list[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped by Ctrl-C; the same command goes on from here")
         return INTERRUPTED
     except typer.Exit as error:
         return error.exit_code

@@ -151,7 +151,7 @@ def _follow(jobs: Any, job: Any) -> int:
             job = jobs.follow(job, show_line(display), display.say)
     except KeyboardInterrupt:
         _say(f"detached; the job goes on\n{_how_to(jobs, job)}")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)  # nothing was stopped, so `main` is not to say so
     _say(f"job      {job.id}: {_state(job)}")
     if job.exit_code is None and job.code:
         _say(" ".join(job.message.split()))
