@@ -1,4 +1,4 @@
-"""A cluster of several hosts that loses a node, a link, a good link, a driver: the training goes on, with the same numbers."""
+"""A cluster of several hosts that loses a node, a link, a good link: the training goes on, with the same numbers."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ends import KILLED_RUN, STEPS, assert_same_end, logged, saved, until
+from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
 from forked import trainings_of
 from kit import preset, tiny_shards
 from ray_netns import RayNodes, ray_nodes
@@ -121,19 +121,6 @@ def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path)
             finish(process)
         finally:
             cluster.net.heal(cluster.net.hosts["two"])
-    assert_same_end(whole, tmp_path)
-
-
-def test_driver_that_is_killed_is_followed_by_the_same_command(cluster, config, whole, tmp_path):
-    with training(cluster, config, tmp_path) as process:
-        reach(process, tmp_path, 7)
-        process.kill()
-        process.wait()
-    kept = saved(tmp_path)
-    with training(cluster, config, tmp_path) as process:
-        said = finish(process)
-    assert f" 2 ranks from step {kept}" in befell(tmp_path)
-    assert "restart" not in said
     assert_same_end(whole, tmp_path)
 
 
