@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from browser import CHROMIUM, MISSING, browser_tab
+from browser import browser_tab
 from watched_run import Server, lose_rank, make_run, make_silent, next_row
 
 from cluster import dashboard
@@ -24,7 +24,6 @@ from roclip.shards import write_atomic
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 pytestmark = pytest.mark.slow  # a training, a check, processes and browsers
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason=MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +412,6 @@ def test_folder_without_a_run_and_port_in_use_are_refused(made, tmp_path):
 # ---- in a browser -------------------------------------------------------------------------------------------
 
 
-@needs_browser
 @pytest.mark.parametrize(
     ("width", "dark"), [(1200, False), (390, False), (390, True)], ids=["desktop", "phone", "dark phone"]
 )
@@ -449,7 +447,6 @@ def test_browser_shows_it_and_follows_without_a_reload(run, tmp_path, width, dar
     asyncio.run(watch())
 
 
-@needs_browser
 def test_browser_reads_values_under_the_pointer_and_tells_when_the_server_is_gone(run, tmp_path):
     async def watch() -> None:
         async with browser_tab(tmp_path / "profile") as tab:
@@ -467,7 +464,6 @@ def test_browser_reads_values_under_the_pointer_and_tells_when_the_server_is_gon
     asyncio.run(watch())
 
 
-@needs_browser
 def test_browser_enters_with_the_token_and_keeps_it_out_of_the_address(made, tmp_path):
     async def watch() -> None:
         async with served(made, guard := Guard("192.0.2.1")) as (address, _), browser_tab(tmp_path / "profile") as tab:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -14,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
-MISSING = "no Chromium on this machine: install Debian's chromium"
+from debian import program
 
 
 class Tab:
@@ -98,7 +95,7 @@ async def browser_tab(folder: Path) -> AsyncIterator[Tab]:
         folder: For its profile.
     """
     command = [
-        CHROMIUM,
+        program("chromium", "chromium"),
         "--headless",
         "--no-sandbox",
         "--disable-gpu",

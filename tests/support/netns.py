@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from debian import program
 
 _NAME = re.compile(r"rx(\d+)-\w+")
 _WIRE = Path(__file__).with_name("wire.py")
@@ -126,10 +127,7 @@ def network() -> Iterator[Network]:
     """A network without hosts; it and all that ran on it are gone in the end. Skips the test without root or `ip`."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    if shutil.which("ip") is None:
-        subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", "iproute2"], capture_output=True)
-    if shutil.which("ip") is None:
-        pytest.skip("needs `ip` of the Debian package iproute2")
+    program("ip", "iproute2")
     sweep()
     net = Network()
     try:

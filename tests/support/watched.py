@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from debian import program
 from kit import REPOSITORY, environment, free_port
 
 PROMETHEUS_DIR = REPOSITORY / "configs" / "cluster" / "prometheus"
@@ -216,7 +217,7 @@ class Prometheus:
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 [
-                    executable("prometheus"),
+                    program("prometheus", "prometheus"),
                     f"--config.file={folder / 'prometheus.yml'}",
                     f"--storage.tsdb.path={folder / 'tsdb'}",
                     f"--web.listen-address={self.address}",
@@ -264,21 +265,15 @@ class Prometheus:
         return self._get("targets")["activeTargets"]
 
 
-def executable(name: str) -> str:
-    """Of Debian's package `prometheus`, which is installed where that is possible."""
-    if not shutil.which(name) and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "prometheus"]
-        subprocess.run(install, capture_output=True, timeout=300, check=False)
-    found = shutil.which(name)
-    if not found:
-        pytest.skip(f"no {name} on this machine: install Debian's package prometheus")
-    return found
-
-
 def promtool(*arguments: str, stdin: str | None = None) -> str:
     """What it says; an error if it finds one."""
     done = subprocess.run(
-        [executable("promtool"), *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False
+        [program("promtool", "prometheus"), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

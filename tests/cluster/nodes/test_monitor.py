@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cv2
 import pytest
-from browser import CHROMIUM, MISSING, browser_tab
+from browser import browser_tab
 from kit import REPOSITORY, preset
 from watched import WATCHED_RUN, Head, Prometheus, names_in, promtool, ray_head, waited
 
@@ -253,7 +253,6 @@ async def text_of(url, words, picture, profile, cookies):
         return await tab.value("document.body.innerText")
 
 
-@pytest.mark.skipif(not CHROMIUM, reason=MISSING)
 @pytest.mark.parametrize(
     ("page", "words"),
     [
@@ -272,7 +271,6 @@ def test_pages_of_rays_dashboard_open_with_the_token(seen, tmp_path, page, words
     assert (pixels != pixels[-1, -1]).any(axis=2).mean() > 0.01
 
 
-@pytest.mark.skipif(not CHROMIUM, reason=MISSING)
 def test_dashboard_without_the_token_shows_nothing_but_the_question_for_it(seen, tmp_path):
     url = f"{seen.head.dashboard}/#/jobs"
     text = asyncio.run(text_of(url, ["token"], tmp_path / "page.png", tmp_path / "profile", {}))

@@ -30,8 +30,7 @@ deploy:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_job_is_stopped_before_its_time_ends_queues_again_and_finishes(monkeypatch: pytest.MonkeyPatch):
-    if reason := slurm.missing():
-        pytest.skip(reason)
+    slurm.need()
     faulthandler.cancel_dump_traceback_later()  # Slurm holds a job that queues again back for two minutes
     with tempfile.TemporaryDirectory(prefix="sl") as name, slurm.cluster(Path(name)) as environment:
         monkeypatch.chdir(name)
