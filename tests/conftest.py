@@ -19,12 +19,12 @@ _exit_status: list[int] = []
 
 
 class OneRayAtATime(LoadScopeScheduling):
-    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's. Those of
-    `tests/cluster/nodes` are another, whose Rays have addresses of their own; it takes longest, so it comes first."""
+    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's. They
+    begin first, as they take longest."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return str(Path(file).parent) if file.startswith("tests/cluster/") else file
+        return "tests/cluster" if file.startswith("tests/cluster/") else file
 
 
 @pytest.hookimpl(optionalhook=True)

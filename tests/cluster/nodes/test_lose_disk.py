@@ -14,7 +14,7 @@ from kit import environment, preset, tiny_shards
 
 from roclip.shards import Manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nodes]
 STAGE = 7
 INGEST = """
 name: full

@@ -16,7 +16,7 @@ from ray_netns import RayNodes, ray_nodes
 from cluster.progress import LOG
 from roclip.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nodes]
 PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
 LIMIT_S = 240
 

@@ -14,7 +14,7 @@ from kit import preset, tiny_shards
 from netns import Host
 from ray_netns import RayNodes, ray_nodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nodes]
 AWAY_S = 10.0
 """Longer than a request's time-out and the first tries after it."""
 SERVER = Path(__file__).parents[2] / "support" / "s3.py"

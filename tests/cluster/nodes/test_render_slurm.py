@@ -27,6 +27,7 @@ deploy:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.nodes
 def test_job_is_stopped_before_its_time_ends_and_queues_again(monkeypatch: pytest.MonkeyPatch):
     slurm.need()
     with tempfile.TemporaryDirectory(prefix="sl") as name, slurm.cluster(Path(name)) as environment:
