@@ -97,6 +97,7 @@ def exams() -> list[psutil.Process]:
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_what_is_wrong_with_a_node_is_found_when_it_looks(findings: list[Finding]):
     bad, good = checks(findings, "bad"), checks(findings, "good")
     failed = {name for name, check in bad.items() if check.status == "fail"}
@@ -111,6 +112,7 @@ def test_what_is_wrong_with_a_node_is_found_when_it_looks(findings: list[Finding
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_nodes_are_compared_when_they_have_looked(findings: list[Finding]):
     assert {f.node for f in findings if f.check.name == "clock" and f.check.status == "ok"} == {"head", "good", "bad"}
     (reduced,) = [finding.check for finding in findings if finding.check.name == "all-reduce"]
@@ -121,6 +123,7 @@ def test_nodes_are_compared_when_they_have_looked(findings: list[Finding]):
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_dashboard_that_others_reach_fails_when_it_asks_for_no_token(findings: list[Finding]):
     check = checks(findings, "head")["dashboard"]
     assert check.status == "fail"
@@ -130,6 +133,7 @@ def test_dashboard_that_others_reach_fails_when_it_asks_for_no_token(findings: l
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_nothing_is_left_when_it_is_done(findings: list[Finding], folder: Path):
     assert findings
     assert list((folder / "runs").iterdir()) == []
@@ -138,6 +142,7 @@ def test_nothing_is_left_when_it_is_done(findings: list[Finding], folder: Path):
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_command_ends_with_7_and_names_the_worst_node_when_checks_fail(nodes: RayNodes, config: Config, folder: Path):
     command = [*COMMAND, config.source, "--cluster", "--address", nodes.address]
     env = environment(RAY_AUTH_MODE="disabled", COLUMNS="300")
@@ -150,6 +155,7 @@ def test_command_ends_with_7_and_names_the_worst_node_when_checks_fail(nodes: Ra
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_ctrl_c_leaves_nothing_when_nodes_are_being_asked(nodes: RayNodes, config: Config, folder: Path):
     command = [*COMMAND, config.source, "--cluster", f"--address={nodes.address}"]
     env = environment(RAY_AUTH_MODE="disabled")
@@ -165,6 +171,7 @@ def test_ctrl_c_leaves_nothing_when_nodes_are_being_asked(nodes: RayNodes, confi
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_node_fails_and_the_others_go_on_when_it_is_killed_or_frozen(
     nodes: RayNodes, config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -196,6 +203,7 @@ def test_node_fails_and_the_others_go_on_when_it_is_killed_or_frozen(
 
 
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_token_is_asked_for_and_its_file_must_be_private_when_it_is_on(folder: Path, monkeypatch: pytest.MonkeyPatch):
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
