@@ -49,10 +49,10 @@ def test_parcel_with_code_has_our_packages(config, tmp_path):
 
 
 def test_run_that_moves_to_another_cluster_is_the_same_run(config):
-    moved = dataclasses.replace(config.cluster, address="10.0.0.1:6379", queue_timeout_s=9.0, max_failures=7)
+    moved = dataclasses.replace(config.cluster, address="10.0.0.1:6379", queue_timeout_s=9.0, max_failures=7, workers=2)
     assert identity_digest(dataclasses.replace(config, cluster=moved)) == identity_digest(config)
-    wider = dataclasses.replace(config.cluster, workers=2)
-    assert identity_digest(dataclasses.replace(config, cluster=wider)) != identity_digest(config)
+    other = dataclasses.replace(config.train, lr=0.5)
+    assert identity_digest(dataclasses.replace(config, train=other)) != identity_digest(config)
 
 
 def test_model_of_a_run_is_found_in_its_directory_when_the_preset_is_gone(config, tmp_path):
