@@ -27,7 +27,7 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "date": time.strftime("%Y-%m-%d"),
     }
     if torch.cuda.is_available():

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ import pytest
 from debian import program
 
 _NAME = re.compile(r"rx(\d+)-\w+")
-_WIRE = Path(__file__).with_name("wire.py")
 
 
 class Host:
@@ -57,7 +55,6 @@ class Network:
         self.hosts: dict[str, Host] = {}
         self._subnet = f"10.{random.randint(64, 254)}.{random.randint(0, 254)}"
         self._hub = f"{self.prefix}hub"
-        self._wires: dict[str, subprocess.Popen] = {}
         _ip("netns", "add", self._hub)
         self._at_hub("link", "add", "bridge", "type", "bridge")
         self._at_hub("link", "set", "bridge", "up")
@@ -82,27 +79,7 @@ class Network:
 
     def heal(self, host: Host) -> None:
         """The link is as at first."""
-        wire = self._wires.pop(host.namespace, None)
-        if wire is not None:
-            wire.kill()
-            wire.wait()
-            self._at_hub("link", "del", _side(host))
         self._at_hub("link", "set", _port(host), "master", "bridge")
-
-    def slow(self, host: Host, delay_s: float, loss_frac: float) -> None:
-        """Each frame takes so long, each way, and some are lost. A process carries them: not each kernel has netem."""
-        side, outer, inner = _side(host), f"o{host.number}", f"i{host.number}"
-        self._at_hub("link", "add", side, "type", "bridge")
-        command = ("ip", "netns", "exec", self._hub, sys.executable, _WIRE, outer, inner, delay_s, loss_frac)
-        wire = self._wires[host.namespace] = subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, text=True
-        )
-        assert wire.stdout is not None
-        assert wire.stdout.readline() == "ready\n"
-        self._at_hub("link", "set", outer, "master", "bridge", "up")
-        self._at_hub("link", "set", inner, "master", side, "up")
-        self._at_hub("link", "set", side, "up")
-        self._at_hub("link", "set", _port(host), "master", side)
 
     def remove(self, name: str) -> None:
         """Kill what runs on a host, and take it away."""
@@ -113,9 +90,6 @@ class Network:
     def close(self) -> None:
         for name in list(self.hosts):
             self.remove(name)
-        for wire in self._wires.values():
-            wire.kill()
-            wire.wait()
         _ip("netns", "del", self._hub)
 
     def _at_hub(self, *words: str) -> None:
@@ -160,10 +134,6 @@ def _is_left(name: str) -> bool:
 
 def _port(host: Host) -> str:
     return f"p{host.number}"
-
-
-def _side(host: Host) -> str:
-    return f"b{host.number}"
 
 
 def _ip(*words: str) -> str:
