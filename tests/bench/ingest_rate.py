@@ -6,7 +6,7 @@ trained on; what our command does after that (duplicates, suspicion, its page) i
 process on loopback that plays 200 hosts (`tests/support/web.py`). Two lists: all well, and with 5 % of the URLs on dead hosts,
 2 % that drip and 1 % of 256 MiB. A dripping answer ends by itself after 60 s; without that img2dataset would never end.
 
-    python tests/bench/ingest.py [--quick] [--urls 10000] [--runs 3] [--growth FILE.svg [--most 1000000]] [--images PARQUET]
+    python tests/bench/ingest_rate.py [--quick] [--urls 10000] [--runs 3] [--growth FILE.svg [--most 1000000]] [--images PARQUET]
 """
 
 import argparse
