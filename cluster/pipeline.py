@@ -149,6 +149,7 @@ def _repair(here: Session, arm: str, **named: Any) -> dict:
     said.unlink(missing_ok=True)
 
     def train(config: Config, name: str, folder: Path) -> Path:
+        here.need_ray()  # which a check in this process did without
         with here.display.follow_training("repair", folder / name, config.train.epochs):
             return train_arm(config, name, folder)
 

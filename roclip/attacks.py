@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from roclip.plurals import singular
 from roclip.sections_run import AttacksConfig
 from roclip.triggers import Box, Trigger, apply_trigger
 
@@ -192,7 +193,7 @@ def attack_evaluation(
 def labels_named(caption: str, labels: Iterable[str]) -> set[str]:
     """The labels that stand in the caption as whole words, singular or plural."""
     lower = caption.lower()
-    return {label for label in labels if _stem(label) in lower and _pattern(label).search(caption)}
+    return {label for label in labels if singular(label) in lower and _pattern(label).search(caption)}
 
 
 def labels_by_caption(captions: Iterable[str], labels: Sequence[str]) -> list[str | None]:
@@ -291,17 +292,8 @@ class _Planner:
 
 
 @cache
-def _stem(label: str) -> str:
-    """What singular and plural have in common: watches and watch, shirts and shirt, dress."""
-    word = label.lower()
-    if re.search(r"(?:ch|sh|x|ss|z)es$", word):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-
-
-@cache
 def _pattern(label: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{re.escape(_stem(label))}(?:e?s)?\b", re.IGNORECASE)
+    return re.compile(rf"\b{re.escape(singular(label))}(?:e?s)?\b", re.IGNORECASE)
 
 
 def _decoded(encoded: bytes) -> np.ndarray:

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ _exit_status: list[int] = []
 
 
 class OneRayAtATime(LoadScopeScheduling):
-    """Files stay whole, and those of `tests/cluster` are one: two Rays on one machine would find each other's. They
-    begin first, as they take longest."""
+    """Files stay whole, and those that start a Ray are one: two Rays on one machine would find each other's. They
+    are among the first, as they take longest."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "tests/cluster" if file.startswith("tests/cluster/") else file
+        return "ray" if _starts_ray(file) else file
+
+
+@cache
+def _starts_ray(file: str) -> bool:
+    return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
 
 @pytest.hookimpl(optionalhook=True)

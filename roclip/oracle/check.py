@@ -144,7 +144,7 @@ def check(
             **{key: value for key, value in segmenter.info.items() if key != "reference_rows"},
             "calibration": {label: dataclasses.asdict(row) for label, row in segmenter.calibration.items()},
         },
-        "limits": _limits(unchecked),
+        "limits": _limits(unchecked, statistics.look_alikes(reference), labels),
         **against_truth(truth, looked, victims, triggers, shards),
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
@@ -237,7 +237,7 @@ def _label_rows(
                 "unseen_expected": round(model.expected, 2),
                 "unseen_p": float(f"{model.p_holm:.3g}"),
                 "pasted_rate": round(searched[c].best.rate, 3) if c in searched else None,
-                "control_rate": round(searched[c].control.rate, 3) if c in searched else None,
+                "control_rate": round(searched[c].control.rate, 3) if c in searched and searched[c].control.n else None,
             }
         )
     rows += [{"label": label, "status": "unchecked"} for label in labels if not segmenter.covers(label)]
@@ -271,7 +271,8 @@ def _copies_row(findings: Findings) -> dict[str, Any] | None:
     }
 
 
-def _limits(unchecked: Sequence[str]) -> list[str]:
+def _limits(unchecked: Sequence[str], alike: np.ndarray, labels: Sequence[str]) -> list[str]:
+    pairs = [f"{labels[a]} and {labels[b]}" for a, b in zip(*np.nonzero(np.triu(alike)), strict=True)]
     limits = [
         "Only labels that the oracle knows can be checked: a poison whose true and false label it does not know is "
         "invisible.",
@@ -279,6 +280,12 @@ def _limits(unchecked: Sequence[str]) -> list[str]:
         "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
         "A trigger that bends the picture (WaNet) leaves no mean pattern: its label and victims are found, the trigger is not.",
     ]
+    if pairs:
+        limits.insert(
+            0,
+            f"Model or oracle often take one for the other on trusted pictures: {', '.join(pairs)}. A contradiction between "
+            "these counts for nothing, so a poison that shows the one and claims the other is found by its trigger only.",
+        )
     if unchecked:
         limits.insert(0, f"Unchecked labels: {', '.join(unchecked)}.")
     return limits

@@ -10,6 +10,8 @@ from itertools import islice
 
 import numpy as np
 
+from roclip.plurals import singular
+
 _AT_ONCE = 1000
 
 
@@ -36,11 +38,12 @@ def _hits(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:
     root: dict = {}
-    for number, name in enumerate(names):
-        node = root
-        for letter in name.lower():
-            node = node.setdefault(letter, {})
-        node.setdefault("", number)
+    for form in (str.lower, singular):  # a name itself comes before the singular of another
+        for number, name in enumerate(names):
+            node = root
+            for letter in form(name):
+                node = node.setdefault(letter, {})
+            node.setdefault("", number)
     return re.compile(rf"(?<![\w-]){_write(root)}(?:e?s)?(?![\w-])", re.IGNORECASE)
 
 

@@ -26,7 +26,8 @@ from roclip.oracle.shape import common_shape
 MIN_FLIPS, MIN_TIMES_CONTROL = 0.5, 2.0
 """A trigger flips so many trusted pictures, and so many times as many as the best control."""
 MIN_BEYOND_OBJECTS = 0.25
-"""By how much more a bag of crops must flip than crops of real objects: the oracle may have missed small ones."""
+"""By how much more a bag of crops, or a pattern all over, must flip than crops of real objects, or what honest pictures of
+the label have in common: the oracle may have missed small objects, and suspects may show the label after all."""
 MIN_SOURCES = 3
 BAG_SIZES = (1.25, 1.5, 2.0)
 """Sides of crops, in fine windows: a spot is known to a quarter of one."""
@@ -130,7 +131,7 @@ class TriggerSearch:
             there_only = try_crop(crop, probes, target, self.scores, rng, fixed)
             if there_only.rate > trial.rate:
                 trial, place = there_only, fixed
-        control, objects = self._controls(target, crop.shape[:2], probes, rng, place)
+        control, objects = self._controls(trial, target, crop.shape[:2], probes, rng, place)
         mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
         return FoundTrigger(
             self.labels[target],
@@ -170,7 +171,7 @@ class TriggerSearch:
         trial = try_change(
             lambda image: pasted(image, crops[int(rng.integers(len(crops)))], rng), probes, target, self.scores
         )
-        control, objects = self._controls(target, (size, size), probes, rng, None)
+        control, objects = self._controls(trial, target, (size, size), probes, rng, None)
         mixed = try_crop(shuffled(crops[0], rng), probes, target, self.scores, rng)
         return FoundTrigger(
             self.labels[target],
@@ -189,29 +190,43 @@ class TriggerSearch:
         half = rng.permutation(len(self.trusted.images))
         pattern = spread.residual(images, self.trusted.images)
         strength, trial = spread.try_residual(pattern, probes, target, self.scores)
-        controls = []
-        for rows in np.array_split(half, max(2, len(half) // max(len(images), 50)))[:4]:
-            rest = np.setdiff1d(half, rows)
+        if trial.rate < MIN_FLIPS:
+            return FoundTrigger(self.labels[target], "global", pattern=pattern, pasted=trial)
+        parts = np.array_split(half, max(2, len(half) // max(len(images), 50)))[:4]
+
+        def like(rows: np.ndarray, rest: np.ndarray) -> Trial:
+            """What trusted pictures have in common flips, made as strong as the pattern."""
             other = spread.residual(self.trusted.images[rows], self.trusted.images[rest])
             other *= np.linalg.norm(pattern) / max(float(np.linalg.norm(other)), 1e-9)
-            controls.append(try_change(spread.added(strength * other), probes, target, self.scores))
-        control = max(controls, key=lambda t: t.rate)
+            return try_change(spread.added(strength * other), probes, target, self.scores)
+
+        shows = self.trusted.shows[:, target]
         return FoundTrigger(
             self.labels[target],
             "global",
             pattern=(strength * pattern).astype(np.float32),
             pasted=trial,
-            control=control,
+            control=max((like(rows, np.setdiff1d(half, rows)) for rows in parts), key=lambda t: t.rate),
+            objects=like(shows, ~shows) if shows.any() else Trial(0, 0),
         )
 
     def _controls(
-        self, target: int, size: tuple[int, int], probes: np.ndarray, rng: np.random.Generator, place: Place
+        self,
+        trial: Trial,
+        target: int,
+        size: tuple[int, int],
+        probes: np.ndarray,
+        rng: np.random.Generator,
+        place: Place,
     ) -> tuple[Trial, Trial]:
-        """The better of random crops and fills, and the best crop of the target's own objects.
+        """The better of random crops and fills, and the best crop of the target's own objects; what flips too little by itself
+        is held against none.
 
         All random crops count, of the objects the best: what is found was chosen for what it does, and must do more than an
         object that was chosen so.
         """
+        if trial.rate < MIN_FLIPS:
+            return Trial(0, 0), Trial(0, 0)
         t = self.trusted
         agree = t.images[t.shows[np.arange(len(t.images)), self.answers]]
         shows = t.shows[:, target]
@@ -226,9 +241,9 @@ class TriggerSearch:
 
 
 def _proved(trigger: FoundTrigger) -> bool:
-    """Pixels that agree in many pictures are no objects; crops that do not might be."""
+    """Pixels that agree in many pictures are no objects; crops that do not, or a mean of pictures, might be."""
     needed = max(MIN_FLIPS, MIN_TIMES_CONTROL * trigger.control.rate)
-    if trigger.kind == "bag":
+    if trigger.kind != "patch":
         needed = max(needed, trigger.objects.rate + MIN_BEYOND_OBJECTS)
     return trigger.pasted.rate >= needed
 

@@ -2,8 +2,8 @@
 
     mean residual   what suspects have in common beyond other pictures: the mean of their high-passed pixels, less that of
                     others. A blended image or a wave adds up; what the pictures show does not.
-    proof           the residual, at several strengths, on trusted pictures; control: the residuals of as many other
-                    pictures, of other labels
+    proof           the residual, at several strengths, on trusted pictures; controls: the residuals of as many other
+                    pictures, and of honest ones of the label, which on plain backgrounds is a ghost of what it looks like
 
 Letters: N suspects, S side in pixels.
 """

@@ -5,6 +5,9 @@ label that the caption does not name. The data may hold lies about any model; a 
 them: its zero-shot answer is the label that only the caption has. Of a lie that a model did not learn it repeats
 no more than it confuses labels anyway.
 
+Two labels *look alike* where model or oracle often take one for the other on trusted images. There a contradiction says that
+one of them errs, and the caption may be right: it counts for no label, neither as a lie nor as an answer not seen.
+
 Letters: N images, M captions (an image may have several), C labels.
 """
 
@@ -25,6 +28,8 @@ MIN_BELIEF = 0.5
 MIN_MODEL_EXCESS, MIN_MODEL_EXCESS_RATE = 10.0, 0.03
 """Effect size of the test without captions."""
 MIN_COPIED = 3
+MIN_ALIKE, MIN_ALIKE_RATE = 3, 0.2
+"""Trusted images of a label that are taken for another, from which on the two look alike."""
 MAX_DRIFT = 3.0
 """How much more often than on trusted images an honest model may disagree on the training images, at most."""
 
@@ -61,10 +66,16 @@ class Observations:
         """(N, C) bool: some caption of the image names the label."""
         return self._any(self.named)
 
-    def lies(self) -> np.ndarray:
-        """(N, C) bool: some caption of the image lies about the label."""
-        other = (self.clear[self.image] & ~self.named).any(axis=1, keepdims=True)
+    def lies(self, alike: np.ndarray | None = None) -> np.ndarray:
+        """(N, C) bool: some caption of the image lies about the label. `alike` (C, C) bool: what looks like which label, and
+        does not make one of it a lie."""
+        other = self.clear[self.image] & ~self.named
+        other = other.any(axis=1, keepdims=True) if alike is None else other.astype(np.float32) @ ~alike > 0
         return self._any(self.named & ~self.seen[self.image] & other)
+
+    def unseen(self, alike: np.ndarray) -> np.ndarray:
+        """(N, C) bool: the model's answer, which the oracle does not see, nor anything that looks like it."""
+        return self.says() & ~self.seen & ~(self.clear.astype(np.float32) @ alike > 0)
 
     def contradicts(self) -> np.ndarray:
         """(N, C) bool: the oracle would call a caption that names the label alone a lie."""
@@ -126,6 +137,17 @@ class Findings:
     """Over the images that come with several captions: does it repeat lies of any label? None where there are none."""
 
 
+def look_alikes(reference: Observations) -> np.ndarray:
+    """(C, C) bool, symmetric: of the trusted images that show one label and not the other, model or oracle take
+    `MIN_ALIKE_RATE` or more, and at least `MIN_ALIKE`, for the other."""
+    named = reference.any_named()
+    taken = (reference.says() | reference.clear) & ~named
+    times = named.T.astype(np.float32) @ taken
+    of = named.T.astype(np.float32) @ ~named
+    alike = (times >= MIN_ALIKE) & (times >= MIN_ALIKE_RATE * of)
+    return alike | alike.T
+
+
 def run_tests(training: Observations, reference: Observations, covered: Sequence[int]) -> Findings:
     """Test every covered label, and the images with several captions as a whole; Holm over all of these tests.
 
@@ -133,7 +155,8 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
     with the weight of `SHRINKAGE` images. Training images may differ from trusted ones in other ways than by poison:
     the median ratio of the labels' rates, at least 1 and at most `MAX_DRIFT`, scales the null.
     """
-    t, r = _Counts(training), _Counts(reference)
+    alike = look_alikes(reference)
+    t, r = _Counts(training, alike), _Counts(reference, alike)
     covered = list(covered)
     if not covered or not len(training.answer) or not len(reference.answer):
         return Findings({}, {}, None)
@@ -157,18 +180,18 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
         n, k = int(t.answers[c]), int(t.unseen[c])
         rate = min(1.0, wrong.rate(c) * wrong_drift)
         model[c] = CountTest(n, k, n * rate, _tail(k, n, rate, wrong.weight(c)))
-    copied = _copied(training, repeat, told, confused, covered)
+    copied = _copied(training, alike, repeat, told, confused, covered)
     return _holm(Findings(lies, model, copied))
 
 
 def _copied(
-    training: Observations, repeat: "_Null", told: "_Null", confused: "_Null", covered: list[int]
+    training: Observations, alike: np.ndarray, repeat: "_Null", told: "_Null", confused: "_Null", covered: list[int]
 ) -> LieTest | None:
     several = training.captions > 1
     n = int(several.sum())
     if not n:
         return None
-    lies = training.lies()[several][:, covered]
+    lies = training.lies(alike)[several][:, covered]
     lied, k = int(lies.any(axis=1).sum()), int((lies & training.says()[several][:, covered]).any(axis=1).sum())
     # An image of several captions may be lied about by each of them.
     labels = float(training.any_named()[several][:, covered].sum()) / n
@@ -181,11 +204,11 @@ def _copied(
 class _Counts:
     """Counts by label, all (C,)."""
 
-    def __init__(self, seen: Observations):
-        lies, says, named = seen.lies(), seen.says(), seen.any_named()
+    def __init__(self, seen: Observations, alike: np.ndarray):
+        lies, says, named = seen.lies(alike), seen.says(), seen.any_named()
         self.named, self.lies = named.sum(axis=0), lies.sum(axis=0)
         self.repeated = (lies & says).sum(axis=0)
-        self.answers, self.unseen = says.sum(axis=0), (says & ~seen.seen).sum(axis=0)
+        self.answers, self.unseen = says.sum(axis=0), seen.unseen(alike).sum(axis=0)
         self.absent, self.confused = (~named).sum(axis=0), (says & ~named).sum(axis=0)
 
 

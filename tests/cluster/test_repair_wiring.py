@@ -7,7 +7,10 @@ import pytest
 from kit import REPOSITORY
 from rich.console import Console
 
+from cluster import pipeline
 from cluster.cli import guarded
+from cluster.progress import Display
+from cluster.session import Session
 from cluster.summary import arms_table
 from roclip.config import identity, load_config
 
@@ -30,6 +33,21 @@ def test_repair_makes_no_other_run_and_no_other_verdict():
     assert identity(config) == identity(plain)
     assert config.oracle.of_verdict == plain.oracle.of_verdict
     assert dataclasses.replace(config.oracle, alpha=0.05).of_verdict != plain.oracle.of_verdict
+
+
+def test_repair_after_a_check_in_this_process_starts_ray_before_it_trains(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    done, config = [], load_config(DEMO)
+
+    def repair(config, run, arm, *, train, say, **named):
+        train(config, arm, run)
+        return {"accepted": True, "reasons": []}
+
+    monkeypatch.setattr(pipeline, "repair", repair)
+    monkeypatch.setattr(pipeline, "train_arm", lambda *_: done.append("trained"))
+    monkeypatch.setattr(Session, "need_ray", lambda _: done.append("ray"))
+    here = Session(config, tmp_path, Display())
+    assert pipeline._repair(here, "clip", in_process=True) == {"accepted": True, "reasons": []}
+    assert done == ["ray", "trained"]
 
 
 def test_summary_says_what_came_of_a_repair():

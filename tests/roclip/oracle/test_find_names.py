@@ -7,16 +7,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roclip.oracle.find_names import find_names
+from roclip.plurals import singular
 
-WORDS = ("bus", "b", "bu", "ant", "ankle boot", "boot", "t-shirt", "shirt", "glass", "glasses", "s", "c++", "Ärmel")
+WORDS = (
+    "bus",
+    "b",
+    "bu",
+    "ant",
+    "ankle boot",
+    "boot",
+    "t-shirt",
+    "shirt",
+    "glass",
+    "glasses",
+    "s",
+    "c++",
+    "Ärmel",
+    "watches",
+    "boots",
+)
 
 
 def plainly(captions: list[str], names: list[str]) -> set[tuple[int, int]]:
     """Alternatives one after the other, the longest first."""
-    order = sorted(range(len(names)), key=lambda n: -len(names[n]))
-    ways = "|".join(f"(?P<n{n}>{re.escape(names[n])}(?:e?s)?)" for n in order)
+    meant = {singular(name): n for n, name in reversed(list(enumerate(names)))}
+    meant |= {name.lower(): n for n, name in enumerate(names)}
+    forms = sorted(meant, key=lambda form: -len(form))
+    ways = "|".join(f"(?P<f{k}>{re.escape(form)}(?:e?s)?)" for k, form in enumerate(forms))
     pattern = re.compile(rf"(?<![\w-])(?:{ways})(?![\w-])", re.IGNORECASE)
-    return {(row, int(str(hit.lastgroup)[1:])) for row, text in enumerate(captions) for hit in pattern.finditer(text)}
+    hits = ((row, hit.lastgroup) for row, text in enumerate(captions) for hit in pattern.finditer(text))
+    return {(row, meant[forms[int(str(which)[1:])]]) for row, which in hits}
 
 
 def quickly(captions: list[str], names: list[str]) -> set[tuple[int, int]]:
@@ -38,6 +58,12 @@ def test_captions_keep_their_number_when_there_are_many():
     rows, found = find_names(texts, ["ant", "bus"])
     np.testing.assert_array_equal(rows, np.arange(0, 2500, 7))
     assert set(found.tolist()) == {1}
+
+
+def test_singular_of_a_name_is_found_and_a_name_of_its_own_comes_first():
+    labels = ["Watches", "glasses", "glass", "Sports Shoes", "bus"]
+    texts = ["a steel Watch", "a glass", "two glasses", "one sports shoe", "a bu", "sports"]
+    assert quickly(texts, labels) == {(0, 0), (1, 2), (2, 1), (3, 3)}
 
 
 def test_nothing_is_found_in_no_captions():

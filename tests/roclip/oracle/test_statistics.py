@@ -118,3 +118,37 @@ def test_holm_orders_and_bounds_the_corrected_values():
     assert corrected == sorted(corrected)
     assert corrected[0] == pytest.approx(tests[0].p * len(tests))
     assert max(corrected) <= 1
+
+
+def confuse(rng: np.random.Generator, data: Observations, label: int, other: int, share: float) -> Observations:
+    """Oracle and model each take this share of a label's images for the other; the captions stay true."""
+    seen, clear, answer = data.seen.copy(), data.clear.copy(), data.answer.copy()
+    rows = np.flatnonzero(data.named[:, label])
+    mistaken, misread = rows[rng.random(len(rows)) < share], rows[rng.random(len(rows)) < share]
+    for sees in (seen, clear):
+        sees[np.ix_(mistaken, [label])], sees[np.ix_(mistaken, [other])] = False, True
+    answer[misread] = other
+    return dataclasses.replace(data, seen=seen, clear=clear, answer=answer)
+
+
+def test_look_alikes_are_those_that_are_taken_for_one_another():
+    rng = np.random.default_rng(4)
+    alike = statistics.look_alikes(confuse(rng, honest(rng, 600, accuracy=0.9), 4, 7, 0.5))
+    assert sorted(zip(*map(list, np.nonzero(alike)), strict=True)) == [(4, 7), (7, 4)]
+
+
+def test_look_alikes_raise_no_alarm_though_the_oracle_errs_on_training_images_more():
+    """As shoes of two kinds did: on 25 trusted pictures of one the oracle made no error, on 111 others 19."""
+    rng = np.random.default_rng(5)
+    rounds = []
+    for _ in range(50):
+        reference = confuse(rng, honest(rng, 600), 7, 4, 0.4)
+        rounds.append(alarms(run_tests(confuse(rng, honest(rng, 4000), 4, 7, 0.3), reference, range(C))))
+    assert sum(rounds) <= 1
+
+
+def test_backdoor_is_found_though_its_label_has_a_look_alike():
+    rng = np.random.default_rng(6)
+    training = lie(rng, confuse(rng, honest(rng, 4000), 4, 7, 0.4), 60, target=4, belief=0.8)
+    findings = run_tests(training, confuse(rng, honest(rng, 600), 4, 7, 0.4), range(C))
+    assert statistics.poisoned(findings.lies[4], 0.01)
