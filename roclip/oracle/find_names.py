@@ -38,17 +38,17 @@ def _hits(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:
     root: dict = {}
-    for form in (str.lower, singular):  # a name itself comes before the singular of another
+    for group, form in (("n", str.lower), ("s", singular)):  # a name itself comes before the singular of another
         for number, name in enumerate(names):
             node = root
             for letter in form(name):
                 node = node.setdefault(letter, {})
-            node.setdefault("", number)
+            node.setdefault("", f"{group}{number}")
     return re.compile(rf"(?<![\w-]){_write(root)}(?:e?s)?(?![\w-])", re.IGNORECASE)
 
 
 def _write(node: dict) -> str:
     """A pattern of all that follows; longer names come first. An empty group says whose end it is."""
     ways = [re.escape(letter) + _write(after) for letter, after in sorted(node.items()) if letter]
-    ways += [f"(?P<n{node['']}>)"] if "" in node else []
+    ways += [f"(?P<{node['']}>)"] if "" in node else []
     return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"

@@ -60,7 +60,8 @@ class RayNodes:
     def kill_node(self, name: str) -> None:
         """SIGKILL for all its processes. `add_node` brings it up again."""
         self.net.hosts[name].kill()
-        self._started.pop(name).wait()
+        if started := self._started.pop(name, None):
+            started.wait()
 
     @contextlib.contextmanager
     def drive(self, *command: object, **extra: str) -> Iterator[subprocess.Popen]:
