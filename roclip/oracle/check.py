@@ -98,7 +98,7 @@ def check(
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     unchecked = [label for label in labels if not segmenter.covers(label)]
     findings = statistics.run_tests(looked.observations, reference, covered)
-    searches = _search(witness, findings, looked, pictures, held_out, config.alpha, seed, say)
+    searches = _search(witness, findings, looked, pictures, held_out, reference.answer, config.alpha, seed, say)
     say(1, 1, "naming victims")
     victims = find_victims(looked, reference, covered, searches, pictures.read, config.alpha)
     judgement = judge(findings, searches, looked, reference, labels, unchecked, skill, config.alpha)
@@ -170,6 +170,7 @@ def _search(
     looked: Looked,
     pictures: Pictures,
     held_out: Trusted,
+    answers: np.ndarray,
     alpha: float,
     seed: int,
     say: Progress,
@@ -186,7 +187,7 @@ def _search(
     ranked = sorted(findings.lies, key=lambda c: -findings.lies[c].k)
     screened = [*flagged, *(c for c in ranked if c not in flagged and findings.lies[c].k)]
     screened = screened[: max(MAX_SCREENED, len(flagged))]
-    search = TriggerSearch(witness.scores, held_out, witness.labels, seed)
+    search = TriggerSearch(witness.scores, held_out, answers, witness.labels, seed)
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")

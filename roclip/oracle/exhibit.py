@@ -20,8 +20,9 @@ def exhibit(trigger: FoundTrigger, held_out: Trusted, pictures: Pictures, witnes
     """Base64 PNGs: `png`, `sources` (with the box drawn) and `probes`, each with the model's answer before and after."""
     rng = np.random.default_rng(0)
     target = witness.labels.index(trigger.target)
-    before = witness.scores(held_out.images).argmax(axis=1)
-    rows = np.flatnonzero(~held_out.shows[:, target] & (before != target))[:SHOWN]
+    rows = np.flatnonzero(~held_out.shows[:, target])[: 4 * SHOWN]
+    before = witness.scores(held_out.images[rows]).argmax(axis=1) if len(rows) else np.empty(0, int)
+    rows, before = (of[before != target][:SHOWN] for of in (rows, before))
     changed = [trigger.put_on(held_out.images[row], rng)[0] for row in rows]
     after = witness.scores(np.stack(changed)).argmax(axis=1) if changed else np.empty(0, int)
     sources = trigger.sources[:SHOWN]
@@ -33,11 +34,11 @@ def exhibit(trigger: FoundTrigger, held_out: Trusted, pictures: Pictures, witnes
             {
                 "before": _png(_enlarged(held_out.images[row], _SIDE_PX)),
                 "after": _png(_enlarged(picture, _SIDE_PX)),
-                "said": witness.labels[before[row]],
-                "says": witness.labels[answer],
-                "flipped": bool(answer == target),
+                "said": witness.labels[said],
+                "says": witness.labels[says],
+                "flipped": bool(says == target),
             }
-            for row, picture, answer in zip(rows, changed, after, strict=True)
+            for row, said, picture, says in zip(rows, before, changed, after, strict=True)
         ],
     }
 

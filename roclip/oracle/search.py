@@ -32,7 +32,7 @@ MIN_SOURCES = 3
 BAG_SIZES = (1.25, 1.5, 2.0)
 """Sides of crops, in fine windows: a spot is known to a quarter of one."""
 OCCLUDED, RESIDUAL = 16, 256
-"""Suspects that are looked at piece by piece, and whose mean is taken, at most."""
+"""Suspects that are looked at piece by piece, of which half only if those promise nothing, and whose mean is taken; at most."""
 PROBES, TRIED_ON, CONTROLS = 64, 16, 8
 MAX_TRIGGERS = 3
 """Of one label."""
@@ -53,11 +53,12 @@ class Search:
 
 
 class TriggerSearch:
-    """Searches label after label with one model; `scores` is all that is asked of it."""
+    """Searches label after label with one model; `scores` is all that is asked of it, `answers` (N,) int what it says of the
+    trusted pictures."""
 
-    def __init__(self, scores: Scores, trusted: Trusted, labels: Sequence[str], seed: int):
-        self.scores, self.trusted, self.labels, self.seed = scores, trusted, tuple(labels), seed
-        self.answers = scores(trusted.images).argmax(axis=1)
+    def __init__(self, scores: Scores, trusted: Trusted, answers: np.ndarray, labels: Sequence[str], seed: int):
+        self.scores, self.trusted, self.answers = scores, trusted, answers
+        self.labels, self.seed = tuple(labels), seed
 
     def label(self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Search:
         """Search for what causes a label.
@@ -104,8 +105,9 @@ class TriggerSearch:
         scores = self.scores(images)
         order = np.argsort(-margins(scores, target), kind="stable")
         order = order[scores[order].argmax(axis=1) == target][:OCCLUDED]
-        spots = find_spots(images[order], target, self.scores) if len(order) else []
-        there = [(int(k), spot) for k, spot in zip(order, spots, strict=True) if spot.flips and spot.local]
+        there = self._spots(target, images, order[: OCCLUDED // 2])
+        if self._promising(target, images, there, probes, rng):
+            there += self._spots(target, images, order[OCCLUDED // 2 :])
         if len(there) < MIN_SOURCES:
             return None
         pieces, corners = _pieces(images, there, there[0][1].window_px * 2)
@@ -115,6 +117,22 @@ class TriggerSearch:
             if trigger is not None and _proved(trigger):
                 return trigger
         return self._bag(target, numbers, images, there, probes, rng)
+
+    def _spots(self, target: int, images: np.ndarray, rows: np.ndarray) -> list[tuple[int, Spot]]:
+        """Rows whose answer hangs on one place, and the place."""
+        spots = find_spots(images[rows], target, self.scores) if len(rows) else []
+        return [(int(k), spot) for k, spot in zip(rows, spots, strict=True) if spot.flips and spot.local]
+
+    def _promising(self, target, images, there, probes, rng) -> bool:
+        """Whether the first places are one, or what lies there flips some: then more pictures are looked at piece by piece."""
+        if len(there) < MIN_SOURCES:
+            return False
+        window = there[0][1].window_px
+        centres = np.array([spot.centre for _, spot in there])
+        if (np.abs(centres - np.median(centres, axis=0)) <= window / 2).all(axis=1).mean() > 0.5:
+            return True
+        pieces, _ = _pieces(images, there[: MIN_SOURCES + 1], 2 * window)
+        return add([try_crop(p, probes[:TRIED_ON], target, self.scores, rng) for p in pieces]).rate >= MIN_FLIPS / 2
 
     def _patch(self, target, numbers, there, corners, shape, probes, rng) -> FoundTrigger | None:
         sources = tuple(
@@ -151,11 +169,14 @@ class TriggerSearch:
         tried, window = probes[:TRIED_ON], there[0][1].window_px
         sizes = [round(factor * window) for factor in BAG_SIZES]
         some = there[: max(MIN_SOURCES, 4)]
-        rates = []
-        for size in sizes:
-            pieces, corners = _pieces(images, some, size)
-            rates.append(add([try_crop(p, tried, target, self.scores, rng) for p in pieces]).rate)
-        size = sizes[int(np.argmax(np.array(rates) >= 0.9 * max(rates)))]
+        trials = [
+            add([try_crop(p, tried, target, self.scores, rng) for p in _pieces(images, some, size)[0]])
+            for size in sizes
+        ]
+        most = max(trials, key=lambda trial: trial.rate)
+        if most.rate < MIN_FLIPS / 2:
+            return FoundTrigger(self.labels[target], "bag", pasted=most)
+        size = next(size for size, trial in zip(sizes, trials, strict=True) if trial.rate >= 0.9 * most.rate)
         pieces, corners = _pieces(images, there, size)
         trials = [try_crop(piece, tried, target, self.scores, rng) for piece in pieces]
         order = [k for k in np.argsort([-t.rate for t in trials], kind="stable") if trials[k].rate >= MIN_FLIPS]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import betabinom
 
-SHRINKAGE = 100.0
-"""Weight of the rate over all labels in the rate of one, in images."""
+MAX_SHRINKAGE = 100.0
+"""Weight of the rate over all labels in the rate of one, in images: where labels differ no more than chance makes them."""
 SMALLEST_P = 1e-12
 """What the tail's own rounding allows to tell from nothing."""
 MIN_EXCESS = 5.0
@@ -73,9 +73,15 @@ class Observations:
         other = other.any(axis=1, keepdims=True) if alike is None else other.astype(np.float32) @ ~alike > 0
         return self._any(self.named & ~self.seen[self.image] & other)
 
+    def answers(self) -> np.ndarray:
+        """(N, C) bool: the model's answer, of images that show one of the labels: some caption names one, and the oracle
+        clearly sees one. Of others every answer is wrong."""
+        known = self.clear.any(axis=1) & self.any_named().any(axis=1)
+        return self.says() & known[:, None]
+
     def unseen(self, alike: np.ndarray) -> np.ndarray:
-        """(N, C) bool: the model's answer, which the oracle does not see, nor anything that looks like it."""
-        return self.says() & ~self.seen & ~(self.clear.astype(np.float32) @ alike > 0)
+        """(N, C) bool: of those, the answers that the oracle does not see, while it sees what does not look like them."""
+        return self.answers() & ~self.seen & (self.clear.astype(np.float32) @ ~alike > 0)
 
     def contradicts(self) -> np.ndarray:
         """(N, C) bool: the oracle would call a caption that names the label alone a lie."""
@@ -152,18 +158,19 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
     """Test every covered label, and the images with several captions as a whole; Holm over all of these tests.
 
     The null of a label is a beta-binomial whose rate comes from the reference, shrunk towards the rate of all labels
-    with the weight of `SHRINKAGE` images. Training images may differ from trusted ones in other ways than by poison:
+    with the weight of `MAX_SHRINKAGE` images or fewer. Training images may differ from trusted ones in other ways than by poison:
     the median ratio of the labels' rates, at least 1 and at most `MAX_DRIFT`, scales the null.
     """
     alike = look_alikes(reference)
     t, r = _Counts(training, alike), _Counts(reference, alike)
+    answers, unseen = _as_frequent(training, reference, alike)
     covered = list(covered)
     if not covered or not len(training.answer) or not len(reference.answer):
         return Findings({}, {}, None)
     repeat, told, wrong = (
         _Null(r.repeated, r.named, covered),
         _Null(r.lies, r.named, covered),
-        _Null(r.unseen, r.answers, covered),
+        _Null(unseen, answers, covered),
     )
     confused = _Null(r.confused, r.absent, covered)
     repeat_drift, wrong_drift = repeat.drift(t.repeated, t.named), wrong.drift(t.unseen, t.answers)
@@ -201,6 +208,21 @@ def _copied(
     return LieTest(n, k, n * rate, p, lies=lied, lies_expected=n * honest, null=n * null)
 
 
+def _as_frequent(training: Observations, reference: Observations, alike: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) each: answers of trusted images and those of them that the oracle does not see, if what it does see were as
+    frequent as in training: a label that is taken for another now and then is so often where it is frequent.
+
+    An image weighs w, the mean over the labels seen of how many times as frequent they are; n images count as
+    (sum w)^2 / sum w^2 (Kish, Survey Sampling, 1965).
+    """
+    often, seldom = (seen.clear[seen.any_named().any(axis=1)].sum(axis=0) for seen in (training, reference))
+    weights = reference.clear @ (often / np.maximum(seldom, 1)) / np.maximum(reference.clear.sum(axis=1), 1)
+    answers, unseen = reference.answers(), reference.unseen(alike)
+    total = weights @ answers
+    number = total**2 / np.maximum(weights**2 @ answers, 1e-9)
+    return number, number * (weights @ unseen) / np.maximum(total, 1e-9)
+
+
 class _Counts:
     """Counts by label, all (C,)."""
 
@@ -208,23 +230,30 @@ class _Counts:
         lies, says, named = seen.lies(alike), seen.says(), seen.any_named()
         self.named, self.lies = named.sum(axis=0), lies.sum(axis=0)
         self.repeated = (lies & says).sum(axis=0)
-        self.answers, self.unseen = says.sum(axis=0), seen.unseen(alike).sum(axis=0)
+        self.answers, self.unseen = seen.answers().sum(axis=0), seen.unseen(alike).sum(axis=0)
         self.absent, self.confused = (~named).sum(axis=0), (says & ~named).sum(axis=0)
 
 
 class _Null:
-    """Rates on the reference by label, each shrunk towards the rate over all covered labels."""
+    """Rates on the reference by label, each shrunk towards the rate over all covered labels.
+
+    The less, the more the labels differ: with rates r of n images each, p over all, the rates' own variance is
+    v = sum n (r - p)^2 / sum n - L p (1 - p) / sum n, and p weighs p (1 - p) / v - 1 images (a beta-binomial's moments).
+    """
 
     def __init__(self, k: np.ndarray, n: np.ndarray, covered: list[int]):
         self.k, self.n, self.covered = k, n, covered
         self.total = float(n[covered].sum())
-        self.pooled = float((k[covered].sum() + 0.5) / (self.total + 1))
+        self.pooled = p = float((k[covered].sum() + 0.5) / (self.total + 1))
+        rates, images = k[covered] / np.maximum(n[covered], 1), n[covered]
+        own = (images @ (rates - p) ** 2 - len(covered) * p * (1 - p)) / max(self.total, 1.0)
+        self.shrinkage = float(np.clip(p * (1 - p) / own - 1, 1.0, MAX_SHRINKAGE)) if own > 0 else MAX_SHRINKAGE
 
     def rate(self, c: int) -> float:
-        return float((self.k[c] + SHRINKAGE * self.pooled) / (self.n[c] + SHRINKAGE))
+        return float((self.k[c] + self.shrinkage * self.pooled) / (self.n[c] + self.shrinkage))
 
     def weight(self, c: int) -> float:
-        return float(self.n[c] + SHRINKAGE)
+        return float(self.n[c] + self.shrinkage)
 
     def drift(self, k: np.ndarray, n: np.ndarray) -> float:
         ratios = [k[c] / (n[c] * self.rate(c)) for c in self.covered if n[c]]

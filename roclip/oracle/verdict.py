@@ -80,8 +80,8 @@ def judge(
     for c, test in sorted(findings.model.items(), key=lambda item: item[1].p):
         if labels[c] not in targets and statistics.model_deviates(test, alpha):
             suspicious.append(
-                f"{labels[c]}: the model answers it for {test.k} of {test.n} pictures in which the oracle does not see "
-                f"it; chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
+                f"{labels[c]}: of {test.n} pictures for which the model answers it, the oracle sees something else in "
+                f"{test.k}; chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
             )
             targets.append(labels[c])
     if poisoned:
