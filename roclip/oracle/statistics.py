@@ -76,8 +76,7 @@ class Observations:
     def answers(self) -> np.ndarray:
         """(N, C) bool: the model's answer, of images that show one of the labels: some caption names one, and the oracle
         clearly sees one. Of others every answer is wrong."""
-        known = self.clear.any(axis=1) & self.any_named().any(axis=1)
-        return self.says() & known[:, None]
+        return self.says() & self.clear.any(axis=1, keepdims=True) & self.any_named().any(axis=1, keepdims=True)
 
     def unseen(self, alike: np.ndarray) -> np.ndarray:
         """(N, C) bool: of those, the answers that the oracle does not see, while it sees what does not look like them."""
