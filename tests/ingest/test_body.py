@@ -159,7 +159,8 @@ def test_packed_body_that_ends_within_a_match_is_unpacked_whole(more):
         ("gzip, gzip", gzip.compress(gzip.compress(b"x"))),
         ("x" * 1000, b"whatever"),
     ],
-    ids=["no gzip", "cut off", "wrong sum", "no deflate", "br", "twice", "unknown"],  # a gzip holds the time: no two workers agree
+    # A gzip holds the time, and two workers must call the tests alike.
+    ids=["no gzip", "cut off", "wrong sum", "no deflate", "br", "twice", "unknown"],
 )
 def test_body_that_cannot_be_unpacked_has_a_bad_encoding(encoding, body):
     with Server([ok(body, f"Content-Encoding: {encoding}")]) as server, pytest.raises(FetchError, match="bad_encoding"):
