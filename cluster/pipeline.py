@@ -43,12 +43,18 @@ def run(config: Config) -> dict:
             "config": Path(config.source).name,
             "commit": here.provenance["commit"],
             **here.cost,
-            "ingest": Manifest(here.shards).summary or {},
+            "ingest": _counts(Manifest(here.shards)),
             "arms": {arm: {**_figures(here, arm), "oracle": verdicts[arm]} for arm in config.arms},
         }
         write_atomic(here.path / "summary.json", json.dumps(summary, indent=1))
         write_report(here.path)
         return summary
+
+
+def _counts(manifest: Manifest) -> dict:
+    """What ingest has counted; nothing for shards whose maker did not count, such as a poisoned copy of ready-made ones."""
+    summary = manifest.summary or {}
+    return summary if "succeeded" in summary else {}
 
 
 def train_only(config: Config) -> dict:

@@ -65,7 +65,7 @@ def tiny_shards(root: Path) -> Path:
     """Three sealed shards of 64 scenes each, ingest ended."""
     for number in range(3):
         write_shard(root, number, scene_samples(64 * number, 64))
-    Manifest(root).finish({"urls": 192})
+    Manifest(root).finish({"urls": 192, "succeeded": 192, "failed": {}, "shards": 3})
     return root
 
 
