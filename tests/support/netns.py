@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces with addresses of their own, joined by a bridge, whose links can be cut.
+"""Hosts on one machine: network namespaces with addresses of their own, joined by a bridge, whose links can be cut or made slow.
 
 The bridge lies in a namespace of its own, so nothing of it is seen from outside, and it goes with that namespace. Names begin
 with `rx<pid>-`: what a killed test left behind is swept by the next. Files are shared, as on NFS. Needs root and `ip`.
@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from debian import program
 
+_WIRE = Path(__file__).with_name("wire.py")
 _NAME = re.compile(r"rx(\d+)-\w+")
 
 
@@ -53,6 +55,7 @@ class Network:
     def __init__(self) -> None:
         self.prefix = f"rx{os.getpid()}-"
         self.hosts: dict[str, Host] = {}
+        self._wires: dict[str, subprocess.Popen] = {}
         self._subnet = f"10.{random.randint(64, 254)}.{random.randint(0, 254)}"
         self._hub = f"{self.prefix}hub"
         _ip("netns", "add", self._hub)
@@ -79,7 +82,27 @@ class Network:
 
     def heal(self, host: Host) -> None:
         """The link is as at first."""
+        wire = self._wires.pop(host.namespace, None)
+        if wire is not None:
+            wire.kill()
+            wire.wait()
+            self._at_hub("link", "del", _side(host))
         self._at_hub("link", "set", _port(host), "master", "bridge")
+
+    def slow(self, host: Host, delay_s: float, loss_frac: float) -> None:
+        """Each frame takes so long, each way, and some are lost. A process carries them: not each kernel has netem."""
+        side, outer, inner = _side(host), f"o{host.number}", f"i{host.number}"
+        self._at_hub("link", "add", side, "type", "bridge")
+        command = ("ip", "netns", "exec", self._hub, sys.executable, _WIRE, outer, inner, delay_s, loss_frac)
+        wire = self._wires[host.namespace] = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, text=True
+        )
+        assert wire.stdout is not None
+        assert wire.stdout.readline() == "ready\n"
+        self._at_hub("link", "set", outer, "master", "bridge", "up")
+        self._at_hub("link", "set", inner, "master", side, "up")
+        self._at_hub("link", "set", side, "up")
+        self._at_hub("link", "set", _port(host), "master", side)
 
     def remove(self, name: str) -> None:
         """Kill what runs on a host, and take it away."""
@@ -88,6 +111,9 @@ class Network:
         _ip("netns", "del", host.namespace)
 
     def close(self) -> None:
+        for wire in self._wires.values():
+            wire.kill()
+            wire.wait()
         for name in list(self.hosts):
             self.remove(name)
         _ip("netns", "del", self._hub)
@@ -134,6 +160,10 @@ def _is_left(name: str) -> bool:
 
 def _port(host: Host) -> str:
     return f"p{host.number}"
+
+
+def _side(host: Host) -> str:
+    return f"b{host.number}"
 
 
 def _ip(*words: str) -> str:

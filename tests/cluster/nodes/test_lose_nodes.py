@@ -1,4 +1,4 @@
-"""A cluster of several hosts that loses a node, or a link: the training goes on, with the same numbers."""
+"""A cluster of several hosts that loses a node, a link, a good link: the training goes on, with the same numbers."""
 
 import contextlib
 import signal
@@ -110,3 +110,27 @@ def test_link_that_is_cut_for_a_moment_costs_nothing(cluster, config, whole, tmp
         said = finish(process)
     assert "restart" not in said
     assert_same_end(whole, tmp_path)
+
+
+def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path):
+    with training(cluster, config, tmp_path) as process:
+        reach(process, tmp_path, 2)
+        cluster.net.slow(cluster.net.hosts["two"], delay_s=0.002, loss_frac=0.005)
+        try:
+            assert logged(tmp_path) < STEPS
+            finish(process)
+        finally:
+            cluster.net.heal(cluster.net.hosts["two"])
+    assert_same_end(whole, tmp_path)
+
+
+def test_node_that_cannot_be_reached_is_given_up_and_training_goes_on_without_it(cluster, config, whole, tmp_path):
+    with training(cluster, config, tmp_path, "cluster.min_workers=1") as process:
+        reach(process, tmp_path, 7)
+        cluster.net.cut(cluster.net.hosts["two"])
+        said = finish(process)
+    assert "died; restart 1 of 1" in said
+    assert " 1 ranks from step" in said
+    assert_same_numbers(whole, tmp_path)
+    cluster.net.heal(cluster.net.hosts["two"])
+    until(lambda: not cluster.processes_of("two", "ray::RayTrain"), lambda: "")
