@@ -212,7 +212,7 @@ def choose(attack: Sequence[float]) -> int:
     last of those with the least.
 
     Not the most accurate: that is the luckiest on the trusted pictures, while the last has the smallest learning rate
-    behind it. On 15 repairs it named 0.2 points more of other pictures rightly.
+    behind it. Of 25 repairs 18 named more of other pictures rightly at the last, 3 fewer.
     """
     limits = [limit for limit in (STOP_RATE, MAX_ATTACK) if min(attack) <= limit] or [min(attack)]
     return max(moment for moment, rate in enumerate(attack) if rate <= limits[0])
