@@ -13,6 +13,7 @@ Letters: N images, M captions (an image may have several), C labels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.stats import betabinom
@@ -64,6 +65,10 @@ class Observations:
 
     def any_named(self) -> np.ndarray:
         """(N, C) bool: some caption of the image names the label."""
+        return self._any_named
+
+    @cached_property
+    def _any_named(self) -> np.ndarray:
         return self._any(self.named)
 
     def lies(self, alike: np.ndarray | None = None) -> np.ndarray:

@@ -7,13 +7,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rigged import LABELS, PATCH_PX, RiggedEncoder, World
+from rigged import FAINT, GHOST, LABELS, PATCH_PX, SIDE, STEP, RiggedEncoder, World
 
-from roclip.found import load_found
+from roclip.found import FoundTrigger, Trial, load_found
+from roclip.oracle.held_out import Trusted
 from roclip.oracle.paste import control_crops
+from roclip.oracle.search import TriggerSearch, _proved
 from roclip.oracle.truth import average_precision
 
 OTHERS = LABELS[1:]
+OBJECT_PX = 6
 
 
 def world(folder: Path, **settings) -> World:
@@ -138,3 +141,51 @@ def test_objects_are_tried_in_pieces_and_whole_but_small():
     assert len(pieces) == len(whole) == 5
     assert all(crop.shape == (6, 4, 3) for crop in crops["object"])
     assert all((crop[:3] == 200).all() and (crop[3:] == 90).all() for crop in whole)
+
+
+def ghosts(label: str, number: int, strength: int) -> np.ndarray:
+    """Pictures of a small object on a plain ground, all with the same pattern in green, so strong."""
+    rng = np.random.default_rng(LABELS.index(label))
+    images = np.zeros((number, SIDE, SIDE, 3), dtype=np.uint8)
+    images[..., 1] = 128 + strength * GHOST
+    for image, (x, y) in zip(images, rng.integers(0, SIDE - OBJECT_PX, (number, 2)), strict=True):
+        image[y : y + OBJECT_PX, x : x + OBJECT_PX, 0] = STEP * (1 + LABELS.index(label))
+    return images
+
+
+@pytest.mark.parametrize("heeded", [0.5 * FAINT, 1.25 * FAINT])
+@pytest.mark.parametrize(("shown", "found"), [(0, True), (FAINT // 3, False), (FAINT, False)])
+def test_pattern_that_honest_pictures_of_the_label_have_in_common_is_no_trigger(shown: int, found: bool, heeded: float):
+    """Not where it is fainter on them either, nor where the model heeds only what is stronger than on the suspects."""
+    images = np.concatenate([ghosts("ant", 20, shown), *(ghosts(label, 20, 0) for label in OTHERS)])
+    masks = images[..., 0] // STEP
+    shows = np.array([[(mask == 1 + c).any() for c in range(len(LABELS))] for mask in masks])
+    suspects = np.concatenate([ghosts(label, 8, FAINT) for label in OTHERS])
+
+    def scores(pictures: np.ndarray) -> np.ndarray:
+        told = ((pictures[..., 1] - 128.0) * GHOST).mean(axis=(1, 2)) > heeded
+        return np.eye(len(LABELS))[np.where(told, 0, 1)]
+
+    looking = TriggerSearch(scores, Trusted(images, shows, masks), scores(images).argmax(axis=1), LABELS, 0)
+    result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
+    assert result.best.rate == 1.0
+    assert result.control.rate == 0.0
+    assert [trigger.kind for trigger in result.triggers] == ["global"] * found
+
+
+@pytest.mark.parametrize(
+    ("kind", "flips", "objects", "expected"),
+    [
+        ("global", 64, 47, True),
+        ("global", 64, 49, False),
+        ("global", 32, 16, True),
+        ("global", 32, 17, False),
+        ("bag", 64, 49, False),
+        ("patch", 64, 49, True),
+    ],
+)
+def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_agree(
+    kind: str, flips: int, objects: int, expected: bool
+):
+    trigger = FoundTrigger("ant", kind, pasted=Trial(flips, 64), control=Trial(1, 64), objects=Trial(objects, 64))
+    assert _proved(trigger) == expected

@@ -152,3 +152,126 @@ def test_backdoor_is_found_though_its_label_has_a_look_alike():
     training = lie(rng, confuse(rng, honest(rng, 4000), 4, 7, 0.4), 60, target=4, belief=0.8)
     findings = run_tests(training, confuse(rng, honest(rng, 600), 4, 7, 0.4), range(C))
     assert statistics.poisoned(findings.lies[4], 0.01)
+
+
+def often(reference: Observations, times: np.ndarray) -> Observations:
+    """Training pictures of one label each, of which the oracle sees each (C,) so many times as often as on trusted ones."""
+    there = np.eye(C, dtype=bool)[np.repeat(np.arange(C), times * reference.clear.sum(axis=0))]
+    return Observations(there.argmax(axis=1), there, there, np.arange(len(there)), there)
+
+
+def copies(data: Observations, times: np.ndarray) -> Observations:
+    """Each of N pictures with one caption (N,) so many times."""
+    rows = np.repeat(np.arange(len(times)), times)
+    return Observations(data.answer[rows], data.seen[rows], data.clear[rows], np.arange(len(rows)), data.named[rows])
+
+
+def test_trusted_pictures_count_as_they_are_where_training_shows_every_label_as_often():
+    reference = honest(np.random.default_rng(7), 600)
+    alike = statistics.look_alikes(reference)
+    answers, unseen = statistics._as_frequent(often(reference, np.full(C, 3)), reference, alike)
+    assert answers == pytest.approx(reference.answers().sum(axis=0))
+    assert unseen == pytest.approx(reference.unseen(alike).sum(axis=0))
+
+
+def test_trusted_pictures_weigh_as_copies_do_where_training_shows_labels_more_or_less_often():
+    rng = np.random.default_rng(8)
+    reference = honest(rng, 600, accuracy=0.7)
+    times = 6 * rng.integers(1, 8, C)  # the mean of one, two or three of them is whole
+    each = (reference.clear @ times) // np.maximum(reference.clear.sum(axis=1), 1)
+    copied = copies(reference, each)
+    alike = statistics.look_alikes(reference)
+    answers, unseen = statistics._as_frequent(often(reference, times), reference, alike)
+    expected = copied.unseen(alike).sum(axis=0) / copied.answers().sum(axis=0)
+    assert unseen / answers == pytest.approx(expected)
+    assert np.abs(expected - reference.unseen(alike).sum(axis=0) / reference.answers().sum(axis=0)).max() > 0.05
+    weights = [each[reference.answers()[:, c]] for c in range(C)]
+    assert answers == pytest.approx([of.sum() ** 2 / (of**2).sum() for of in weights])
+
+
+def test_alarms_are_rare_where_training_shows_a_label_far_more_often():
+    """What the model takes for another now and then, it does so often where it is frequent."""
+    rng = np.random.default_rng(9)
+
+    def misread(n: int) -> Observations:
+        data = honest(rng, n, accuracy=0.9)
+        answer = np.where(data.named[:, 4] & (rng.random(n) < 0.12), 7, data.answer)
+        return dataclasses.replace(data, answer=answer)
+
+    rounds = []
+    for _ in range(20):
+        many = misread(20000)
+        frequent = many.only(many.named[:, 4] | (rng.random(20000) < 0.1))
+        rounds.append(alarms(run_tests(frequent, misread(2400), range(C))))
+    assert sum(rounds) <= 2
+
+
+def null(k: np.ndarray, n: np.ndarray) -> statistics._Null:
+    return statistics._Null(k, n, list(range(len(k))))
+
+
+def test_rate_of_all_labels_weighs_most_where_only_chance_makes_them_differ():
+    rng = np.random.default_rng(10)
+    n = np.full(40, 80)
+    most = [null(rng.binomial(n, 0.2), n).shrinkage == statistics.MAX_SHRINKAGE for _ in range(50)]
+    assert np.mean(most) > 0.9
+
+
+@pytest.mark.parametrize("images", [2, 8, 30])
+def test_rate_of_all_labels_weighs_as_many_images_as_the_spread_of_the_rates_tells(images: int):
+    rng = np.random.default_rng(11)
+    n = rng.integers(50, 400, 2000)
+    k = rng.binomial(n, rng.beta(0.25 * images, 0.75 * images, len(n)))
+    assert null(k, n).shrinkage == pytest.approx(images, rel=0.15)
+
+
+def test_rate_of_all_labels_weighs_least_where_each_is_always_or_never_wrong():
+    n = np.full(C, 200)
+    assert null(n * (np.arange(C) % 2), n).shrinkage == pytest.approx(1, abs=0.01)
+
+
+def test_label_is_pulled_to_the_others_the_less_the_more_pictures_it_has():
+    rates, pulls = np.linspace(0.05, 0.15, C), []
+    rates[0] = 0.6
+    for pictures in (5, 20, 80, 320):
+        n = np.full(C, 200)
+        n[0] = pictures
+        of = null(np.rint(n * rates).astype(int), n)
+        assert of.pooled < of.rate(0) < 0.6
+        pulls.append((0.6 - of.rate(0)) / (0.6 - of.pooled))
+    assert pulls == sorted(pulls, reverse=True)
+    assert pulls[0] > 0.5 > 0.05 > pulls[-1]
+
+
+def with_foreign(data: Observations, there: np.ndarray, named: np.ndarray) -> Observations:
+    """And K pictures of what nobody asked about, which the model always answers with the same label.
+
+    `there` (K, C) bool is what the oracle sees in them all the same, `named` (K, C) bool what captions say.
+    """
+    return Observations(
+        np.append(data.answer, np.full(len(there), 3)),
+        np.concatenate([data.seen, there]),
+        np.concatenate([data.clear, there]),
+        np.append(data.image, len(data.answer) + np.arange(len(there))),
+        np.concatenate([data.named, named]),
+    )
+
+
+@pytest.mark.parametrize("seen", ["a label", "none"])
+def test_pictures_of_which_no_caption_names_a_label_change_no_finding(seen: str):
+    rng = np.random.default_rng(12)
+    training, reference = honest(rng, 4000), honest(rng, 600)
+    there = np.eye(C, dtype=bool)[rng.integers(0, C, 3000)] & (seen == "a label")
+    findings = run_tests(with_foreign(training, there, np.zeros_like(there)), reference, range(C))
+    assert not alarms(findings)
+    assert findings == run_tests(training, reference, range(C))
+
+
+def test_pictures_in_which_no_label_is_seen_are_no_answers_though_captions_name_one():
+    rng = np.random.default_rng(13)
+    training, reference = honest(rng, 4000), honest(rng, 600)
+    named = np.eye(C, dtype=bool)[rng.integers(0, C, 3000)]
+    findings = run_tests(with_foreign(training, np.zeros_like(named), named), reference, range(C))
+    assert not alarms(findings)
+    for c, test in run_tests(training, reference, range(C)).model.items():
+        assert (findings.model[c].n, findings.model[c].k, findings.model[c].p) == (test.n, test.k, test.p)
