@@ -84,8 +84,7 @@ class Network:
         """The link is as at first."""
         wire = self._wires.pop(host.namespace, None)
         if wire is not None:
-            wire.kill()
-            wire.wait()
+            _end(wire)
             self._at_hub("link", "del", _side(host))
         self._at_hub("link", "set", _port(host), "master", "bridge")
 
@@ -112,8 +111,7 @@ class Network:
 
     def close(self) -> None:
         for wire in self._wires.values():
-            wire.kill()
-            wire.wait()
+            _end(wire)
         for name in list(self.hosts):
             self.remove(name)
         _ip("netns", "del", self._hub)
@@ -160,6 +158,11 @@ def _is_left(name: str) -> bool:
 
 def _port(host: Host) -> str:
     return f"p{host.number}"
+
+
+def _end(wire: subprocess.Popen) -> None:
+    wire.kill()
+    wire.communicate()
 
 
 def _side(host: Host) -> str:
