@@ -52,7 +52,7 @@ def run(config: Config) -> dict:
 
 
 def _counts(manifest: Manifest) -> dict:
-    """What ingest has counted; nothing for shards whose maker did not count, such as a poisoned copy of ready-made ones."""
+    """What ingest has counted; nothing for shards whose maker did not, such as a poisoned copy of what ingest had not ended."""
     summary = manifest.summary or {}
     return summary if "succeeded" in summary else {}
 

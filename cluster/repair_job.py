@@ -214,8 +214,9 @@ def choose(attack: Sequence[float]) -> int:
     Not the most accurate: that is the luckiest on the trusted pictures, while the last has the smallest learning rate
     behind it. Of 25 repairs 18 named more of other pictures rightly at the last, 3 fewer.
     """
-    limits = [limit for limit in (STOP_RATE, MAX_ATTACK) if min(attack) <= limit] or [min(attack)]
-    return max(moment for moment, rate in enumerate(attack) if rate <= limits[0])
+    least = min(attack)
+    limit = next((limit for limit in (STOP_RATE, MAX_ATTACK) if least <= limit), least)
+    return max(moment for moment, rate in enumerate(attack) if rate <= limit)
 
 
 class _Bench:

@@ -32,7 +32,7 @@ def memorised(looked: Looked, rows: np.ndarray) -> np.ndarray:
     seen = looked.observations
     answers = seen.answer[rows]
     found = np.full(len(rows), 0.5)
-    honest = (seen.clear & seen.any_named() & seen.says()).any(axis=1)
+    honest = (seen.clear & seen.any_named & seen.says()).any(axis=1)
     sample = _evenly(np.arange(len(seen.answer)), SAMPLE)
     others = looked.features(sample).astype(np.float32)
     for answer in np.unique(answers):

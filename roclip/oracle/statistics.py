@@ -63,12 +63,9 @@ class Observations:
             self.answer[images], self.seen[images], self.clear[images], number[self.image[rows]], self.named[rows]
         )
 
+    @cached_property
     def any_named(self) -> np.ndarray:
         """(N, C) bool: some caption of the image names the label."""
-        return self._any_named
-
-    @cached_property
-    def _any_named(self) -> np.ndarray:
         return self._any(self.named)
 
     def lies(self, alike: np.ndarray | None = None) -> np.ndarray:
@@ -81,7 +78,7 @@ class Observations:
     def answers(self) -> np.ndarray:
         """(N, C) bool: the model's answer, of images that show one of the labels: some caption names one, and the oracle
         clearly sees one. Of others every answer is wrong."""
-        return self.says() & self.clear.any(axis=1, keepdims=True) & self.any_named().any(axis=1, keepdims=True)
+        return self.says() & self.clear.any(axis=1, keepdims=True) & self.any_named.any(axis=1, keepdims=True)
 
     def unseen(self, alike: np.ndarray) -> np.ndarray:
         """(N, C) bool: of those, the answers that the oracle does not see, while it sees what does not look like them."""
@@ -150,7 +147,7 @@ class Findings:
 def look_alikes(reference: Observations) -> np.ndarray:
     """(C, C) bool, symmetric: of the trusted images that show one label and not the other, model or oracle take
     `MIN_ALIKE_RATE` or more, and at least `MIN_ALIKE`, for the other."""
-    named = reference.any_named()
+    named = reference.any_named
     taken = (reference.says() | reference.clear) & ~named
     times = named.T.astype(np.float32) @ taken
     of = named.T.astype(np.float32) @ ~named
@@ -205,7 +202,7 @@ def _copied(
     lies = training.lies(alike)[several][:, covered]
     lied, k = int(lies.any(axis=1).sum()), int((lies & training.says()[several][:, covered]).any(axis=1).sum())
     # An image of several captions may be lied about by each of them.
-    labels = float(training.any_named()[several][:, covered].sum()) / n
+    labels = float(training.any_named[several][:, covered].sum()) / n
     honest, null = min(1.0, told.pooled * labels), min(1.0, repeat.pooled * labels)
     rate = min(1.0, null + max(0.0, lied - n * honest) * confused.pooled / n)
     p = _tail(k, n, rate, repeat.total)
@@ -219,7 +216,7 @@ def _as_frequent(training: Observations, reference: Observations, alike: np.ndar
     An image weighs w, the mean over the labels seen of how many times as frequent they are; n images count as
     (sum w)^2 / sum w^2 (Kish, Survey Sampling, 1965).
     """
-    often, seldom = (seen.clear[seen.any_named().any(axis=1)].sum(axis=0) for seen in (training, reference))
+    often, seldom = (seen.clear[seen.any_named.any(axis=1)].sum(axis=0) for seen in (training, reference))
     weights = reference.clear @ (often / np.maximum(seldom, 1)) / np.maximum(reference.clear.sum(axis=1), 1)
     answers, unseen = reference.answers(), reference.unseen(alike)
     total = weights @ answers
@@ -231,7 +228,7 @@ class _Counts:
     """Counts by label, all (C,)."""
 
     def __init__(self, seen: Observations, alike: np.ndarray):
-        lies, says, named = seen.lies(alike), seen.says(), seen.any_named()
+        lies, says, named = seen.lies(alike), seen.says(), seen.any_named
         self.named, self.lies = named.sum(axis=0), lies.sum(axis=0)
         self.repeated = (lies & says).sum(axis=0)
         self.answers, self.unseen = seen.answers().sum(axis=0), seen.unseen(alike).sum(axis=0)

@@ -54,7 +54,7 @@ def find_victims(
     """Name the victims. `read` gives pictures (n, S, S, 3) uint8 by their numbers (n,)."""
     seen = looked.observations
     victims = Victims(np.zeros(len(seen.answer)), np.full(len(seen.answer), -1), np.full(len(seen.answer), -1))
-    named, number = seen.any_named(), 0
+    named, number = seen.any_named, 0
     for search in searches:
         for tells in search.evidence:
             for rows in _batches(np.flatnonzero(named[:, search.target])):
@@ -79,7 +79,7 @@ def _unexplained(
     lied[:, told] = repeated[:, told]
     if statistics.repeats_copies(findings.copied, alpha):
         tested = np.isin(np.arange(lied.shape[1]), list(findings.lies))
-        copied = seen.any_named() & seen.says() & (rest & (seen.captions > 1))[:, None]
+        copied = seen.any_named & seen.says() & (rest & (seen.captions > 1))[:, None]
         lied |= repeated & tested & copied
         if (
             _honest_copies(copied, repeated & copied, tested, reference)
@@ -105,7 +105,7 @@ def _honest_copies(copied: np.ndarray, lied: np.ndarray, tested: np.ndarray, ref
     """
     lies = (lied & tested).any(axis=1).sum()
     judged = (copied & tested).any(axis=1).sum()
-    q = reference.contradicts()[~reference.any_named() & tested].mean()
+    q = reference.contradicts()[~reference.any_named & tested].mean()
     honest = max(0.0, judged - lies / max(q, 1e-9))
     return honest + (copied.any(axis=1).sum() - judged) * honest / max(judged, 1)
 

@@ -20,6 +20,7 @@ from kit import environment, scene_samples, write_shard
 from PIL import Image
 
 from cluster import cli, corpus
+from cluster.pipeline import _counts
 from cluster.poison_job import places, poison_shards, poison_urls
 from cluster.shard_copy import STORED, Shards
 from roclip.attacks import Poison, labels_named, triggers_of
@@ -179,6 +180,7 @@ def test_manifest_keeps_counts_and_failures(clean: Path, poisoned: Path):
     ]
     assert all(sha256_file(poisoned / record.name) == record.sha256 for record in after)
     assert Manifest(poisoned).summary == {"urls": 257, "poisoned": 46}
+    assert _counts(Manifest(poisoned)) == {}  # which a run on it would report
     fates = pq.read_table(poisoned / "00001.parquet").to_pylist()
     assert [row["error_message"] for row in fates if row["status"] != "success"] == ["HTTP Error 404: Not Found"]
     hashes = {row["key"]: row["sha256"] for row in fates}

@@ -1,4 +1,4 @@
-"""A cluster of several hosts that loses a node, a link, a good link: the training goes on, with the same numbers."""
+"""A cluster of several hosts that loses a node, a link, or its speed: the training goes on, with the same numbers."""
 
 import contextlib
 import signal
@@ -118,9 +118,10 @@ def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path)
         cluster.net.slow(cluster.net.hosts["two"], delay_s=0.002, loss_frac=0.005)
         try:
             assert logged(tmp_path) < STEPS
-            finish(process)
+            said = finish(process)
         finally:
             cluster.net.heal(cluster.net.hosts["two"])
+    assert "restart" not in said
     assert_same_end(whole, tmp_path)
 
 
