@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,10 @@ def state_of(run: Path) -> RunState:
     return RunReader(run, Pictures()).look()
 
 
-def advice(run: Path) -> str:
-    return "\n".join(f"{step.tone}: {step.title}. {step.text} {step.command}" for step in next_steps(state_of(run)))
+def advice(run: Path, disk_free_frac: float = 0.5) -> str:
+    """What next steps say of a run on a disk of which so much is free, however full this machine's is."""
+    state = replace(state_of(run), disk_free_frac=disk_free_frac)
+    return "\n".join(f"{step.tone}: {step.title}. {step.text} {step.command}" for step in next_steps(state))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------
@@ -205,6 +208,12 @@ def test_stages_follow_a_run(tmp_path):
 
 def test_healthy_run_needs_nothing(tmp_path):
     assert advice(run_of(tmp_path, row(10))) == ""
+
+
+def test_disk_that_fills_is_told(tmp_path):
+    run = run_of(tmp_path, row(10))
+    assert 0 < state_of(run).disk_free_frac < 1
+    assert advice(run, disk_free_frac=0.049).startswith("warn: The disk is nearly full. 4.9 % of it is free.")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -131,19 +132,18 @@ def test_token_comes_from_where_ray_takes_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own a file as somebody else")
-def test_token_file_of_somebody_else_that_all_can_read_is_refused(tmp_path):
-    (tmp_path / "token").write_text("t")
-    (tmp_path / "token").chmod(0o644)
-    tmp_path.chmod(0o755)
-    for folder in tmp_path.parents:
-        if not folder.stat().st_mode & 0o001:
-            pytest.skip(f"{folder} is closed to others")
+def test_token_file_of_somebody_else_that_all_can_read_is_refused():
     code = (
         "import os; os.setuid(65534); from cluster.ray_token import ensure_token; from roclip.errors import StageError\n"
         "try: ensure_token()\nexcept StageError as error: print(error)"
     )
-    child = environment(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"), RAY_AUTH_MODE="token")
-    done = subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        token = Path(folder, "token")
+        token.write_text("t")
+        token.chmod(0o644)
+        Path(folder).chmod(0o755)
+        child = environment(RAY_AUTH_TOKEN_PATH=str(token), RAY_AUTH_MODE="token")
+        done = subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True)
     if "Permission denied" in done.stderr:
         pytest.skip("the interpreter is closed to others")
     assert "it is not ours" in done.stdout, done.stderr

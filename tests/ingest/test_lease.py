@@ -128,9 +128,8 @@ def test_write_new_never_replaces(root):
     assert content_of(path) == b"one"
 
 
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
 def test_put_new_never_replaces(root, tmp_path_factory):
-    if root.__class__.__module__.startswith("pathlib"):
-        pytest.skip("for stores")
     source = tmp_path_factory.mktemp("put") / "tar"
     source.write_bytes(b"one")
     assert put_new(source, root / "a.tar")
