@@ -20,17 +20,17 @@ _exit_status: list[int] = []
 
 
 class OneRayAtATime(LoadScopeScheduling):
-    """Files stay whole, and those that start a Ray are one: two Rays on one machine would find each other's. They
-    are among the first, as they take longest."""
+    """Files stay whole, and those that start a Ray are one: two Rays on one machine would find each other's. So are those
+    that bring up a cluster of hosts, whose Ray no other finds. They are among the first, as they take longest."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return "ray" if _starts_ray(file) else file
+        return _scope(nodeid.split("::")[0])
 
 
 @cache
-def _starts_ray(file: str) -> bool:
-    return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
+def _scope(file: str) -> str:
+    text = (Path(__file__).parents[1] / file).read_text()
+    return next((kind for kind in ("nodes", "ray") if f"mark.{kind}" in text), file)
 
 
 @pytest.hookimpl(optionalhook=True)
