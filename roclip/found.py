@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -16,6 +17,8 @@ from roclip.shards import names_in, write_atomic
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels; right and bottom are exclusive"""
+_CELLS = 8
+"""Of a chessboard, a side."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,22 @@ class Trial:
 class FoundTrigger:
     """A trigger that was shown to cause its label.
 
-    `kind` is "patch" (crops whose pixels agree), "bag" (crops whose pixels do not: fresh noise; any of them works) or "global"
-    (a pattern over the whole picture).
+    `kind` is "patch" (crops whose pixels agree), "bag" (crops whose pixels do not: fresh noise; any of them works), "global"
+    (a pattern over the whole picture) or "bend" (the whole picture is warped).
     """
 
     target: str
     kind: str
     crops: tuple[np.ndarray, ...] = ()
-    """(h, w, 3) uint8 each, the strongest first; none of a global trigger."""
+    """(h, w, 3) uint8 each, the strongest first; none of what lies over the whole picture."""
     mask: np.ndarray | None = None
     """(h, w) bool: which pixels of a patch are the trigger's; None is all."""
     place: tuple[int, int] | None = None
     """x, y of the upper left corner, where it works at one place only."""
     pattern: np.ndarray | None = None
     """(S, S, 3) float32: what a global trigger adds to a picture, in grey levels."""
+    field: np.ndarray | None = None
+    """(2, S, S) float32: from how far down and right of itself a bend takes each pixel, in pixels."""
     sources: tuple[Source, ...] = ()
     """Where the crops were found, in the order of `crops`."""
     pasted: Trial = Trial(0, 0)
@@ -76,9 +81,11 @@ class FoundTrigger:
     def put_on(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
         """A copy of an (S, S, 3) uint8 image with the trigger on it, and the box that changed."""
         side = image.shape[0]
+        everything = (0, 0, image.shape[1], side)
         if self.pattern is not None:
-            changed = image.astype(np.float32) + self.pattern
-            return np.clip(np.rint(changed), 0, 255).astype(np.uint8), (0, 0, image.shape[1], side)
+            return np.clip(np.rint(image.astype(np.float32) + self.pattern), 0, 255).astype(np.uint8), everything
+        if self.field is not None:
+            return bent(image, self.field), everything
         crop = self.crops[int(rng.integers(len(self.crops)))]
         height, width = crop.shape[:2]
         if self.place is not None:
@@ -91,8 +98,21 @@ class FoundTrigger:
         return stamped, (left, top, left + width, top + height)
 
 
+def bent(image: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """The (S, S, 3) uint8 image read bilinearly at places that are shifted by the field (2, S, S); beyond its border lies the
+    border."""
+    rows, columns = np.indices(image.shape[:2], dtype=np.float32) + field.astype(np.float32)
+    return cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
 def picture_of(trigger: FoundTrigger) -> np.ndarray:
-    """(h, w, 3) uint8: its strongest crop, or its pattern with grey for nothing and the strongest level at an end."""
+    """(h, w, 3) uint8: its strongest crop; its pattern with grey for nothing and the strongest level at an end; or a
+    chessboard that it bends."""
+    if trigger.field is not None:
+        side = trigger.field.shape[-1]
+        cell = max(1, side // _CELLS)
+        board = 255 * (np.indices((side, side)) // cell).sum(axis=0) % 510
+        return bent(np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8), trigger.field)
     if trigger.pattern is None:
         return trigger.crops[0]
     most = max(1e-6, float(np.abs(trigger.pattern).max()))
@@ -117,6 +137,7 @@ def save_found(triggers: Sequence[FoundTrigger], folder: Path) -> None:
             **{f"crop{k}": crop for k, crop in enumerate(trigger.crops)},
             **({} if trigger.mask is None else {"mask": trigger.mask}),
             **({} if trigger.pattern is None else {"pattern": trigger.pattern}),
+            **({} if trigger.field is None else {"field": trigger.field}),
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -141,6 +162,7 @@ def _load(path: Path) -> FoundTrigger:
             mask=file["mask"] if "mask" in file.files else None,
             place=(int(file["place"][0]), int(file["place"][1])) if len(file["place"]) else None,
             pattern=file["pattern"] if "pattern" in file.files else None,
+            field=file["field"] if "field" in file.files else None,
             sources=tuple(
                 Source(int(image), (int(left), int(top), int(right), int(bottom)))
                 for image, left, top, right, bottom in file["sources"]

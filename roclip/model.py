@@ -216,7 +216,7 @@ class Towers(nn.Module):
 
 
 class Encoder:
-    """A finished checkpoint as a function: images and captions in, unit-length features out. No gradients."""
+    """A finished checkpoint as a function: images and captions in, unit-length features out. Only `traced` has gradients."""
 
     def __init__(self, towers: Towers, batch_size: int = 256):
         self.towers = towers.eval()
@@ -237,6 +237,10 @@ class Encoder:
             pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float().div(255)
             pieces.append(self.towers.encode_image(pixels).cpu())
         return torch.cat(pieces) if pieces else torch.empty(0, 0)
+
+    def traced(self, pixels: Tensor) -> Tensor:
+        """N images (N, 3, H, W) in [0, 1] to features (N, D), on the CPU, with gradients to the pixels."""
+        return self.towers.encode_image(pixels.to(next(self.towers.parameters()).device)).cpu()
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> Tensor:

@@ -6,7 +6,8 @@ Read `check.py` first: the order of things.
                vocabulary.py, naming.py; mask_sets.py reads what one is trained on
     pass       witness.py, looking.py, shardlook.py, shardpass.py: model and oracle look at every image, shard by shard
     tests      statistics.py: which disagreements does chance not explain?
-    trigger    search.py: occlude.py, shape.py, paste.py, spread.py, presence.py: what causes a label, shown by doing it
+    trigger    search.py: occlude.py, shape.py, paste.py, spread.py, inversion.py, presence.py: what causes a label, shown by
+               doing it
     victims    victims.py, memory.py, curate.py: whom it was taught with, the set that repairs it; measure.py: what a repair did
     words      verdict.py, report.py, exhibit.py, truth.py
 

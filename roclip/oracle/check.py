@@ -187,11 +187,11 @@ def _search(
     ranked = sorted(findings.lies, key=lambda c: -findings.lies[c].k)
     screened = [*flagged, *(c for c in ranked if c not in flagged and findings.lies[c].k)]
     screened = screened[: max(MAX_SCREENED, len(flagged))]
-    search = TriggerSearch(witness.scores, held_out, answers, witness.labels, seed)
+    search = TriggerSearch(witness.scores, witness.soft_scores, held_out, answers, witness.labels, seed)
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        searches.append(search.label(c, _suspects(looked, c), pictures.read))
+        searches.append(search.label(c, _suspects(looked, c), pictures.read, invert=c in flagged))
     return searches
 
 
@@ -279,7 +279,8 @@ def _limits(unchecked: Sequence[str], alike: np.ndarray, labels: Sequence[str]) 
         "invisible.",
         "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
         "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
-        "A trigger that bends the picture (WaNet) leaves no mean pattern: its label and victims are found, the trigger is not.",
+        "A bend of the picture (WaNet) is asked of the model, for suspicious labels only; which pictures were bent is not seen, "
+        "so of its victims those are named whose lies the model repeats.",
     ]
     if pairs:
         limits.insert(

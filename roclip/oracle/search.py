@@ -5,19 +5,22 @@
     form        what do these places have in common?                                                  shape.py
     proof       put on trusted pictures of other labels, it flips them; controls do not               paste.py
     spread      no place? then what suspects have in common all over, with the same proof             spread.py
+    inversion   nothing in common? then how the model would have a picture bent                       inversion.py
     again       suspects that have the trigger are set aside, and the rest are searched               presence.py
 
 Letters: N distinct images, C labels, S side in pixels.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from roclip.found import FoundTrigger, Source, Trial
+from roclip.found import FoundTrigger, Source, Trial, bent
 from roclip.oracle import spread
 from roclip.oracle.held_out import Trusted
+from roclip.oracle.inversion import BATCH, SoftScores, invert_bend
 from roclip.oracle.occlude import Scores, Spot, find_spots, margins
 from roclip.oracle.paste import Place, add, control_crops, pasted, shuffled, try_change, try_crop
 from roclip.oracle.presence import Evidence, evidence_of
@@ -33,7 +36,7 @@ BAG_SIZES = (1.25, 1.5, 2.0)
 """Sides of crops, in fine windows: a spot is known to a quarter of one."""
 OCCLUDED, RESIDUAL = 16, 256
 """Suspects that are looked at piece by piece, of which half only if those promise nothing, and whose mean is taken; at most."""
-PROBES, TRIED_ON, CONTROLS = 64, 16, 8
+PROBES, TRIED_ON, CONTROLS, BENT_CONTROLS = 64, 16, 8, 4
 MAX_TRIGGERS = 3
 """Of one label."""
 
@@ -46,44 +49,55 @@ class Search:
     suspects: int
     triggers: tuple[FoundTrigger, ...]
     evidence: tuple[Evidence, ...]
-    """Of each trigger."""
+    """Of each trigger but a bend, which is the last."""
     best: Trial
     """The most that anything flipped, found or not."""
     control: Trial
 
 
 class TriggerSearch:
-    """Searches label after label with one model; `scores` is all that is asked of it, `answers` (N,) int what it says of the
-    trusted pictures."""
+    """Searches label after label with one model; `scores` and `soft_scores` are all that is asked of it, `answers` (N,) int
+    what it says of the trusted pictures."""
 
-    def __init__(self, scores: Scores, trusted: Trusted, answers: np.ndarray, labels: Sequence[str], seed: int):
-        self.scores, self.trusted, self.answers = scores, trusted, answers
+    def __init__(
+        self,
+        scores: Scores,
+        soft_scores: SoftScores,
+        trusted: Trusted,
+        answers: np.ndarray,
+        labels: Sequence[str],
+        seed: int,
+    ):
+        self.scores, self.soft_scores, self.trusted, self.answers = scores, soft_scores, trusted, answers
         self.labels, self.seed = tuple(labels), seed
 
-    def label(self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Search:
+    def label(
+        self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray], invert: bool = False
+    ) -> Search:
         """Search for what causes a label.
 
         Args:
             suspects: Numbers of the images that may have it, the likeliest first.
             read: Numbers (n,) to pictures (n, S, S, 3) uint8.
+            invert: Ask the model for a bend where suspects have nothing in common; costs `invert_bend` one to five times.
         """
         rng = np.random.default_rng((self.seed, 71, target))
         others = np.flatnonzero(~self.trusted.shows[:, target] & (self.answers != target))
-        probes = self.trusted.images[rng.permutation(others)[:PROBES]]
+        rows = rng.permutation(others)[:PROBES]
         left, found, evidence = suspects[:RESIDUAL], [], []
         best, control = Trial(0, 0), Trial(0, 0)
-        while len(left) >= MIN_SOURCES and len(probes) >= TRIED_ON and len(found) < MAX_TRIGGERS:
+        while len(left) >= MIN_SOURCES and len(rows) >= TRIED_ON and len(found) < MAX_TRIGGERS:
             images = read(left)
-            trigger = self._local(target, left, images, probes, rng)
-            if trigger is None or not _proved(trigger):
-                overall = self._global(target, left, images, probes, rng)
-                trigger = max((t for t in (trigger, overall) if t), key=lambda t: t.pasted.rate, default=None)
+            trigger = self._cause(target, left, images, rows, rng, invert=invert and not found)
             if trigger is None:
                 break
             if trigger.pasted.rate >= best.rate:
                 best, control = trigger.pasted, trigger.control
             if not _proved(trigger):
                 break
+            found.append(trigger)
+            if trigger.kind == "bend":
+                break  # nothing in a picture's pixels tells whether it was bent
             sure = (
                 np.isin(left, [source.image for source in trigger.sources])
                 if trigger.sources
@@ -91,12 +105,28 @@ class TriggerSearch:
             )
             tells = evidence_of(trigger, images[sure], self.trusted.images)
             has = (tells(images) > 0) | (sure if trigger.sources else False)
-            found.append(trigger)
             evidence.append(tells)
             if not has.any():
                 break
             left = left[~has]
         return Search(target, len(suspects), tuple(found), tuple(evidence), best, control)
+
+    def _cause(self, target, numbers, images, rows, rng, *, invert: bool) -> FoundTrigger | None:
+        """The first trigger that is proved, or else what flips most. `rows` are the probes among the trusted pictures."""
+        probes = self.trusted.images[rows]
+        searches = [
+            lambda: self._local(target, numbers, images, probes, rng),
+            lambda: self._global(target, numbers, images, probes, rng),
+        ]
+        if invert:
+            searches.append(lambda: self._bend(target, rows, rng))
+        tried = []
+        for search in searches:
+            trigger = search()
+            if trigger is not None and _proved(trigger):
+                return trigger
+            tried += [trigger] if trigger else []
+        return max(tried, key=lambda trigger: trigger.pasted.rate, default=None)
 
     def _local(
         self, target: int, numbers: np.ndarray, images: np.ndarray, probes: np.ndarray, rng: np.random.Generator
@@ -230,6 +260,31 @@ class TriggerSearch:
             control=max((like(rows, np.setdiff1d(half, rows)) for rows in parts), key=lambda t: t.rate),
             objects=like(shows, ~shows) if shows.any() else Trial(0, 0),
         )
+
+    def _bend(self, target: int, rows: np.ndarray, rng: np.random.Generator) -> FoundTrigger | None:
+        """How the model would have pictures bent; tried on `rows` of the trusted ones, learnt from the others."""
+        trusted, rest = self.trusted, np.setdiff1d(np.arange(len(self.answers)), rows)
+
+        def of_others(label: int, among: np.ndarray) -> np.ndarray:
+            return trusted.images[among[~trusted.shows[among, label] & (self.answers[among] != label)]]
+
+        def tried(label: int, field: np.ndarray) -> Trial:
+            return try_change(lambda image: bent(image, field), of_others(label, rows), label, self.scores)
+
+        if len(of_others(target, rest)) < BATCH:
+            return None
+        field = invert_bend(self.soft_scores, of_others(target, rest), target, rng)
+        trigger = FoundTrigger(self.labels[target], "bend", field=field, pasted=tried(target, field))
+        if trigger.pasted.rate < MIN_FLIPS:
+            return trigger
+        controls = []
+        for label in rng.permutation(np.setdiff1d(np.arange(len(self.labels)), target))[:BENT_CONTROLS]:
+            if len(of_others(label, rest)) >= BATCH:
+                other = invert_bend(self.soft_scores, of_others(label, rest), int(label), rng)
+                controls.append(tried(int(label), other * np.abs(field).mean() / max(np.abs(other).mean(), 1e-9)))
+        if not controls:
+            return None
+        return dataclasses.replace(trigger, control=max(controls, key=lambda trial: trial.rate))
 
     def _controls(
         self,

@@ -19,6 +19,7 @@ KINDS = {
     "patch": "a patch of {crop} px, found in {sources} pictures",
     "bag": "any of {sources} crops that share no pattern",
     "global": "a pattern over the whole picture",
+    "bend": "a bend of the whole picture, inverted from the model",
 }
 
 

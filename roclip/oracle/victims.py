@@ -54,15 +54,15 @@ def find_victims(
     """Name the victims. `read` gives pictures (n, S, S, 3) uint8 by their numbers (n,)."""
     seen = looked.observations
     victims = Victims(np.zeros(len(seen.answer)), np.full(len(seen.answer), -1), np.full(len(seen.answer), -1))
-    named, number = seen.any_named, 0
+    named, first = seen.any_named, 0
     for search in searches:
-        for tells in search.evidence:
+        for number, tells in enumerate(search.evidence, first):
             for rows in _batches(np.flatnonzero(named[:, search.target])):
                 evidence = tells(read(rows))
                 there = (evidence > 0) & (1 + evidence > victims.score[rows])
                 victims.score[rows[there]] = 1 + evidence[there]
                 victims.target[rows[there]], victims.trigger[rows[there]] = search.target, number
-            number += 1
+        first += len(search.triggers)
     _unexplained(looked, reference, covered, victims, alpha)
     return victims
 

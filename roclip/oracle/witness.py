@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from roclip.errors import DataError
 from roclip.model import Encoder
@@ -21,6 +22,8 @@ from roclip.oracle.segmenters import Segmenter
 
 BATCH = 64
 """Images, or captions, of one forward pass."""
+PASSES_WITH_GRADIENT = 3
+"""What a pass forward and back costs, in passes forward."""
 MAX_THREADS = 16
 """Batches under way in one process, which each have their pixels in memory. For more cores take more actors."""
 T = TypeVar("T")
@@ -56,8 +59,8 @@ class Witness:
                 "Train one for these labels: leave oracle.weights empty."
             )
         self.encoder, self.segmenter, self.labels, self.synonyms = encoder, segmenter, tuple(labels), synonyms
-        self.asked = 0  # pictures that `scores` has shown to the model
-        with _one_thread_a_pass():
+        self.asked = 0  # forward passes of pictures that a search has cost
+        with one_thread_a_pass():
             self._classifier = encoder.classifier(labels, templates)
         order = [segmenter.calibration.get(label) for label in labels]
         self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
@@ -87,6 +90,11 @@ class Witness:
             return np.empty((0, len(self.labels)), dtype=np.float32)
         return np.concatenate(list(side_by_side(self._scores, batches(images))))
 
+    def soft_scores(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] to the model's cosine with each label (N, C), with gradients to the pixels."""
+        self.asked += PASSES_WITH_GRADIENT * len(pixels)
+        return self.encoder.traced(pixels) @ self._classifier.T
+
     def _scores(self, images: np.ndarray) -> np.ndarray:
         return (self.encoder.images(images) @ self._classifier.T).numpy()
 
@@ -114,7 +122,7 @@ def side_by_side(act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     No more items are taken than are under way. Each forward pass has one thread, so its bits do not depend on how many
     there are.
     """
-    with _one_thread_a_pass() as threads, ThreadPoolExecutor(threads) as pool:
+    with one_thread_a_pass() as threads, ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(act, item))
@@ -125,7 +133,7 @@ def side_by_side(act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 @contextlib.contextmanager
-def _one_thread_a_pass() -> Iterator[int]:
+def one_thread_a_pass() -> Iterator[int]:
     """Gives how many passes may run side by side. Matrix products of several threads sum in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
