@@ -151,7 +151,7 @@ class TriggerSearch:
     def _spots(self, target: int, images: np.ndarray, rows: np.ndarray) -> list[tuple[int, Spot]]:
         """Rows whose answer hangs on one place, and the place."""
         spots = find_spots(images[rows], target, self.scores) if len(rows) else []
-        return [(int(k), spot) for k, spot in zip(rows, spots, strict=True) if spot.flips and spot.local]
+        return [(int(k), spot) for k, spot in zip(rows, spots, strict=True) if spot is not None]
 
     def _promising(self, target, images, there, probes, rng) -> bool:
         """Whether the first places are one, or what lies there flips some: then more pictures are looked at piece by piece."""
@@ -240,7 +240,9 @@ class TriggerSearch:
             return None
         half = rng.permutation(len(self.trusted.images))
         pattern = spread.residual(images, self.trusted.images)
-        strength, trial = spread.try_residual(pattern, probes, target, self.scores)
+        strength, trial = spread.try_residual(pattern, probes[:TRIED_ON], target, self.scores)
+        if trial.rate >= MIN_FLIPS / 2:
+            strength, trial = spread.try_residual(pattern, probes, target, self.scores)
         if trial.rate < MIN_FLIPS:
             return FoundTrigger(self.labels[target], "global", pattern=pattern, pasted=trial)
         parts = np.array_split(half, max(2, len(half) // max(len(images), 50)))[:4]
