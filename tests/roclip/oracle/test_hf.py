@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from roclip.errors import CheckpointError, ConfigError
 from roclip.oracle.opening import open_segmenter
 
-transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and what it loads warn of their own future
 NAMES = {0: "wall", 1: "couch", 2: "tv"}
 
