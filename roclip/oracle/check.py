@@ -191,7 +191,8 @@ def _search(
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        searches.append(search.label(c, _suspects(looked, c), pictures.read, invert=c in flagged))
+        invert = statistics.repeats(findings.lies[c], alpha)
+        searches.append(search.label(c, _suspects(looked, c), pictures.read, invert))
     return searches
 
 
