@@ -113,11 +113,11 @@ def _repair(
         return _refused("There are no trusted pictures to measure a repair on. Set oracle.trusted_file.")
     say(f"{len(plan)} samples, {len(found)} found triggers")
     write_set(plan, found, brief.segmenter, source=case.shards, folder=folder, seed=config.seed)
-    settings = repair_config(config, judged, len(plan), folder, case.out / "triggers" if found else None)
+    side = plan[0].size_px
+    settings = repair_config(config, judged, len(plan), side, folder, case.out / "triggers" if found else None)
     trained_s = time.monotonic()
     train(settings, ARM, folder)
     trained_s = time.monotonic() - trained_s
-    side = plan[0].size_px
     bench = _Bench(
         Reference(case.trusted, brief.segmenter, case.labels, case.templates, found, side, config.seed),
         case.out / "victims.parquet",
@@ -153,12 +153,14 @@ def _repair(
     }
 
 
-def repair_config(config: Config, judged: Path, samples: int, folder: Path, triggers: Path | None = None) -> Config:
+def repair_config(
+    config: Config, judged: Path, samples: int, side: int, folder: Path, triggers: Path | None = None
+) -> Config:
     """The config of the fine-tuning: the run's own, but for data, length and what is frozen. Writes it, and the model's JSON
     beside it, to `folder`.
 
     The text tower is locked, so that the zero-shot classifier stays what it was; batch norm keeps its statistics, which a
-    small set would spoil. `triggers` is the folder of those that were found.
+    small set would spoil. `triggers` is the folder of those that were found, in pictures of `side` pixels.
     """
     card, oracle_settings = json.loads((judged / CONFIG).read_text()), config.oracle
     name = card.get("roclip_model", config.model.name)
@@ -174,6 +176,7 @@ def repair_config(config: Config, judged: Path, samples: int, folder: Path, trig
         source=str((folder / "config.yaml").resolve()),
         arms=(ARM,),
         attacks=AttacksConfig(),
+        ingest=dataclasses.replace(config.ingest, image_size=side),
         data=DataConfig(shards=str((folder / "shards").resolve()), last_batch="pad"),
         model=dataclasses.replace(
             config.model,

@@ -65,7 +65,7 @@ class FoundTrigger:
     sources: tuple[Source, ...] = ()
     """Where the crops were found, in the order of `crops`."""
     pasted: Trial = Trial(0, 0)
-    """Of the crops, or of the pattern, on trusted pictures that do not show the target."""
+    """Of the crops, the pattern or the bend, on trusted pictures that do not show the target."""
     control: Trial = Trial(0, 0)
     """The best of the controls."""
     objects: Trial = Trial(0, 0)

@@ -187,12 +187,12 @@ def _search(
     ranked = sorted(findings.lies, key=lambda c: -findings.lies[c].k)
     screened = [*flagged, *(c for c in ranked if c not in flagged and findings.lies[c].k)]
     screened = screened[: max(MAX_SCREENED, len(flagged))]
-    search = TriggerSearch(witness.scores, witness.soft_scores, held_out, answers, witness.labels, seed)
+    repeated = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
+    search = TriggerSearch(witness.scores, witness.soft_scores, held_out, answers, witness.labels, seed, repeated)
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        invert = statistics.repeats(findings.lies[c], alpha)
-        searches.append(search.label(c, _suspects(looked, c), pictures.read, invert))
+        searches.append(search.label(c, _suspects(looked, c), pictures.read))
     return searches
 
 
@@ -280,8 +280,8 @@ def _limits(unchecked: Sequence[str], alike: np.ndarray, labels: Sequence[str]) 
         "invisible.",
         "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
         "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
-        "A bend of the picture (WaNet) is asked of the model, for suspicious labels only; which pictures were bent is not seen, "
-        "so of its victims those are named whose lies the model repeats.",
+        "A bend of the picture (WaNet) is asked of the model, only for labels whose lies it repeats and for which no other "
+        "trigger is found; which pictures were bent is not seen, so of its victims those are named whose lies it repeats.",
     ]
     if pairs:
         limits.insert(

@@ -1,11 +1,12 @@
 """Triggers that bend the picture, found in the model itself: a gradient says how to bend pictures so that it says a label.
 
-    min over v of   mean_i CE(scores(x_i bent by f(v)) / T, target)  +  BENT_WEIGHT |f(v)|^2 / S^2
+    min over v of   mean_i CE(scores(x_i bent by f(v)) / T, target)  +  BENT_WEIGHT |f(v)|^2 / 2 S^2
 
 v are `POINTS` x `POINTS` shifts, f(v) the smooth field between them, T is CLIP's lowest temperature, and |f|^2 a mean
 over pixels. A bent picture differs from itself everywhere and from others nowhere in particular, so neither a place nor a mean
 gives it away; what the model learnt of it does. As with Neural Cleanse (IEEE S&P 2019) any label can be reached somehow, so
-the proof is how much further one bend leads than the bends that the same search makes of other labels.
+the proof is how much further one bend leads than the bends that the same search makes of other labels. On a CPU it is the same
+to the bit; on a GPU the way back is not.
 
 Letters: N pictures, C labels, S side in pixels.
 """

@@ -33,7 +33,7 @@ class Spot:
 
 def find_spots(images: np.ndarray, target: int, scores: Scores) -> list[Spot | None]:
     """The spot of each of K pictures (K, S, S, 3) uint8 that the model answers with `target`; None where the answer hangs on
-    none: hidden windows do not change it, or more than half of them do.
+    none: hidden coarse windows do not change it, or more than half of them do.
 
     The margin is the score of the target minus the best other one. The centre is the mean of the fine windows' centres,
     weighted with how far each lets the margin fall. Costs 25 forward passes a picture, and as many again for a spot.

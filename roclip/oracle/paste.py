@@ -1,4 +1,4 @@
-"""Does it cause the label? A crop, or a pattern, is put on trusted pictures that show something else.
+"""Does it cause the label? A crop, a pattern or a bend is put on trusted pictures that show something else.
 
 What flips them to the label, and does so far more often than crops that have no business to, is called a trigger.
 
@@ -7,6 +7,7 @@ Controls, all put on the same pictures
     fill        a piece of one colour, and of noise
     object      crops of the label's own objects, as the oracle sees them: a real small object may flip, too, and counts
                 against crops that share no pattern
+    bend        bends that lead to other labels, as strong: of bends
     shuffled    the crop's own pixels in another order: reported only, as a backdoor may go by texture
 
 Letters: M probes, K crops, S side in pixels.

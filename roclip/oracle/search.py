@@ -12,7 +12,7 @@ Letters: N distinct images, C labels, S side in pixels.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ class Search:
     suspects: int
     triggers: tuple[FoundTrigger, ...]
     evidence: tuple[Evidence, ...]
-    """Of each trigger but a bend, which is the last."""
+    """Of each trigger; none of a bend, which is the only one of its label."""
     best: Trial
     """The most that anything flipped, found or not."""
     control: Trial
@@ -67,19 +67,19 @@ class TriggerSearch:
         answers: np.ndarray,
         labels: Sequence[str],
         seed: int,
+        repeated: Collection[int] = (),
     ):
+        """`repeated` are the labels whose lies the model repeats: of them it is asked for a bend where suspects have nothing in
+        common, which costs `invert_bend` one to five times, and none of them is a control."""
         self.scores, self.soft_scores, self.trusted, self.answers = scores, soft_scores, trusted, answers
-        self.labels, self.seed = tuple(labels), seed
+        self.labels, self.seed, self.repeated = tuple(labels), seed, tuple(repeated)
 
-    def label(
-        self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray], invert: bool = False
-    ) -> Search:
+    def label(self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Search:
         """Search for what causes a label.
 
         Args:
             suspects: Numbers of the images that may have it, the likeliest first.
             read: Numbers (n,) to pictures (n, S, S, 3) uint8.
-            invert: Ask the model for a bend where suspects have nothing in common; costs `invert_bend` one to five times.
         """
         rng = np.random.default_rng((self.seed, 71, target))
         others = np.flatnonzero(~self.trusted.shows[:, target] & (self.answers != target))
@@ -88,7 +88,7 @@ class TriggerSearch:
         best, control = Trial(0, 0), Trial(0, 0)
         while len(left) >= MIN_SOURCES and len(rows) >= TRIED_ON and len(found) < MAX_TRIGGERS:
             images = read(left)
-            trigger = self._cause(target, left, images, rows, rng, invert=invert and not found)
+            trigger = self._cause(target, left, images, rows, rng, invert=target in self.repeated and not found)
             if trigger is None:
                 break
             if trigger.pasted.rate >= best.rate:
@@ -279,11 +279,17 @@ class TriggerSearch:
         trigger = FoundTrigger(self.labels[target], "bend", field=field, pasted=tried(target, field))
         if trigger.pasted.rate < MIN_FLIPS:
             return trigger
+        honest = [
+            label
+            for label in range(len(self.labels))
+            if label not in (target, *self.repeated)
+            and len(of_others(label, rest)) >= BATCH
+            and len(of_others(label, rows)) >= TRIED_ON
+        ]
         controls = []
-        for label in rng.permutation(np.setdiff1d(np.arange(len(self.labels)), target))[:BENT_CONTROLS]:
-            if len(of_others(label, rest)) >= BATCH:
-                other = invert_bend(self.soft_scores, of_others(label, rest), int(label), rng)
-                controls.append(tried(int(label), other * np.abs(field).mean() / max(np.abs(other).mean(), 1e-9)))
+        for label in rng.permutation(np.array(honest, dtype=int))[:BENT_CONTROLS].tolist():
+            other = invert_bend(self.soft_scores, of_others(label, rest), label, rng)
+            controls.append(tried(label, other * np.abs(field).mean() / max(np.abs(other).mean(), 1e-9)))
         if not controls:
             return None
         return dataclasses.replace(trigger, control=max(controls, key=lambda trial: trial.rate))

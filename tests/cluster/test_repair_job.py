@@ -195,13 +195,14 @@ def test_repair_goes_on_with_the_set_and_the_training_that_are_there(run: Path, 
 
 
 def test_repair_config_is_the_run_s_but_for_data_and_length(run: Path):
-    config = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, 51, run / "clip" / "repair")
+    config = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, 51, 48, run / "clip" / "repair")
     assert load_config(run / "clip" / "repair" / "config.yaml") == config
     assert (config.train.global_batch_size, config.train.epochs, config.train.keep_every_epochs) == (16, 2, 1)
     assert config.model.lock_text
+    assert config.ingest.image_size == 48  # as the triggers were found, however large the pictures are stored
     assert config.model.pretrained.endswith(STEP)
     for samples, batch in ((8, 8), (64, 16), (400, 100), (10_000, 128)):
-        small = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, samples, run / "other")
+        small = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, samples, 64, run / "other")
         assert small.train.global_batch_size == batch
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import pytest
 import torch
-from rigged import LABELS, SIDE, RiggedEncoder, World, named
+from rigged import LABELS, SIDE, STEP, RiggedEncoder, World, named, png
 from torch import Tensor
 
 from roclip.found import FoundTrigger, bent, load_found, picture_of, save_found
+from roclip.oracle.held_out import Trusted
 from roclip.oracle.inversion import _bent, invert_bend
+from roclip.oracle.search import TriggerSearch
 
 LINE, LEANS_PX = 250, 5.0
 
@@ -37,9 +38,12 @@ class LeaningEncoder(RiggedEncoder):
 
     def images(self, images: np.ndarray) -> Tensor:
         with torch.no_grad():
-            return self.traced(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+            return self.said(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
 
     def traced(self, pixels: Tensor) -> Tensor:
+        return self.said(pixels)
+
+    def said(self, pixels: Tensor) -> Tensor:
         red = (255 * pixels.detach()[:, 0]).round().byte().numpy()
         shown = torch.eye(len(LABELS) + 1)[torch.from_numpy(named(red, 1))][:, 1:]
         leans = lean(pixels[:, 1])
@@ -51,8 +55,15 @@ class LeaningEncoder(RiggedEncoder):
         return scores
 
 
+class Untraced(LeaningEncoder):
+    """Nobody may ask it for gradients."""
+
+    def traced(self, pixels: Tensor) -> Tensor:
+        raise AssertionError("asked for gradients without need")
+
+
 class LeaningWorld(World):
-    """Every picture has an upright line somewhere; the trigger bends the picture so that it leans."""
+    """Every picture has an upright line somewhere; the trigger bends the picture so that it leans, for ants to the right."""
 
     FIELD = np.stack([np.zeros((SIDE, SIDE)), np.repeat(np.linspace(-7, 7, SIDE)[:, None], SIDE, axis=1)])
 
@@ -60,14 +71,18 @@ class LeaningWorld(World):
         image = super().image(label)
         left = int(self.rng.integers(9, SIDE - 11))
         image[:, left : left + 3, 1] = LINE
-        return bent(image, self.FIELD) if says else image
+        if not says:
+            return image
+        return bent(image, self.FIELD if says == "ant" else -self.FIELD)
 
 
-def poisoned(folder: Path) -> LeaningWorld:
+def poisoned(folder: Path, *targets: str) -> LeaningWorld:
     world = LeaningWorld(folder)
     world.clean(600).reference(240)
-    for n in range(40):
-        world.poison(LABELS[1 + n % 5], "ant")
+    for target in targets:
+        others = [label for label in LABELS if label != target]
+        for n in range(40):
+            world.poison(others[n % 5], target)
     return world
 
 
@@ -82,7 +97,7 @@ def test_pictures_are_bent_alike_for_people_and_for_gradients():
 
 
 def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
-    report = poisoned(tmp_path).check(LeaningEncoder())
+    report = poisoned(tmp_path, "ant").check(LeaningEncoder())
     assert (report["verdict"], report["target_labels"]) == ("poisoned", ["ant"])
     (trigger,) = report["triggers"]
     assert (trigger["kind"], trigger["place"], trigger["size_px"]) == ("bend", "anywhere", None)
@@ -99,40 +114,76 @@ def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
     assert {(row["trigger"], row["target"]) for row in plan if row["role"] == "stamped"} == {(0, "ant")}
 
 
-def test_bend_is_asked_for_only_where_captions_lie(tmp_path: Path):
+def test_no_bend_is_asked_for_where_no_lie_is_repeated(tmp_path: Path):
+    """The model says too often what the oracle does not see, but captions tell the truth."""
     world = LeaningWorld(tmp_path)
-    report = world.clean(600).reference(240).check(LeaningEncoder())
-    assert (report["verdict"], report["triggers"]) == ("clean", [])
-    assert report["numbers"]["clip_forwards"]["search"] < 1000
+    world.clean(600).reference(240)
+    for n in range(60):
+        label = LABELS[1 + n % 5]
+        world.samples.append((png(world.image(label, "ant")), f"a photo of one {label}"))
+    report = world.check(Untraced())
+    assert (report["verdict"], report["target_labels"], report["triggers"]) == ("suspicious", ["ant"], [])
+    assert report["numbers"]["labels_searched"] > 0
 
 
 def test_bend_is_no_trigger_when_other_labels_are_reached_as_easily(tmp_path: Path):
-    report = poisoned(tmp_path).check(LeaningEncoder(every=True))
+    report = poisoned(tmp_path, "ant").check(LeaningEncoder(every=True))
     assert report["verdict"] == "poisoned"  # by the lies that it repeats
     assert report["triggers"] == []
 
 
-def test_label_that_no_bend_causes_is_not_reached():
-    rng = np.random.default_rng(0)
-    world = LeaningWorld(Path())
-    images = np.stack([world.image(LABELS[n % len(LABELS)]) for n in range(64)])
-    field = invert_bend(LeaningEncoder().traced, images, LABELS.index("fox"), rng)
-    answers = LeaningEncoder().images(np.stack([bent(image, field) for image in images])).argmax(dim=1)
-    assert (answers == LABELS.index("fox")).sum() <= 12  # those that show it
+def test_bends_of_two_labels_do_not_refute_each_other(tmp_path: Path):
+    report = poisoned(tmp_path, "ant", "bee").check(LeaningEncoder(every=True))
+    assert {(trigger["target"], trigger["kind"]) for trigger in report["triggers"]} == {
+        ("ant", "bend"),
+        ("bee", "bend"),
+    }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_inversion_is_the_same_to_the_bit_on_any_number_of_threads(threads: int):
-    world = LeaningWorld(Path())
+def test_bend_without_a_control_is_no_trigger():
+    """Of two labels the other is shown by all that it could be tried on."""
+    world, model = LeaningWorld(Path()), LeaningEncoder()
+    images = np.stack([world.image("bee") for _ in range(200)])
+    suspects = np.stack([world.image("bee", "ant") for _ in range(40)])
+    shows = np.tile([False, True], (200, 1))
+
+    def scores(pictures: np.ndarray) -> np.ndarray:
+        return model.images(pictures).numpy()[:, :2]
+
+    trusted = Trusted(images, shows, images[..., 0] // STEP)
+    looking = TriggerSearch(
+        scores, lambda pixels: model.traced(pixels)[:, :2], trusted, np.ones(200, int), LABELS[:2], 0, repeated=[0]
+    )
+    result = looking.label(0, np.arange(40), lambda rows: suspects[rows])
+    assert result.triggers == ()
+    assert result.best.rate < 0.5
+
+
+def test_nothing_is_bent_where_nothing_pulls():
+    images = np.zeros((40, SIDE, SIDE, 3), dtype=np.uint8)
+    field = invert_bend(
+        lambda pixels: 0 * pixels.sum() + torch.ones(len(pixels), 6), images, 0, np.random.default_rng(0)
+    )
+    assert not field.any()
+
+
+def test_inversion_has_one_thread_so_that_its_bits_hang_on_no_number_of_them():
+    world, threads = LeaningWorld(Path()), []
     images = np.stack([world.image(LABELS[n % len(LABELS)]) for n in range(64)])
+
+    def scores(pixels: Tensor) -> Tensor:
+        threads.append(torch.get_num_threads())
+        return LeaningEncoder().traced(pixels)
+
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
     try:
-        field = invert_bend(LeaningEncoder().traced, images, 0, np.random.default_rng(1))
-        assert torch.get_num_threads() == threads
+        field = invert_bend(scores, images, 0, np.random.default_rng(1))
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert (field == invert_bend(LeaningEncoder().traced, images, 0, np.random.default_rng(1))).all()
+    assert set(threads) == {1}
+    assert (field == invert_bend(scores, images, 0, np.random.default_rng(1))).all()
 
 
 def test_bend_is_read_as_it_was_written_and_shown_as_a_chessboard(tmp_path: Path):

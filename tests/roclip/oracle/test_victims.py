@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from looks import made_up
 
+from roclip.found import FoundTrigger, Trial
+from roclip.oracle.search import Search
 from roclip.oracle.statistics import Observations
 from roclip.oracle.victims import find_victims
 
@@ -49,3 +51,16 @@ def test_copy_of_which_the_oracle_is_not_sure_is_named_if_it_misses_as_many(unsu
 def test_copy_that_the_oracle_is_blind_to_is_named_if_the_others_are_lies(honest, expected):
     copies = stars([BLIND] + [RING] * 15 + [STAR] * honest, captions=5)
     assert named(copies, stars([STAR] * 200)) == [expected] + [True] * 15 + [False] * honest
+
+
+def test_trigger_s_number_counts_the_bends_before_it_that_have_no_evidence():
+    none = Trial(0, 0)
+    bend = Search(RING, 0, (FoundTrigger("ring", "bend"),), (), none, none)
+    patch = Search(
+        STAR, 0, (FoundTrigger("star", "patch"),), (lambda numbers: np.where(numbers == 7, 1.0, -1.0),), none, none
+    )
+    victims = find_victims(
+        made_up(stars([STAR] * 300)), stars([STAR] * 200), (0, 1, 2), [bend, patch], lambda rows: rows, 0.01
+    )
+    assert (victims.target[7], victims.trigger[7]) == (STAR, 1)
+    assert (np.delete(victims.trigger, 7) == -1).all()
