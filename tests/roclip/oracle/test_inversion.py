@@ -143,16 +143,16 @@ def test_bends_of_two_labels_do_not_refute_each_other(tmp_path: Path):
 def test_bend_without_a_control_is_no_trigger():
     """Of two labels the other is shown by all that it could be tried on."""
     world, model = LeaningWorld(Path()), LeaningEncoder()
-    images = np.stack([world.image("bee") for _ in range(200)])
+    images = np.stack([world.image(label) for label in ["bee"] * 200 + ["ant"] * 60])
     suspects = np.stack([world.image("bee", "ant") for _ in range(40)])
-    shows = np.tile([False, True], (200, 1))
+    shows = np.repeat([[False, True], [True, False]], [200, 60], axis=0)
 
     def scores(pictures: np.ndarray) -> np.ndarray:
         return model.images(pictures).numpy()[:, :2]
 
-    trusted = Trusted(images, shows, images[..., 0] // STEP)
+    trusted, answers = Trusted(images, shows, images[..., 0] // STEP), scores(images).argmax(axis=1)
     looking = TriggerSearch(
-        scores, lambda pixels: model.traced(pixels)[:, :2], trusted, np.ones(200, int), LABELS[:2], 0, repeated=[0]
+        scores, lambda pixels: model.traced(pixels)[:, :2], trusted, answers, LABELS[:2], 0, repeated=[0]
     )
     result = looking.label(0, np.arange(40), lambda rows: suspects[rows])
     assert result.triggers == ()
