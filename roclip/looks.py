@@ -20,6 +20,8 @@ _MOST = 0.3
 """Share of a block's gradient that one angle of a cell may have: a loud patch does not drown the rest."""
 _FAINT = 4.0
 """Gradient, in grey levels, below which a block counts as even."""
+_NOTHING = 1e-6
+"""Variance of a direction in which images do not differ. Which directions these are is up to rounding, so they count nothing."""
 PARTS = (3 * THUMBNAIL_PX**2, 4 * (_CELLS - 1) ** 2 * _ANGLES)
 """Numbers of an impression that are colours, and those that are outlines: F = 768 + 288."""
 
@@ -87,8 +89,9 @@ class Looks:
         blocks = []
         for part, width in zip(impressions.split(PARTS, dim=1), self.widths, strict=True):
             values, vectors = torch.linalg.eigh(torch.cov(part.T.double()))
-            values = values[-width:].clamp(min=1e-6)
-            blocks.append((vectors[:, -width:] * values.pow(-0.25)).float())
+            values, vectors = values[-width:], vectors[:, -width:]
+            weights = torch.where(values > _NOTHING, values.clamp(min=_NOTHING).pow(-0.25), 0)
+            blocks.append((vectors * weights).float())
         self.directions = torch.block_diag(*blocks).contiguous()
 
     def __call__(self, impressions: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def passes(scout: Scout, images: torch.Tensor, suspicion: torch.Tensor, number: 
 
 def test_a_shared_trigger_is_found_from_judgements_that_are_often_wrong():
     scout = Scout(32)
-    for seed in range(40):
+    for seed in range(60):
         images, triggered, suspicion = world(seed)
         answers = passes(scout, images, suspicion, 1)
     assert auroc(suspicion.numpy(), triggered.numpy()) < 0.8

@@ -127,6 +127,19 @@ def test_looks_span_the_leading_directions():
     assert not looks.directions[: PARTS[0], 3:].any()
 
 
+def test_directions_in_which_no_image_differs_count_nothing():
+    """Which ones they are is up to rounding: other processors would give other looks."""
+    images, _, _, _ = world()
+    seen = impressions(images)
+    seen = torch.cat([seen, seen[:3].mean(dim=0, keepdim=True).expand(100, -1)])  # few images, so few directions
+    looks = Looks(widths=(32, 64))
+    looks.fit(seen[[0, 1, 2, *range(len(images), len(seen))]])
+    used = (looks.directions != 0).any(dim=0)
+    assert 0 < used.sum() <= 2 * 2
+    assert looks.directions.abs().max() < 1e-6**-0.25
+    assert torch.isfinite(looks(seen)).all()
+
+
 def test_looks_tell_outlines_apart_whatever_the_colours_and_a_small_patch_changes_little():
     generator = torch.Generator().manual_seed(0)
     across = torch.arange(32) % 16 < 8
