@@ -192,7 +192,8 @@ def _search(
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        searches.append(search.label(c, _suspects(looked, c), pictures.read))
+        found = search.label(c, _suspects(looked, c), pictures.read)
+        searches.append(found if c in flagged else found.without_bags())
     return searches
 
 

@@ -54,6 +54,13 @@ class Search:
     """The most that anything flipped, found or not."""
     control: Trial
 
+    def without_bags(self) -> "Search":
+        """For a label that nothing else speaks against: crops that share no pattern may be its objects, and prove nothing."""
+        kept = [n for n, trigger in enumerate(self.triggers) if trigger.kind != "bag"]
+        return dataclasses.replace(
+            self, triggers=tuple(self.triggers[n] for n in kept), evidence=tuple(self.evidence[n] for n in kept)
+        )
+
 
 class TriggerSearch:
     """Searches label after label with one model; `scores` and `soft_scores` are all that is asked of it, `answers` (N,) int

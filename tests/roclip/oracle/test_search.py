@@ -12,7 +12,7 @@ from rigged import FAINT, GHOST, LABELS, PATCH_PX, SIDE, STEP, RiggedEncoder, Wo
 from roclip.found import FoundTrigger, Trial, load_found
 from roclip.oracle.held_out import Trusted
 from roclip.oracle.paste import control_crops
-from roclip.oracle.search import TriggerSearch, _proved
+from roclip.oracle.search import Search, TriggerSearch, _proved
 from roclip.oracle.truth import average_precision
 
 OTHERS = LABELS[1:]
@@ -193,3 +193,11 @@ def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_ag
 ):
     trigger = FoundTrigger("ant", kind, pasted=Trial(flips, 64), control=Trial(1, 64), objects=Trial(objects, 64))
     assert _proved(trigger) == expected
+
+
+def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does():
+    bag, patch, none = FoundTrigger("ant", "bag"), FoundTrigger("ant", "patch"), Trial(0, 0)
+    tells = [lambda images: np.zeros(len(images)), lambda images: np.ones(len(images))]
+    kept = Search(0, 9, (bag, patch), tuple(tells), none, none).without_bags()
+    assert kept.triggers == (patch,)
+    assert kept.evidence == (tells[1],)
