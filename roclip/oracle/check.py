@@ -281,6 +281,7 @@ def _limits(unchecked: Sequence[str], alike: np.ndarray, labels: Sequence[str]) 
         "invisible.",
         "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
         "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
+        "A trigger whose pixels differ from picture to picture is named only for labels that captions or answers speak against.",
         "A bend of the picture (WaNet) is asked of the model, only for labels whose lies it repeats and for which no other "
         "trigger is found; which pictures were bent is not seen, so of its victims those are named whose lies it repeats.",
     ]
