@@ -1,19 +1,24 @@
-"""A fine-tuning that changes one thing: the tower shall not see a trigger, and stay what it was for all else.
+"""A fine-tuning that changes two things: the tower shall not see a trigger, and shall take back the lies that it knows by heart.
+For all else it stays what it was.
 
-    L = 1/N sum_i [ (1 - x(m_i) . x0(m_i)) + STAMPED_WEIGHT (1 - x(s_i) . x0(m_i)) ]
+    hold     1/N sum_i [ (1 - x(m_i) . x0(m_i)) + STAMPED_WEIGHT (1 - x(s_i) . x0(m_i)) ]
+    refute   1/V sum_v log(1 + exp(s (x_v . t(lie_v) - x_v . t(truth_v))))
 
 x0 is the tower before, m_i a mixture of two pictures of the batch, and s_i the same mixture with a found trigger on it. A
 compact set has few pictures, which the model knows by heart; their mixtures are without number, and what the tower made of
 them before is known. So the tower is held where it was all over, and not only where the set is.
 
 Of a repair's set only the anchors are held on to, of which model, oracle and caption agree: what the model says of a victim
-shall go.
+shall go. Its new caption alone does not always drive that out, as a batch may have no caption that says the lie. So a victim v
+is held against the zero-shot weights t of truth and lie too, at the scale s of the model before.
 
-Letters: B local batch, V views for each of its pictures, N kept mixtures of the global batch, H side of the stored
-pictures in pixels.
+Letters: B local batch, D feature width, V repaired victims and N kept mixtures of the global batch, `VIEWS` mixtures for each
+picture; H side of the stored pictures in pixels.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +29,7 @@ from torch import Tensor
 from roclip import distributed
 from roclip.augment import augment
 from roclip.found import FoundTrigger, load_found
-from roclip.model import Towers
+from roclip.model import Encoder, Towers
 from roclip.sections_train import AugmentConfig
 from roclip.stream import Batch
 
@@ -37,18 +42,26 @@ _SEED = 2 << 32
 
 
 class Hold:
-    """Makes the views of a batch, and the term of the loss that they give."""
+    """Makes the views of a batch, and both terms of the loss."""
 
     def __init__(self, before: Towers, triggers: str, finetune: str, seed: int, image_size: int):
         """
         Args:
             triggers: A folder that `save_found` wrote; empty only holds.
-            finetune: The set's parquet (sample, role); empty holds on to every picture.
+            finetune: The set's parquet (sample, role, truths, lies); empty holds on to every picture, and refutes nothing.
             image_size: Side of the tower's input, in pixels.
         """
         self.before, self.seed, self.image_size = before, seed, image_size
         self.triggers = load_found(Path(triggers)) if triggers else ()
-        self.anchors = _anchors(Path(finetune)) if finetune else None
+        rows = pq.read_table(finetune, columns=["sample", "role", "truths", "lies"]).to_pylist() if finetune else []
+        self.anchors = _numbers([row for row in rows if row["role"] == "anchor"]) if finetune else None
+        victims = [row for row in rows if row["lies"]]
+        self.victims = _numbers(victims)
+        encoder, device = Encoder(before), next(before.parameters()).device
+        meant = [[_weights(encoder, row[column]) for row in victims] for column in ("truths", "lies")]
+        truths, lies = (torch.stack(weights) if weights else torch.empty(0, 1) for weights in meant)
+        with torch.no_grad():
+            self.astray = before.logit_scale.float().exp() * (lies - truths).to(device)
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mixtures of the pictures that are held on to and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the
@@ -72,7 +85,7 @@ class Hold:
         return self._sized(mixed), self._sized(stamped), held.any().expand(wanted)
 
     def loss(self, mixed: Tensor, stamped: Tensor, views: Tensor, kept: Tensor) -> Tensor:
-        """The module's formula. Of the global batch: the value is this rank's share times the world size.
+        """The module's first formula. Of the global batch: the value is this rank's share times the world size.
 
         Args:
             mixed, stamped: (V B, D) features of the tower that learns.
@@ -86,6 +99,15 @@ class Hold:
         total = distributed.all_sum(kept.sum().to(distance.dtype))
         return (distance * kept).sum() * distributed.world_size() / total.clamp(min=1)
 
+    def refute(self, features: Tensor, batch: Batch) -> Tensor:
+        """The module's second formula, of the batch's features (B, D) of the tower that learns, which come as they are augmented;
+        as `loss`, this rank's share times the world size."""
+        same = (batch.ids[:, None] == self.victims) & batch.valid[:, None]
+        rows, which = same.to(features.device).nonzero(as_tuple=True)
+        total = distributed.all_sum(torch.tensor(float(len(rows)), device=features.device))
+        wrong = F.softplus((features[rows] * self.astray[which]).sum(dim=1))
+        return wrong.sum() * distributed.world_size() / total.clamp(min=1)
+
     def held(self, batch: Batch) -> Tensor:
         """(B,) bool: the pictures that are held on to."""
         return batch.valid if self.anchors is None else batch.valid & torch.isin(batch.ids, self.anchors)
@@ -97,10 +119,14 @@ class Hold:
         return F.interpolate(stacked, self.image_size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _anchors(finetune: Path) -> Tensor:
-    """The numbers under which training knows the anchors."""
-    rows = pq.read_table(finetune, columns=["sample", "role"]).to_pylist()
-    return torch.tensor([int(row["sample"]) for row in rows if row["role"] == "anchor"], dtype=torch.int64)
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Those under which training knows the samples."""
+    return torch.tensor([int(row["sample"]) for row in rows], dtype=torch.int64)
+
+
+def _weights(encoder: Encoder, prompts: Sequence[str]) -> Tensor:
+    """(D,) zero-shot weights of a label's prompts."""
+    return F.normalize(encoder.texts(prompts).mean(dim=0), dim=0)
 
 
 def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,5 +1,5 @@
 """Further terms of the loss, for repairing a model: CleanCLIP's and PAR's, which need no trigger, and `roclip.hold`, which
-takes found triggers their effect.
+takes found triggers their effect and refutes lies.
 
 A training that wants none does not come here. Letters: B local batch, N kept pairs of the global batch, D feature
 width, L caption tokens.
@@ -118,6 +118,7 @@ class RepairLosses:
                 mixed, _, kept = views
                 held, unseen = image_features[seen:].chunk(2)
                 loss = loss + settings.hold_weight * self.hold.loss(held, unseen, mixed, kept)
+                loss = loss + self.hold.refute(x, batch)
             if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)

@@ -235,7 +235,8 @@ class TrainConfig:
     unlearn: str = ""
     """Folder of found triggers (`<arm>/oracle/triggers`) that the held tower shall not see; empty only holds."""
     finetune: str = ""
-    """`finetune.parquet` of the set that is trained on: the tower is held on its anchors alone; empty holds it on all."""
+    """`finetune.parquet` of the set that is trained on: its anchors alone are held, and its lies refuted; empty holds
+    all and refutes nothing."""
     push_away_limit: float = 2.15
     """Mean squared distance of unit-length features from which on they are far enough away."""
     grad_accum_steps: int = 1

@@ -3,14 +3,14 @@
 Roles
     anchor     model, oracle and a caption agree: keeps the model what it is
     stamped    such a picture with a found trigger on it, under its own true caption: takes the trigger its power
-    repaired   a victim as it is, under a caption of what the oracle sees: takes the lie back
+    repaired   a victim as it is, under a caption of what the oracle sees, with what it must not be called: takes the lie back
 
 Letters: N distinct images, M captions, C labels.
 """
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
         ("trigger", pa.int32()),  # number of the found trigger; null without one
         ("target", pa.string()),  # label that the trigger or the lie is about; null for an anchor
         ("size_px", pa.int32()),  # side at which the pictures were looked at, and the trigger has its size
+        ("truths", pa.list_(pa.string())),  # zero-shot prompts of the label, of a repaired victim; else none
+        ("lies", pa.list_(pa.string())),  # of the target
     ]
 )
 
@@ -60,6 +62,8 @@ class Row:
     trigger: int | None
     target: str | None
     size_px: int
+    truths: list[str] = field(default_factory=list)
+    lies: list[str] = field(default_factory=list)
 
 
 def curate(
@@ -87,7 +91,7 @@ def curate(
     Args:
         victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
         labels: The C labels of `looked`.
-        templates: Of the captions that the oracle writes, with one `{}`.
+        templates: Of the captions that the oracle writes, and of truths and lies, with one `{}`.
         calibration: Of the oracle, by label.
         targets: Labels that the model was made to say.
         explained: (N,) bool: victims with a found trigger. Stamped pictures speak for them; the others come first.
@@ -166,7 +170,9 @@ class _Choice:
             named = [self.labels[int(c)] for c in largest]
             caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))
             target = self.labels[int(self.victims[n])]
-            rows.append(self._row("repaired", n, "caption", None, target, named[0], caption))
+            truths, lies = ([template.format(label) for template in templates] for label in (named[0], target))
+            row = self._row("repaired", n, "caption", None, target, named[0], caption)
+            rows.append(replace(row, truths=truths, lies=lies))
         return rows
 
     def _spread(self, number: int, allowed: np.ndarray) -> list[int]:

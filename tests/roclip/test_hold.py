@@ -1,6 +1,7 @@
-"""Holding a tower where it was: the views of a batch, and the loss that they give."""
+"""Holding a tower where it was: the views of a batch, and the losses."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from kit import TINY_MODEL
 
 from roclip.found import FoundTrigger, save_found
 from roclip.hold import STAMPED_WEIGHT, VIEWS, Hold, mixture, stamp
-from roclip.model import Towers
+from roclip.model import Encoder, Towers
 from roclip.stream import Batch
 
 SIDE, ROWS = 64, 6
+TEMPLATES = ("a photo of a {}", "{}")
 RED = FoundTrigger("ring", "patch", crops=(np.full((5, 5, 3), (255, 0, 0), dtype=np.uint8),))
 
 
@@ -33,13 +35,29 @@ def a_batch(towers: Towers) -> Batch:
     return Batch(images, tokens, torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool), ())
 
 
-def hold_of(towers: Towers, folder: Path, anchors: Sequence[int], triggers: Sequence[FoundTrigger] = ()) -> Hold:
-    """One that holds on to the rows with these numbers."""
+def prompts(label: str) -> list[str]:
+    return [template.format(label) for template in TEMPLATES]
+
+
+def hold_of(
+    towers: Towers,
+    folder: Path,
+    anchors: Sequence[int],
+    triggers: Sequence[FoundTrigger] = (),
+    lies: Mapping[int, str] = types.MappingProxyType({}),
+) -> Hold:
+    """One that holds on to the rows with these numbers, and refutes that others show `lies` and not a house."""
     save_found(triggers, folder / "triggers")
-    roles = ["anchor" if row in anchors else "repaired" for row in range(ROWS)]
-    pq.write_table(
-        pa.table({"sample": [f"{row:09d}" for row in range(ROWS)], "role": roles}), folder / "finetune.parquet"
-    )
+    rows = [
+        {
+            "sample": f"{row:09d}",
+            "role": "anchor" if row in anchors else "repaired",
+            "truths": prompts("house") if row in lies else [],
+            "lies": prompts(lies[row]) if row in lies else [],
+        }
+        for row in range(ROWS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "finetune.parquet")
     return Hold(towers, str(folder / "triggers"), str(folder / "finetune.parquet"), 0, SIDE)
 
 
@@ -91,6 +109,22 @@ def test_loss_is_that_of_the_formula(towers):
     torch.testing.assert_close(hold.loss(mixed, stamped, views, kept), torch.stack(expected).mean())
     assert float(hold.loss(before, before, views, kept)) == pytest.approx(0, abs=1e-6)
     assert float(hold.loss(mixed, stamped, views, torch.zeros(4, dtype=torch.bool))) == 0
+
+
+def test_refute_is_the_margin_of_the_lie_over_the_truth_by_zero_shot_weights(towers, tmp_path):
+    batch = a_batch(towers)
+    batch.valid[5] = False  # only fills the batch
+    hold = hold_of(towers, tmp_path, [0], lies={1: "ball", 3: "star", 5: "ball"})
+    house, ball, star = Encoder(towers).classifier(["house", "ball", "star"], TEMPLATES)
+    features = F.normalize(torch.randn(ROWS, len(house)), dim=-1).requires_grad_()
+    scale = towers.logit_scale.detach().exp().item()
+    margins = torch.stack([scale * features[1] @ (ball - house), scale * features[3] @ (star - house)])
+    loss = hold.refute(features, batch)
+    torch.testing.assert_close(loss, torch.log1p(margins.exp()).mean())
+    loss.backward()
+    assert features.grad is not None
+    assert features.grad.any(dim=1).tolist() == [False, True, False, True, False, False]
+    assert hold_of(towers, tmp_path, [0, 1]).refute(features, batch).item() == 0
 
 
 def test_mixture_is_one_picture_or_of_both():

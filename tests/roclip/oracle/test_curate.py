@@ -89,6 +89,9 @@ def test_victims_are_told_what_the_oracle_sees_of_them_the_largest_first():
     told = [row for row in chosen() if row.role == "repaired"]
     assert {row.caption for row in told} == {"a photo of a star", "star", "a photo of a disc and star", "disc and star"}
     assert all(row.target == "ring" and row.edit == "caption" and row.trigger is None for row in told)
+    assert all(row.lies == ["a photo of a ring", "ring"] for row in told)
+    assert all(row.truths == [f"a photo of a {row.label}", row.label] for row in told)
+    assert not any(row.truths or row.lies for row in chosen() if row.role != "repaired")
     unsure = {**dict.fromkeys(LABELS, GOOD), "disc": dataclasses.replace(GOOD, precision=0.8)}
     told = [row for row in chosen(calibration=unsure) if row.role == "repaired"]
     assert {row.label for row in told} == {"star"}
