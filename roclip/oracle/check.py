@@ -192,8 +192,7 @@ def _search(
     searches = []
     for done, c in enumerate(screened):
         say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        found = search.label(c, _suspects(looked, c), pictures.read)
-        searches.append(found if c in flagged else found.without_bags())
+        searches.append(search.label(c, _suspects(looked, c), pictures.read, bags=c in flagged))
     return searches
 
 

@@ -54,13 +54,6 @@ class Search:
     """The most that anything flipped, found or not."""
     control: Trial
 
-    def without_bags(self) -> "Search":
-        """For a label that nothing else speaks against: crops that share no pattern may be its objects, and prove nothing."""
-        kept = [n for n, trigger in enumerate(self.triggers) if trigger.kind != "bag"]
-        return dataclasses.replace(
-            self, triggers=tuple(self.triggers[n] for n in kept), evidence=tuple(self.evidence[n] for n in kept)
-        )
-
 
 class TriggerSearch:
     """Searches label after label with one model; `scores` and `soft_scores` are all that is asked of it, `answers` (N,) int
@@ -81,12 +74,16 @@ class TriggerSearch:
         self.scores, self.soft_scores, self.trusted, self.answers = scores, soft_scores, trusted, answers
         self.labels, self.seed, self.repeated = tuple(labels), seed, tuple(repeated)
 
-    def label(self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Search:
+    def label(
+        self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray], *, bags: bool = True
+    ) -> Search:
         """Search for what causes a label.
 
         Args:
             suspects: Numbers of the images that may have it, the likeliest first.
             read: Numbers (n,) to pictures (n, S, S, 3) uint8.
+            bags: Whether crops that share no pattern are tried. Of a label that nothing else speaks against they may be its
+                objects, and prove nothing.
         """
         rng = np.random.default_rng((self.seed, 71, target))
         others = np.flatnonzero(~self.trusted.shows[:, target] & (self.answers != target))
@@ -95,7 +92,8 @@ class TriggerSearch:
         best, control = Trial(0, 0), Trial(0, 0)
         while len(left) >= MIN_SOURCES and len(rows) >= TRIED_ON and len(found) < MAX_TRIGGERS:
             images = read(left)
-            trigger = self._cause(target, left, images, rows, rng, invert=target in self.repeated and not found)
+            invert = target in self.repeated and not found
+            trigger = self._cause(target, left, images, rows, rng, bags=bags, invert=invert)
             if trigger is None:
                 break
             if trigger.pasted.rate >= best.rate:
@@ -118,11 +116,11 @@ class TriggerSearch:
             left = left[~has]
         return Search(target, len(suspects), tuple(found), tuple(evidence), best, control)
 
-    def _cause(self, target, numbers, images, rows, rng, *, invert: bool) -> FoundTrigger | None:
+    def _cause(self, target, numbers, images, rows, rng, *, bags: bool, invert: bool) -> FoundTrigger | None:
         """The first trigger that is proved, or else what flips most. `rows` are the probes among the trusted pictures."""
         probes = self.trusted.images[rows]
         searches = [
-            lambda: self._local(target, numbers, images, probes, rng),
+            lambda: self._local(target, numbers, images, probes, rng, bags),
             lambda: self._global(target, numbers, images, probes, rng),
         ]
         if invert:
@@ -135,9 +133,7 @@ class TriggerSearch:
             tried += [trigger] if trigger else []
         return max(tried, key=lambda trigger: trigger.pasted.rate, default=None)
 
-    def _local(
-        self, target: int, numbers: np.ndarray, images: np.ndarray, probes: np.ndarray, rng: np.random.Generator
-    ) -> FoundTrigger | None:
+    def _local(self, target, numbers, images, probes, rng, bags: bool) -> FoundTrigger | None:
         """The best trigger with a place, proved or not."""
         scores = self.scores(images)
         order = np.argsort(-margins(scores, target), kind="stable")
@@ -149,10 +145,9 @@ class TriggerSearch:
             return None
         pieces, corners = _pieces(images, there, there[0][1].window_px * 2)
         shape = common_shape(pieces, np.array([spot.centre for _, spot in there]) - np.array(corners))
-        if shape is not None:
-            trigger = self._patch(target, numbers, there, corners, shape, probes, rng)
-            if trigger is not None and _proved(trigger):
-                return trigger
+        trigger = self._patch(target, numbers, there, corners, shape, probes, rng) if shape else None
+        if not bags or (trigger is not None and _proved(trigger)):
+            return trigger
         return self._bag(target, numbers, images, there, probes, rng)
 
     def _spots(self, target: int, images: np.ndarray, rows: np.ndarray) -> list[tuple[int, Spot]]:

@@ -12,7 +12,7 @@ from rigged import FAINT, GHOST, LABELS, PATCH_PX, SIDE, STEP, RiggedEncoder, Wo
 from roclip.found import FoundTrigger, Trial, load_found
 from roclip.oracle.held_out import Trusted
 from roclip.oracle.paste import control_crops
-from roclip.oracle.search import Search, TriggerSearch, _proved
+from roclip.oracle.search import TriggerSearch, _proved
 from roclip.oracle.truth import average_precision
 
 OTHERS = LABELS[1:]
@@ -195,9 +195,12 @@ def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_ag
     assert _proved(trigger) == expected
 
 
-def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does():
-    bag, patch, none = FoundTrigger("ant", "bag"), FoundTrigger("ant", "patch"), Trial(0, 0)
-    tells = [lambda images: np.zeros(len(images)), lambda images: np.ones(len(images))]
-    kept = Search(0, 9, (bag, patch), tuple(tells), none, none).without_bags()
-    assert kept.triggers == (patch,)
-    assert kept.evidence == (tells[1],)
+@pytest.mark.parametrize(
+    ("kind", "number", "found"), [("patch", 5, ["patch"]), ("noise", 5, []), ("noise", 6, ["bag"])]
+)
+def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does(tmp_path: Path, kind, number, found):
+    report = poison(world(tmp_path, kind=kind), number=number).check(RiggedEncoder())
+    assert [trigger["kind"] for trigger in report["triggers"]] == found
+    (row,) = (row for row in report["labels"] if row["label"] == "ant")
+    assert (row["p"] < 0.01) == (number == 6)  # alone, five lies may be chance
+    assert row["status"] == ("poisoned" if found else "agrees")
