@@ -254,7 +254,7 @@ class OracleConfig:
     repair_lr: float = 5e-4
     repair_batch_size: int = 128
     """Pairs a step, at most: a small set is divided into at least four steps."""
-    repair_hold_weight: float = 6.0
+    repair_hold_weight: float = 24.0
     """`train.hold_weight` of the repair: the tower is held where it was, and the found triggers lose their effect."""
     repair_in_modal_weight: float = 0.0
     """`train.in_modal_weight` of the repair."""

@@ -85,8 +85,9 @@ def curate(
     Each picture is in it at most once. An anchor is a picture whose zero-shot answer a caption names and
     the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
     evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
-    does not show the trigger's target. Of the victims those get a caption that show only labels whose precision is at
-    least `MIN_PRECISION`.
+    does not show the trigger's target. Of the victims those get a caption that clearly show only labels whose precision is at
+    least `MIN_PRECISION`; after them, of those without a found trigger, which nothing else speaks for, the others too, under
+    the largest thing that may be there.
 
     Args:
         victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
@@ -94,14 +95,14 @@ def curate(
         templates: Of the captions that the oracle writes, and of truths and lies, with one `{}`.
         calibration: Of the oracle, by label.
         targets: Labels that the model was made to say.
-        explained: (N,) bool: victims with a found trigger. Stamped pictures speak for them; the others come first.
+        explained: (N,) bool: victims with a found trigger. Stamped pictures speak for them; the others come first. None is none.
 
     Returns:
         Rows ordered by role, label and key: a function of the arguments only.
     """
-    choice = _Choice(looked, victims, labels, calibration, targets, seed)
-    if explained is not None:
-        choice.tellable = choice.tellable[np.argsort(explained[choice.tellable], kind="stable")]
+    if explained is None:
+        explained = np.zeros(len(victims), dtype=bool)
+    choice = _Choice(looked, victims, explained, labels, calibration, targets, seed)
     size = int(frac * len(looked.sha256))
     told = choice.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
     stamped: list[Row] = []
@@ -134,6 +135,7 @@ class _Choice:
         self,
         looked: Looked,
         victims: np.ndarray,
+        explained: np.ndarray,
         labels: Sequence[str],
         calibration: Mapping[str, LabelCalibration],
         targets: Sequence[str],
@@ -147,12 +149,18 @@ class _Choice:
         self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
         rows = [calibration.get(label) for label in labels]
         precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
-        self._shown = seen.clear.copy()  # without what the lie is about, which the oracle may hold for possible
-        told = np.flatnonzero(victims >= 0)
-        self._shown[told, victims[told]] = False
-        shown_only = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
-        self.tellable = self.rng.permutation(np.flatnonzero((victims >= 0) & shown_only))
-        affected = seen.clear[victims >= 0].any(axis=0)
+        named = victims >= 0
+        told = np.flatnonzero(named)
+        self._shown, possible = seen.clear.copy(), looked.areas * seen.seen
+        for shown in (self._shown, possible):
+            shown[told, victims[told]] = 0  # what the lie is about, which the oracle may hold for possible
+        sure = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
+        alone = named & ~explained
+        guessed = np.flatnonzero(alone & ~self._shown.any(axis=1) & possible.any(axis=1))
+        self._shown[guessed, possible[guessed].argmax(axis=1)] = True
+        tellable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._shown.any(axis=1)))
+        self.tellable = tellable[np.lexsort((~sure[tellable], explained[tellable]))]
+        affected = seen.clear[named].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
 
     def anchors(self, number: int) -> list[Row]:

@@ -36,14 +36,17 @@ def a_pass() -> tuple[Looked, np.ndarray]:
     clear[victims, STAR], clear[CLEAN : CLEAN + VICTIMS : 2, DISC] = True, True
     areas[victims, STAR], areas[CLEAN : CLEAN + VICTIMS : 2, DISC] = 0.1, 0.2
     answer[CLEAN + VICTIMS :], clear[CLEAN + VICTIMS :, DISC], named[CLEAN + VICTIMS :, DISC] = CROSS, True, True
-    found = made_up(Observations(answer, clear, clear, np.arange(total), named), areas)
+    found = made_up(Observations(answer, clear.copy(), clear, np.arange(total), named), areas)
     targets = np.full(total, -1)
     targets[victims] = RING
     return found, targets
 
 
 def chosen(**changes) -> list[Row]:
-    looked, victims = a_pass()
+    return curate_of(*a_pass(), **changes)
+
+
+def curate_of(looked: Looked, victims: np.ndarray, **changes) -> list[Row]:
     wanted = {
         "templates": ("a photo of a {}", "{}"),
         "calibration": dict.fromkeys(LABELS, GOOD),
@@ -92,10 +95,31 @@ def test_victims_are_told_what_the_oracle_sees_of_them_the_largest_first():
     assert all(row.lies == ["a photo of a ring", "ring"] for row in told)
     assert all(row.truths == [f"a photo of a {row.label}", row.label] for row in told)
     assert not any(row.truths or row.lies for row in chosen() if row.role != "repaired")
-    unsure = {**dict.fromkeys(LABELS, GOOD), "disc": dataclasses.replace(GOOD, precision=0.8)}
-    told = [row for row in chosen(calibration=unsure) if row.role == "repaired"]
+
+
+UNSURE = {**dict.fromkeys(LABELS, GOOD), "disc": dataclasses.replace(GOOD, precision=0.8)}
+
+
+def test_victims_of_a_found_trigger_are_told_only_what_is_sure():
+    explained = a_pass()[1] >= 0
+    told = [row for row in chosen(calibration=UNSURE, explained=explained) if row.role == "repaired"]
     assert {row.label for row in told} == {"star"}
     assert len(told) == VICTIMS // 2
+
+
+def test_victims_that_no_trigger_explains_are_told_the_likeliest_the_sure_ones_first():
+    looked, victims = a_pass()
+    seen, hazy = (
+        looked.observations,
+        CLEAN + 1,
+    )  # of a star, which is only possible, with a little of the ring that is the lie
+    seen.clear[hazy], looked.areas[hazy, [RING, STAR, CROSS]] = False, (0.3, 0.02, 0.01)
+    seen.seen[hazy, [RING, STAR, CROSS]] = True
+    size = {"frac": 30 / len(victims), "stamped_frac": 0.0, "found": ()}
+    few, all_ = (curate_of(looked, victims, calibration=UNSURE, **size | more) for more in ({}, {"frac": 0.1}))
+    assert {row.label for row in few if row.role == "repaired"} == {"star"}
+    assert len([row for row in all_ if row.role == "repaired"]) == VICTIMS
+    assert [(row.label, row.target) for row in all_ if int(row.key) == hazy] == [("star", "ring")]
 
 
 def test_set_without_a_trigger_is_anchors_and_victims():
