@@ -277,7 +277,7 @@ class TrainConfig:
             raise ConfigError("train.in_modal_weight, push_away_weight, hold_weight: expected 0 or more.")
         if (self.unlearn or self.finetune) and not self.hold_weight:
             raise ConfigError(
-                "train.unlearn, finetune: have no effect without train.hold_weight. Set it, such as to 6."
+                "train.unlearn, finetune: have no effect without train.hold_weight. Set it, such as to 24."
             )
         positive(self, "train", "push_away_limit")
         if self.spike_factor and self.spike_factor <= 1:
