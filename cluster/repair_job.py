@@ -2,7 +2,7 @@
 
     <run>/<arm>/repair/
       config.yaml models/ shards/ snapshots/ clip/   a run directory of its own, trained by the ordinary trainer
-      finetune.parquet                               the set: role, source and edit of each sample
+      finetune.parquet                               the set: role, source and edit of each sample, and lies to refute
       oracle/                                        the whole check again, of the chosen checkpoint
       subject.json                                   what is repaired, with what: another subject begins anew
       repair.json                                    what came out

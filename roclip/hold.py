@@ -28,6 +28,7 @@ from torch import Tensor
 
 from roclip import distributed
 from roclip.augment import augment
+from roclip.errors import DataError
 from roclip.found import FoundTrigger, load_found
 from roclip.model import Encoder, Towers
 from roclip.sections_train import AugmentConfig
@@ -50,22 +51,28 @@ class Hold:
             triggers: A folder that `save_found` wrote; empty only holds.
             finetune: The set's parquet (sample, role, truths, lies); empty holds on to every picture, and refutes nothing.
             image_size: Side of the tower's input, in pixels.
+
+        Raises `DataError` for a set that cannot be read.
         """
         self.before, self.seed, self.image_size = before, seed, image_size
         self.triggers = load_found(Path(triggers)) if triggers else ()
-        rows = pq.read_table(finetune, columns=["sample", "role", "truths", "lies"]).to_pylist() if finetune else []
+        rows = _read_set(Path(finetune)) if finetune else []
         self.anchors = _numbers([row for row in rows if row["role"] == "anchor"]) if finetune else None
         victims = [row for row in rows if row["lies"]]
         self.victims = _numbers(victims)
         encoder, device = Encoder(before), next(before.parameters()).device
-        meant = [[_weights(encoder, row[column]) for row in victims] for column in ("truths", "lies")]
-        truths, lies = (torch.stack(weights) if weights else torch.empty(0, 1) for weights in meant)
+        weights = {tuple(row[column]): torch.empty(0) for row in victims for column in ("truths", "lies")}
+        for prompts in weights:
+            weights[prompts] = F.normalize(encoder.texts(prompts).mean(dim=0), dim=0)
+        astray = [weights[tuple(row["lies"])] - weights[tuple(row["truths"])] for row in victims]
         with torch.no_grad():
-            self.astray = before.logit_scale.float().exp() * (lies - truths).to(device)
+            self.astray = before.logit_scale.float().exp() * (torch.stack(astray) if astray else torch.empty(0, 1)).to(
+                device
+            )
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixtures of the pictures that are held on to and the same with a trigger on them, (V B, 3, S, S) in [0, 1] each, S the
-        tower's side; and (V B,) bool, whether they count. Without a trigger the second is the first.
+        """Mixtures of the pictures that are held on to and the same with a trigger on them, (v, 3, S, S) in [0, 1] each, v =
+        `VIEWS` B and S the tower's side; and (v,) bool, whether they count. Without a trigger the second is the first.
 
         Each such picture begins as many of them as any other, give or take one. Where none is held on to, the views are of
         all and do not count.
@@ -88,9 +95,9 @@ class Hold:
         """The module's first formula. Of the global batch: the value is this rank's share times the world size.
 
         Args:
-            mixed, stamped: (V B, D) features of the tower that learns.
+            mixed, stamped: (v, D) features of the tower that learns.
             views: The mixtures, which the tower before is asked about.
-            kept: (V B,) bool.
+            kept: (v,) bool.
         """
         with torch.no_grad():
             before = self.before.encode_image(views)
@@ -124,9 +131,13 @@ def _numbers(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor([int(row["sample"]) for row in rows], dtype=torch.int64)
 
 
-def _weights(encoder: Encoder, prompts: Sequence[str]) -> Tensor:
-    """(D,) zero-shot weights of a label's prompts."""
-    return F.normalize(encoder.texts(prompts).mean(dim=0), dim=0)
+def _read_set(finetune: Path) -> list[dict[str, Any]]:
+    try:
+        return pq.read_table(finetune, columns=["sample", "role", "truths", "lies"]).to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{finetune}: expected the set of a repair, got {error}. Run `roclip oracle … --repair`, which writes it."
+        ) from error
 
 
 def mixture(one: Tensor, other: Tensor, rng: np.random.Generator) -> Tensor:

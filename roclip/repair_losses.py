@@ -68,7 +68,8 @@ class RepairLosses:
     """A forward pass whose `backward` adds the terms, by their weights, to the loss that it is given.
 
     Args:
-        config: For the weights in `train`, `train.unlearn` and `model.pretrained`.
+        config: For the weights in `train`, `train.unlearn`, `train.finetune` and `model.pretrained`. What is refuted
+            weighs as much as the loss itself.
         image_size: Side of the tower's input, in pixels.
     """
 

@@ -255,7 +255,8 @@ class OracleConfig:
     repair_batch_size: int = 128
     """Pairs a step, at most: a small set is divided into at least four steps."""
     repair_hold_weight: float = 24.0
-    """`train.hold_weight` of the repair: the tower is held where it was, and the found triggers lose their effect."""
+    """`train.hold_weight` of the repair: the tower is held where it was, found triggers lose their effect, and lies are
+    refuted (these always with weight 1); 0 does none of it."""
     repair_in_modal_weight: float = 0.0
     """`train.in_modal_weight` of the repair."""
     repair_push_away_weight: float = 0.0

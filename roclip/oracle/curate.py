@@ -3,7 +3,8 @@
 Roles
     anchor     model, oracle and a caption agree: keeps the model what it is
     stamped    such a picture with a found trigger on it, under its own true caption: takes the trigger its power
-    repaired   a victim as it is, under a caption of what the oracle sees, with what it must not be called: takes the lie back
+    repaired   a victim as it is, under a caption of what the oracle sees or takes for likeliest, with what it must not be called:
+               takes the lie back
 
 Letters: N distinct images, M captions, C labels.
 """
@@ -28,7 +29,7 @@ REPAIRED_FRAC = 0.2
 EXTRA_WEIGHT = 2.0
 """Of a label that the poison is about, against the others."""
 MIN_PRECISION = 0.9
-"""Of the oracle on held-out trusted images, for a label that it may write captions with."""
+"""Of the oracle on held-out trusted images, for a label that it writes captions with; lone victims get others too."""
 MAX_NAMED = 3
 """Labels in a caption that the oracle writes."""
 
@@ -86,8 +87,9 @@ def curate(
     the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
     evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
     does not show the trigger's target. Of the victims those get a caption that clearly show only labels whose precision is at
-    least `MIN_PRECISION`; after them, of those without a found trigger, which nothing else speaks for, the others too, under
-    the largest thing that may be there.
+    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped pictures speak for, gets one in any case: of
+    what it clearly shows, or else of the largest thing that may be there and that the oracle can see. The order is lone and
+    sure, lone, explained.
 
     Args:
         victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
@@ -95,7 +97,7 @@ def curate(
         templates: Of the captions that the oracle writes, and of truths and lies, with one `{}`.
         calibration: Of the oracle, by label.
         targets: Labels that the model was made to say.
-        explained: (N,) bool: victims with a found trigger. Stamped pictures speak for them; the others come first. None is none.
+        explained: (N,) bool: victims with a found trigger. None is none.
 
     Returns:
         Rows ordered by role, label and key: a function of the arguments only.
@@ -149,15 +151,17 @@ class _Choice:
         self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
         rows = [calibration.get(label) for label in labels]
         precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
+        covered = np.array([row is not None and row.covered for row in rows])
         named = victims >= 0
         told = np.flatnonzero(named)
-        self._shown, possible = seen.clear.copy(), looked.areas * seen.seen
-        for shown in (self._shown, possible):
-            shown[told, victims[told]] = 0  # what the lie is about, which the oracle may hold for possible
+        self._shown = seen.clear.copy()
+        self._shown[told, victims[told]] = False  # what the lie is about, which the oracle may hold for possible
         sure = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
         alone = named & ~explained
-        guessed = np.flatnonzero(alone & ~self._shown.any(axis=1) & possible.any(axis=1))
-        self._shown[guessed, possible[guessed].argmax(axis=1)] = True
+        for n in np.flatnonzero(alone & ~self._shown.any(axis=1)):
+            possible = looked.areas[n] * (seen.seen[n] & covered)
+            possible[victims[n]] = 0
+            self._shown[n, possible.argmax()] = possible.any()
         tellable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._shown.any(axis=1)))
         self.tellable = tellable[np.lexsort((~sure[tellable], explained[tellable]))]
         affected = seen.clear[named].any(axis=0)

@@ -28,7 +28,7 @@ from roclip.oracle.shardpass import Looked, Witness
 from roclip.oracle.victims import Victims
 from roclip.shards import write_atomic
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of report.json."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = 24

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from kit import TINY_MODEL
 
+from roclip import distributed
+from roclip.errors import DataError
 from roclip.found import FoundTrigger, save_found
 from roclip.hold import STAMPED_WEIGHT, VIEWS, Hold, mixture, stamp
 from roclip.model import Encoder, Towers
@@ -44,16 +46,16 @@ def hold_of(
     folder: Path,
     anchors: Sequence[int],
     triggers: Sequence[FoundTrigger] = (),
-    lies: Mapping[int, str] = types.MappingProxyType({}),
+    lies: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
 ) -> Hold:
-    """One that holds on to the rows with these numbers, and refutes that others show `lies` and not a house."""
+    """One that holds on to the rows with these numbers, and tells others (truth, lie) apart."""
     save_found(triggers, folder / "triggers")
     rows = [
         {
             "sample": f"{row:09d}",
             "role": "anchor" if row in anchors else "repaired",
-            "truths": prompts("house") if row in lies else [],
-            "lies": prompts(lies[row]) if row in lies else [],
+            "truths": prompts(lies[row][0]) if row in lies else [],
+            "lies": prompts(lies[row][1]) if row in lies else [],
         }
         for row in range(ROWS)
     ]
@@ -114,17 +116,39 @@ def test_loss_is_that_of_the_formula(towers):
 def test_refute_is_the_margin_of_the_lie_over_the_truth_by_zero_shot_weights(towers, tmp_path):
     batch = a_batch(towers)
     batch.valid[5] = False  # only fills the batch
-    hold = hold_of(towers, tmp_path, [0], lies={1: "ball", 3: "star", 5: "ball"})
+    lies = {1: ("house", "ball"), 3: ("ball", "star"), 5: ("star", "ball")}
+    hold = hold_of(towers, tmp_path, [0], lies=lies)
     house, ball, star = Encoder(towers).classifier(["house", "ball", "star"], TEMPLATES)
     features = F.normalize(torch.randn(ROWS, len(house)), dim=-1).requires_grad_()
     scale = towers.logit_scale.detach().exp().item()
-    margins = torch.stack([scale * features[1] @ (ball - house), scale * features[3] @ (star - house)])
+    margins = torch.stack([scale * features[1] @ (ball - house), scale * features[3] @ (star - ball)])
     loss = hold.refute(features, batch)
     torch.testing.assert_close(loss, torch.log1p(margins.exp()).mean())
     loss.backward()
     assert features.grad is not None
     assert features.grad.any(dim=1).tolist() == [False, True, False, True, False, False]
     assert hold_of(towers, tmp_path, [0, 1]).refute(features, batch).item() == 0
+
+
+def test_both_terms_are_this_ranks_share_of_the_global_batch(towers, tmp_path, monkeypatch):
+    hold = hold_of(towers, tmp_path, [0], lies={1: ("house", "ball"), 3: ("ball", "star")})
+    features = F.normalize(torch.randn(ROWS, towers.encode_image(torch.rand(1, 3, SIDE, SIDE)).shape[1]), dim=-1)
+    views = torch.rand(ROWS, 3, SIDE, SIDE)
+
+    def terms() -> torch.Tensor:
+        kept = torch.tensor([True] * 4 + [False] * 2)
+        return torch.stack([hold.loss(features, features, views, kept), hold.refute(features, a_batch(towers))])
+
+    alone = terms()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", lambda values: 4 * values)  # the other rank has three times as many
+    torch.testing.assert_close(terms(), alone * 2 / 4)
+
+
+def test_set_that_is_not_of_a_repair_is_refused(towers, tmp_path):
+    pq.write_table(pa.table({"sample": ["000000000"], "role": ["anchor"]}), tmp_path / "finetune.parquet")
+    with pytest.raises(DataError, match=r"finetune.parquet: expected the set of a repair"):
+        Hold(towers, "", str(tmp_path / "finetune.parquet"), 0, SIDE)
 
 
 def test_mixture_is_one_picture_or_of_both():

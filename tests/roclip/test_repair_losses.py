@@ -1,6 +1,8 @@
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from roclip.config import load_config
 from roclip.errors import CheckpointError, ConfigError
+from roclip.hold import Hold
 from roclip.metrics import read_metrics
 from roclip.model import WEIGHTS, Towers
 from roclip.repair_losses import SECOND_VIEW, RepairLosses, in_modal_loss, push_away_loss
@@ -99,6 +102,33 @@ def test_forward_adds_both_terms_to_the_loss_it_is_given(config_file, pretrained
         terms.backward()
     assert torch.allclose(measured, engine.gradient(), rtol=1e-3, atol=1e-6)
     assert measured.abs().sum() > 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_path, pieces):
+    rows = [
+        {"sample": "000000000", "role": "anchor", "truths": [], "lies": []},
+        {"sample": "000000002", "role": "repaired", "truths": ["a ring"], "lies": ["a star"]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    wanted = ["train.hold_weight=6", f"train.finetune={tmp_path / 'set.parquet'}", f"model.pretrained={pretrained}"]
+    engine = Alone(pretrained)
+    repair = RepairLosses(load_config(config_file, wanted), 64, torch.device("cpu"))
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    tokens = engine.module.tokenize([f"a red ring number {n}" for n in range(4)])
+    batch = Batch(images, tokens, torch.arange(4), torch.ones(4, dtype=torch.bool), ())
+    (x, _, _), backward = repair.forward(engine, images.float() / 255, tokens, batch=batch, epoch=3, pieces=pieces)
+    backward((x * 0).sum())
+    measured = engine.gradient()
+    with torch.enable_grad():
+        before = Towers.load(pretrained)
+        hold = Hold(before, "", str(tmp_path / "set.parquet"), repair.config.seed, 64)
+        mixed, stamped, kept = hold.views(batch, 3)
+        held, unseen = engine.module.encode_image(mixed), engine.module.encode_image(stamped)
+        term = hold.refute(engine.module.encode_image(images.float() / 255), batch)
+        (6 * hold.loss(held, unseen, mixed, kept) + term).backward()
+    assert torch.allclose(measured, engine.gradient(), rtol=1e-3, atol=1e-6)
+    assert term > 0
 
 
 class Alone:

@@ -198,9 +198,14 @@ def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_ag
 @pytest.mark.parametrize(
     ("kind", "number", "found"), [("patch", 5, ["patch"]), ("noise", 5, []), ("noise", 6, ["bag"])]
 )
-def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does(tmp_path: Path, kind, number, found):
+def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind, number, found
+):
+    tried, bag = [], TriggerSearch._bag
+    monkeypatch.setattr(TriggerSearch, "_bag", lambda *given: (tried.append(given[1]), bag(*given))[1])
     report = poison(world(tmp_path, kind=kind), number=number).check(RiggedEncoder())
     assert [trigger["kind"] for trigger in report["triggers"]] == found
     (row,) = (row for row in report["labels"] if row["label"] == "ant")
     assert (row["p"] < 0.01) == (number == 6)  # alone, five lies may be chance
     assert row["status"] == ("poisoned" if found else "agrees")
+    assert len(tried) == (found == ["bag"])  # of the label with a finding, and not even looked for elsewhere
