@@ -4,7 +4,8 @@ What flips them to the label, and does so far more often than crops that have no
 
 Controls, all put on the same pictures
     random      crops of the same size from pictures on which model, oracle and caption agree
-    fill        a piece of one colour, and of noise
+    fill        a piece of one colour
+    noise       a piece of it: of crops whose pixels agree, as fresh noise may be what a bag is made of
     object      crops of the label's own objects, as the oracle sees them: a real small object may flip, too, and counts
                 against crops that share no pattern
     bend        bends that lead to other labels, as strong: of bends
@@ -59,8 +60,8 @@ def control_crops(
     number: int,
     rng: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
-    """Crops that should cause nothing, `number` of each kind, as the module's head says. Of objects they are pieces, and as many
-    whole ones made as small as a crop: what the oracle misses is small.
+    """Crops that should cause nothing, `number` of each kind, as the module's head says, but of fill and noise together.
+    Of objects they are pieces, and as many whole ones made as small as a crop: what the oracle misses is small.
 
     Args:
         clean: (N, S, S, 3) uint8, pictures of any label on which all agree.
@@ -70,13 +71,16 @@ def control_crops(
     """
     height, width = size
     side = clean.shape[1]
-    crops: dict[str, list[np.ndarray]] = {"random": [], "fill": [], "object": []}
+    crops: dict[str, list[np.ndarray]] = {"random": [], "fill": [], "noise": [], "object": []}
     for _ in range(number):
         top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
         crops["random"].append(clean[int(rng.integers(len(clean)))][top : top + height, left : left + width])
         noise = np.clip(127 + 64 * rng.standard_normal((height, width, 3)), 0, 255).astype(np.uint8)
         flat = np.broadcast_to(rng.integers(0, 256, 3, dtype=np.uint8), (height, width, 3))
-        crops["fill"].append(noise if rng.random() < 0.5 else flat)
+        if rng.random() < 0.5:
+            crops["noise"].append(noise)
+        else:
+            crops["fill"].append(flat)
         if len(objects):
             which = int(rng.integers(len(objects)))
             rows, columns = np.nonzero(masks[which])

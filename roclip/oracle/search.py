@@ -181,7 +181,7 @@ class TriggerSearch:
             there_only = try_crop(crop, probes, target, self.scores, rng, fixed)
             if there_only.rate > trial.rate:
                 trial, place = there_only, fixed
-        control, objects = self._controls(trial, target, crop.shape[:2], probes, rng, place)
+        control, objects = self._controls(trial, target, crop.shape[:2], probes, rng, place, noise=True)
         mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
         return FoundTrigger(
             self.labels[target],
@@ -224,7 +224,7 @@ class TriggerSearch:
         trial = try_change(
             lambda image: pasted(image, crops[int(rng.integers(len(crops)))], rng), probes, target, self.scores
         )
-        control, objects = self._controls(trial, target, (size, size), probes, rng, None)
+        control, objects = self._controls(trial, target, (size, size), probes, rng, None, noise=False)
         mixed = try_crop(shuffled(crops[0], rng), probes, target, self.scores, rng)
         return FoundTrigger(
             self.labels[target],
@@ -304,9 +304,11 @@ class TriggerSearch:
         probes: np.ndarray,
         rng: np.random.Generator,
         place: Place,
+        *,
+        noise: bool,
     ) -> tuple[Trial, Trial]:
-        """The better of random crops and fills, and the best crop of the target's own objects; what flips too little by itself
-        is held against none.
+        """The better of random crops and fills, with or without `noise`, and the best crop of the target's own objects; what
+        flips too little by itself is held against none.
 
         All random crops count, of the objects the best: what is found was chosen for what it does, and must do more than an
         object that was chosen so.
@@ -318,12 +320,13 @@ class TriggerSearch:
         shows = t.shows[:, target]
         clean = agree if len(agree) else t.images
         crops = control_crops(clean, t.images[shows], t.masks[shows] == 1 + target, size, CONTROLS, rng)
-        trials = {
-            kind: [try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind]
-            for kind, of_kind in crops.items()
-        }
-        arbitrary = max((add(trials[kind]) for kind in ("random", "fill")), key=lambda trial: trial.rate)
-        return arbitrary, max(trials["object"], key=lambda trial: trial.rate, default=Trial(0, 0))
+        fills = crops["fill"] + (crops["noise"] if noise else [])
+        random, filled, objects = (
+            [try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind]
+            for of_kind in (crops["random"], fills, crops["object"])
+        )
+        arbitrary = max(add(random), add(filled), key=lambda trial: trial.rate)
+        return arbitrary, max(objects, key=lambda trial: trial.rate, default=Trial(0, 0))
 
 
 def _proved(trigger: FoundTrigger) -> bool:

@@ -177,6 +177,27 @@ def test_pattern_that_honest_pictures_of_the_label_have_in_common_is_no_trigger(
     assert [trigger.kind for trigger in result.triggers] == ["global"] * found
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_is_no_control_of_a_trigger_that_is_fresh_noise(seed: int):
+    """Half of the fills are noise; by chance more of them could have done what the trigger does than a control may."""
+    images = np.concatenate([ghosts(label, 20, 0) for label in LABELS])
+    masks = images[..., 0] // STEP
+    shows = np.array([[(mask == 1 + c).any() for c in range(len(LABELS))] for mask in masks])
+    suspects = np.concatenate([ghosts(label, 5, 0) for label in OTHERS])
+    rng = np.random.default_rng(seed)
+    for picture, (x, y) in zip(suspects, rng.integers(0, SIDE - 10, (len(suspects), 2)), strict=True):
+        picture[y : y + 10, x : x + 10, 2] = np.clip(127 + 64 * rng.standard_normal((10, 10)), 0, 255)
+
+    def scores(pictures: np.ndarray) -> np.ndarray:
+        grain = np.abs(np.diff(pictures[..., 2].astype(float), axis=2)) > 60
+        return np.eye(len(LABELS))[np.where(grain.sum(axis=(1, 2)) > 26, 0, 1)]
+
+    looking = TriggerSearch(scores, _never, Trusted(images, shows, masks), scores(images).argmax(axis=1), LABELS, seed)
+    result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
+    assert [trigger.kind for trigger in result.triggers] == ["bag"]
+    assert result.control.rate == 0.0
+
+
 @pytest.mark.parametrize(
     ("kind", "flips", "objects", "expected"),
     [
