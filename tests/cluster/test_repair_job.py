@@ -41,6 +41,7 @@ def settings(**oracle_settings) -> Config:
         "repair_frac": 0.2,
         "repair_epochs": 2,
         "repair_steps": 1,
+        "repair_lr": 1e-6,  # what the model, which has learned nothing, says by chance stays what it is
         **oracle_settings,
     }
     return Config(
