@@ -65,10 +65,8 @@ class Hold:
         for prompts in weights:
             weights[prompts] = F.normalize(encoder.texts(prompts).mean(dim=0), dim=0)
         astray = [weights[tuple(row["lies"])] - weights[tuple(row["truths"])] for row in victims]
-        with torch.no_grad():
-            self.astray = before.logit_scale.float().exp() * (torch.stack(astray) if astray else torch.empty(0, 1)).to(
-                device
-            )
+        apart = torch.stack(astray).to(device) if astray else torch.empty(0, 1, device=device)
+        self.astray = before.logit_scale.detach().float().exp() * apart
 
     def views(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mixtures of the pictures that are held on to and the same with a trigger on them, (v, 3, S, S) in [0, 1] each, v =

@@ -87,9 +87,9 @@ def curate(
     the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
     evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
     does not show the trigger's target. Of the victims those get a caption that clearly show only labels whose precision is at
-    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped pictures speak for, gets one in any case: of
-    what it clearly shows, or else of the largest thing that may be there and that the oracle can see. The order is lone and
-    sure, lone, explained.
+    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped pictures speak for, gets one of what
+    it clearly shows however precise, or else of the largest thing that may be there and that the oracle can see, if any. The
+    order is lone and sure, lone, explained.
 
     Args:
         victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.

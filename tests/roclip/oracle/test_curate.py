@@ -109,9 +109,8 @@ def test_victims_of_a_found_trigger_are_told_only_what_is_sure():
 
 def test_victims_that_no_trigger_explains_are_told_the_likeliest_the_sure_ones_first():
     looked, victims = a_pass()
-    hazy = (
-        CLEAN + 1
-    )  # a star that is only possible, beside the ring of the lie; the cross is what a blind oracle dreams of
+    # A star that is only possible, beside the ring of the lie; the cross is what a blind oracle dreams of.
+    hazy = CLEAN + 1
     looked.observations.clear[hazy] = False
     looked.observations.seen[hazy] = True
     looked.areas[hazy, [RING, STAR, DISC, CROSS]] = (0.3, 0.02, 0.01, 0.5)
