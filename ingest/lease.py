@@ -15,6 +15,7 @@ Owners on several machines compare clocks: they must agree to within a few secon
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -37,6 +38,7 @@ EXPIRY_S = 60.0
 """An owner that was silent for so long has lost the lease."""
 _BEATS = 6
 """Heartbeats in that time."""
+_LOCK_POLL_S = 0.02
 _SETTLE_S = 1.0
 """After which a store without conditional writes shows who wrote last."""
 _NAME = re.compile(r"(\d{8})\.json")
@@ -97,7 +99,8 @@ class Ticket:
 class Lease:
     """The right to fill `root`, held within a `with` block by a thread that says so now and then.
 
-    Entering raises `RunLockedError` when another ingest holds it; it says who, since when, and what to do.
+    Entering raises `RunLockedError` when another ingest holds it, or one that lost it has been publishing a shard for
+    `expiry_s` since; it says who, since when, and what to do.
     """
 
     def __init__(self, root: Path, *, expiry_s: float = EXPIRY_S):
@@ -111,7 +114,7 @@ class Lease:
         held = _newest(self.root)
         if held:
             self._refuse_if_held(Ticket(self.root, held))
-        with _lock(self.root, fcntl.LOCK_EX):
+        with _lock(self.root, fcntl.LOCK_EX, self._expiry_s):
             self.ticket = Ticket(self.root, held + 1)
             won = write_new(_path(self.ticket), self._said())
         if won and not isinstance(self.root, Path):
@@ -143,8 +146,10 @@ class Lease:
         return json.dumps(asdict(self._owner), indent=1)
 
     def _tell(self) -> None:
-        with self.ticket.publishing():
-            write_atomic(_path(self.ticket), self._said())
+        """Without the lock: a process that is stopped in mid beat must not keep the folder. A beat that comes late writes
+        only to its own generation, which holds nothing any more."""
+        self.ticket.check()
+        write_atomic(_path(self.ticket), self._said())
 
     def _beat(self) -> None:
         while not self._ended.wait(self._expiry_s / _BEATS):
@@ -201,11 +206,23 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def _lock(root: Path, kind: int) -> Iterator[None]:
+def _lock(root: Path, kind: int, timeout_s: float = math.inf) -> Iterator[None]:
     if not isinstance(root, Path):
         yield
         return
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    with (root / FOLDER / "publish.lock").open("a") as file:
-        fcntl.flock(file, kind)
+    path, deadline_s = root / FOLDER / "publish.lock", time.monotonic() + timeout_s
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise RunLockedError(
+                        f"{path}: expected the shard that another ingest is publishing to be done within {timeout_s:.0f} "
+                        f"s, but it holds the lock still. If that process is stopped (`fuser -v {path}` names it), end "
+                        "it; then run this again."
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
         yield

@@ -1,5 +1,6 @@
 """The lease: one holder, who is taken over only when it is silent or gone."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -83,6 +84,24 @@ def test_killed_holder_is_taken_over_at_once(tmp_path):
     holder.join()
     with Lease(tmp_path) as lease:
         assert lease.ticket.generation == 2
+
+
+def test_beat_needs_no_lock_so_a_holder_that_stops_in_mid_beat_keeps_nothing(tmp_path):
+    with Lease(tmp_path) as lease, leases._lock(tmp_path, fcntl.LOCK_EX):
+        beat = threading.Thread(target=lease._tell, daemon=True)
+        beat.start()
+        beat.join(10)
+        assert not beat.is_alive()
+
+
+def test_holder_that_stops_while_it_publishes_is_named_and_waited_for_no_longer_than_told(tmp_path):
+    with Lease(tmp_path, expiry_s=0.2) as first:
+        fall_silent(first)
+        time.sleep(0.3)
+        with first.ticket.publishing(), pytest.raises(RunLockedError, match=r"publishing to be done within 0 s.*fuser"):
+            Lease(tmp_path, expiry_s=0.2).__enter__()
+        with Lease(tmp_path) as second:
+            assert second.ticket.generation == 2
 
 
 def test_silent_holder_of_another_machine_is_waited_for(tmp_path):
