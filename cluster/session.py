@@ -18,6 +18,7 @@ import ray
 import ray.exceptions
 from ray.job_config import JobConfig
 
+from cluster.local_ray import start_local_ray
 from cluster.monitor import job_config
 from cluster.network import reach
 from cluster.progress import Display
@@ -65,19 +66,17 @@ class Session:
             return
         training = cluster.workers * cluster.cpus_per_worker
         fetching = self.config.ingest.max_in_flight * cluster.cpus_per_ingest_task
-        ray.init(
-            address="local",
+        start_local_ray(
             job_config=job,
             num_cpus=max(os.cpu_count() or 1, int(training + fetching + 1)),
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
             object_store_memory=cluster.store_memory_bytes,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
         )
 
     def _join(self, address: str, job: JobConfig) -> None:
+        if address.rpartition(":")[2].isdigit():  # else a node would ask the Ray that was last started on it
+            job.set_runtime_env({"env_vars": {"RAY_ADDRESS": address.removeprefix("ray://")}})
         try:
             reach(address)
             ray.init(address=address, job_config=job, log_to_driver=False, logging_level=logging.ERROR)

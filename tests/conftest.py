@@ -14,6 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 from roclip.config import environment_defaults
 
 environment_defaults()
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers beside the other half of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
 _exit_status: list[int] = []

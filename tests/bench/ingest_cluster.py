@@ -35,6 +35,7 @@ sys.path[:0] = [
 ]  # the package first: a bench beside this one is called ingest
 from web import FAULTS, HOSTS, PHOTOS, Web, url_list  # noqa: E402
 
+from cluster.local_ray import start_local_ray  # noqa: E402
 from cluster.window import Window  # noqa: E402
 from ingest.sources import read_url_list, split  # noqa: E402
 
@@ -83,7 +84,7 @@ def measure_driver(tasks: int = 300) -> float:
     """Seconds of the driver's processor time for one task: submit, wait, take the result."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    start_local_ray(num_cpus=2, include_dashboard=False)
     try:
         task = ray.remote(lambda part: part).options(num_cpus=0)
         ray.get(task.remote(0))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from bench import measure
 from kit import environment, preset, scene_samples, write_shard
 
+from cluster.local_ray import start_local_ray
 from cluster.train_job import train_arm
 from roclip.config import environment_defaults, load_config
 from roclip.metrics import read_metrics
@@ -63,12 +64,9 @@ if __name__ == "__main__":
                 shards=folder / "shards", epochs=6, batch=32, ranks=arguments.ranks, gpus=arguments.gpus_per_rank
             ),
         )
-        ray.init(
-            address="local",
+        start_local_ray(
             num_cpus=arguments.ranks + 1,
             include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
             _system_config={"worker_niceness": 0},  # what else runs on this machine shall slow both alike
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},  # as torchrun sets it
         )

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from cluster.host_desk import DeskHosts, host_desks
+from cluster.local_ray import start_local_ray
 from ingest.host_table import FAILURES
 from ingest.reasons import FetchError, reason_of
 from roclip.config import FetchPolicy
@@ -22,14 +23,10 @@ HOST = "a.example"
 @pytest.fixture(scope="module")
 def local_ray():
     home = str(Path(__file__).parents[2])
-    ray.init(
-        address="local",  # not one that is found by chance
+    start_local_ray(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
-        logging_level="error",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {"PYTHONPATH": home}},
     )
     yield

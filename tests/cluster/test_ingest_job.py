@@ -27,6 +27,7 @@ from ingesting import (
 from cluster.ingest_job import ingest
 from cluster.ingest_progress import IngestProgress, describe
 from cluster.ingest_task import OUTAGE_URLS, WORK
+from cluster.local_ray import start_local_ray
 from ingest.origin import Origin
 from roclip.errors import ConfigError, DataError, RunLockedError, StageError
 from roclip.series import SERIES
@@ -45,14 +46,10 @@ FATES = {
 @pytest.fixture(scope="module")
 def local_ray():
     """A Ray with room for four tasks, so that only `max_in_flight` holds them back."""
-    ray.init(
-        address="local",
+    start_local_ray(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
-        logging_level="error",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
         runtime_env=WORKERS,
         _system_config={"metrics_report_interval_ms": 500},
     )

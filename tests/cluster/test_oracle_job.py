@@ -15,6 +15,7 @@ import torch
 from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 from rigged import World, fatal_witness, witness
 
+from cluster.local_ray import start_local_ray
 from cluster.oracle_job import judge, oracle
 from cluster.oracle_pass import cpus_per_actor, look_with_actors
 from roclip import scenes
@@ -165,13 +166,10 @@ def test_job_says_what_is_missing(run: Path):
 def cluster():
     """One Ray for the tests that need it: starting it takes seconds."""
     support = REPOSITORY / "tests" / "support"
-    ray.init(
+    start_local_ray(
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
-        logging_level="error",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {"PYTHONPATH": f"{REPOSITORY}:{support}"}},
     )
     yield

@@ -16,6 +16,7 @@ from forked import TRAIN, forks_that_say
 from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 
 from cluster import repair_job
+from cluster.local_ray import start_local_ray
 from cluster.oracle_job import brief_of, judge
 from cluster.repair_job import choose, repair
 from roclip import checkpoint as checkpoints
@@ -123,13 +124,10 @@ def never(config: Config, arm: str, folder: Path) -> Path:
 
 @pytest.fixture
 def a_cluster():
-    ray.init(
+    start_local_ray(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
-        logging_level="error",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
     )
     yield

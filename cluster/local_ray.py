@@ -1,0 +1,52 @@
+"""A Ray of our own, whose processes know its address.
+
+Ray Train asks the state API time and again whether its controller lives. Where nobody told a process its address, that API
+looks into a file that the last `ray start` on the machine wrote, whether that Ray still runs or not: then each training
+takes 40 s more to end, or is taken for dead by a Ray that never heard of it.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import socket
+from collections.abc import Iterator
+
+import ray
+
+_PORTS = range(20_000, 32_000)
+"""Below those that the system hands out by itself, so that nobody is given it before Ray takes it."""
+
+
+def start_local_ray(**options: object) -> None:
+    """`ray.init` of a Ray on loopback, with `options`; it ends with this process."""
+    with one_address():
+        ray.init(
+            address="local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+
+
+@contextlib.contextmanager
+def one_address() -> Iterator[None]:
+    """A head that is started in the block listens at a port that is free now, and it and the nodes that join it in the block
+    tell their processes so."""
+    port = str(_free_port())
+    before = dict(os.environ)
+    os.environ.update(RAY_GCS_SERVER_PORT=port, RAY_ADDRESS=f"127.0.0.1:{port}")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _free_port() -> int:
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
