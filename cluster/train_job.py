@@ -82,7 +82,8 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
         raise KeyboardInterrupt from stop
     except Exception as error:
         said = run / name / CAUSE
-        cause = said.read_text() if said.exists() else str(error).strip().splitlines()[-1]
+        noted = said.read_text() if said.exists() else ""  # nothing where the disk is full
+        cause = noted or str(error).strip().splitlines()[-1]
         raise StageError(
             f"training {name}: {cause.rstrip('.')}. Logs: {run / name / 'log'}. "
             "The same command resumes from the last checkpoint."

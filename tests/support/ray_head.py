@@ -82,7 +82,7 @@ def _started(command: list[str], env: dict[str, str], log: Path) -> Iterator[sub
     finally:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(10)
         process.kill()
         process.wait()
         left = [one for one in psutil.process_iter(["cmdline"]) if mark in " ".join(one.info["cmdline"] or ())]

@@ -187,7 +187,7 @@ def _said(head: Head) -> str:
 def _end(head: Head) -> None:
     family = [process for process in psutil.process_iter() if _session(process) == head.process.pid]
     head.process.terminate()
-    psutil.wait_procs(family, timeout=20)
+    psutil.wait_procs(family, timeout=10)
     for left in family:
         with contextlib.suppress(psutil.Error):
             left.kill()

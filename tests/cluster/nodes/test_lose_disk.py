@@ -75,6 +75,7 @@ def test_checkpoint_that_finds_no_room_ends_the_run_which_goes_on_when_there_is(
         said, _ = process.communicate(timeout=300)
     assert process.returncode == STAGE, said
     assert "no space is left" in said
+    assert "training roclip: ." not in said, "the error says nothing"
     assert "run the same command again" in " ".join(said.split())
     kept = saved(run)
     assert kept >= 4
