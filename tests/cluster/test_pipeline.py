@@ -54,6 +54,11 @@ def the_run(folder: Path) -> Path:
     return path
 
 
+def logged(folder: Path) -> int:
+    """Steps in the logs of all arms."""
+    return sum(len(read_metrics(path)) for path in the_run(folder).glob("*/metrics.jsonl"))
+
+
 def keys(run: Path) -> list[str]:
     records = Manifest(run / "shards").records()
     return [
@@ -68,21 +73,19 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     path = preset(folder, TINY_RUN.format(folder=folder))
     process = roclip("run", str(path))
-    until(lambda: any((folder / "runs").glob("*/provenance.json")), process)
+    until(lambda: any((folder / "runs").glob("*/shards/manifest/00000.json")), process)
     second = roclip("run", str(path))
     _, refusal = finish(second, 5)
     assert "works in this run directory" in refusal
-    until(lambda: any((folder / "runs").glob("*/shards/manifest/00000.json")), process)
     left = descendants(process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     psutil.wait_procs(left, timeout=240)  # Ray's agents look for their raylet now and then
     assert not [p for p in left if p.is_running()]
 
-    metrics = the_run(folder) / "clip" / "metrics.jsonl"
-    before = len(read_metrics(metrics))  # training may have begun while the second one was refused
+    before = logged(folder)  # training may have begun while the second one was refused
     process = roclip("run", str(path))
-    until(lambda: len(read_metrics(metrics)) > before + 2, process)
+    until(lambda: logged(folder) > before + 2, process)
     left = descendants(process)
     os.kill(process.pid, signal.SIGINT)
     _, errors = finish(process, 130)
