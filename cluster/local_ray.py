@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator
 
 import ray
 
@@ -20,7 +19,11 @@ _PORTS = range(20_000, 32_000)
 
 def start_local_ray(**options: object) -> None:
     """`ray.init` of a Ray on loopback, with `options`; it ends with this process."""
-    with one_address():
+    port = str(_free_port())
+    told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.pop(name) for name in told if name in os.environ}
+    os.environ.update(told)  # its processes inherit it
+    try:
         ray.init(
             address="local",
             log_to_driver=False,
@@ -28,19 +31,9 @@ def start_local_ray(**options: object) -> None:
             _node_ip_address="127.0.0.1",
             **options,  # pyright: ignore[reportArgumentType]
         )
-
-
-@contextlib.contextmanager
-def one_address() -> Iterator[None]:
-    """A head that is started in the block listens at a port that is free now, and it and the nodes that join it in the block
-    tell their processes so."""
-    port = str(_free_port())
-    before = dict(os.environ)
-    os.environ.update(RAY_GCS_SERVER_PORT=port, RAY_ADDRESS=f"127.0.0.1:{port}")
-    try:
-        yield
     finally:
-        os.environ.clear()
+        for name in told:
+            del os.environ[name]
         os.environ.update(before)
 
 

@@ -75,8 +75,8 @@ class Session:
         )
 
     def _join(self, address: str, job: JobConfig) -> None:
-        if address.rpartition(":")[2].isdigit():  # else a node would ask the Ray that was last started on it
-            job.set_runtime_env({"env_vars": {"RAY_ADDRESS": address.removeprefix("ray://")}})
+        if address != "auto":  # else this driver, too, takes the Ray that was last started on its node
+            job.set_runtime_env({"env_vars": {"RAY_ADDRESS": address}})
         try:
             reach(address)
             ray.init(address=address, job_config=job, log_to_driver=False, logging_level=logging.ERROR)

@@ -14,7 +14,6 @@ from forked import trainings_of
 from kit import environment, preset, tiny_shards
 from ray.cluster_utils import Cluster
 
-from cluster.local_ray import one_address
 from roclip.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -79,10 +78,9 @@ def test_ranks_that_die_or_are_told_to_go_are_started_again(config, whole, tmp_p
 @pytest.fixture
 def two_nodes() -> Iterator[Cluster]:
     """A Ray cluster with room for one rank on each of its two nodes."""
-    with one_address():
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
+        cluster.add_node(num_cpus=1)
         yield cluster
     finally:
         cluster.shutdown()

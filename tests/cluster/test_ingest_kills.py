@@ -20,7 +20,6 @@ from ingesting import config, drive, good_captions, sealed_captions, write_corpu
 from ray.cluster_utils import Cluster
 from s3 import s3_server
 
-from cluster.local_ray import one_address
 from ingest.origin import Origin
 from roclip.errors import RunLockedError
 from roclip.shards import Manifest, place
@@ -37,11 +36,10 @@ _forks = multiprocessing.get_context("forkserver")
 def cluster():
     """A head that fetches nothing, and a node that does."""
     _forks.set_forkserver_preload(["ray", "cluster.ingest_job"])
-    with one_address():
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": _LOOKS}
-        )
-        add_node(cluster)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": _LOOKS}
+    )
+    add_node(cluster)
     yield cluster
     cluster.shutdown()
 

@@ -1,45 +1,60 @@
-"""A Ray of our own is asked about itself, whatever ran on this machine before."""
+"""The Ray that a run works on is asked about itself, whatever else runs or ran on this machine."""
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
-from cluster.local_ray import one_address, start_local_ray
+from cluster.progress import Display
+from cluster.session import Session
+from roclip.config import ClusterConfig, Config, DataConfig
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def another_was_here(monkeypatch):
-    """What a Ray leaves that `ray start` brought up, and that was killed."""
-    with tempfile.TemporaryDirectory(
-        prefix="r", dir="/tmp", ignore_cleanup_errors=True
-    ) as short:  # sockets' names are long
-        with open(f"{short}/ray_current_cluster", "w") as file:
-            file.write("127.0.0.1:1")
-        monkeypatch.setenv("RAY_TMPDIR", short)
-        yield
+def last_started(monkeypatch):
+    """Where Ray notes the Ray that was last started on this machine."""
+    # A short path, as those of sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        yield Path(folder) / "ray" / "ray_current_cluster"
 
 
-def test_processes_ask_their_own_ray_whether_an_actor_lives(another_was_here):
-    @ray.remote
-    class Asked:
-        def is_there(self) -> str:
-            from ray.util.state import get_actor
+@ray.remote
+class Asked:
+    def is_there(self) -> str:
+        from ray.util.state import get_actor
 
-            return get_actor(ray.get_runtime_context().get_actor_id()).state
+        return get_actor(ray.get_runtime_context().get_actor_id()).state
 
-    start_local_ray(num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1")
+
+def is_there(cluster: ClusterConfig, folder: Path) -> str:
+    """What Ray's state API says in an actor of a run about that actor."""
+    Session(Config(data=DataConfig(scenes=1), cluster=cluster), folder, Display()).need_ray()
     try:
-        assert ray.get(Asked.remote().is_there.remote()) == "ALIVE"
+        return ray.get(Asked.remote().is_there.remote())
     finally:
         ray.shutdown()
 
 
-def test_what_the_processes_are_told_does_not_stay_in_this_one():
+def test_actor_is_alive_for_its_own_ray(last_started, tmp_path):
     before = dict(os.environ)
-    with one_address():
-        assert os.environ["RAY_ADDRESS"].endswith(":" + os.environ["RAY_GCS_SERVER_PORT"])
-    assert dict(os.environ) == before
+    last_started.write_text("127.0.0.1:1")
+    assert is_there(ClusterConfig(workers=1, dashboard=True), tmp_path) == "ALIVE"
+    assert "RAY_ADDRESS" not in os.environ
+    assert "RAY_GCS_SERVER_PORT" not in os.environ
+    assert before.items() <= os.environ.items()
+
+
+def test_actor_is_alive_for_the_ray_that_the_run_joined(last_started, tmp_path):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    last_started.write_text("127.0.0.1:1")
+    try:
+        assert is_there(ClusterConfig(address=cluster.address), tmp_path) == "ALIVE"
+    finally:
+        cluster.shutdown()

@@ -11,7 +11,6 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from cluster import queueing
-from cluster.local_ray import one_address
 from cluster.queueing import Need, Patience, holds, ingest_need, training_need, wait_for_room
 from roclip.config import ClusterConfig
 from roclip.errors import StageError
@@ -45,8 +44,7 @@ def test_needs_are_those_of_the_config():
 @pytest.fixture(scope="module")
 def cluster():
     """Two CPUs, and a connection to them."""
-    with one_address():
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     ray.init(address=nodes.address, log_to_driver=False)
     yield nodes
     ray.shutdown()
