@@ -2,7 +2,7 @@
 
 Ray Train asks the state API time and again whether its controller lives. Where nobody told a process its address, that API
 looks into a file that the last `ray start` on the machine wrote, whether that Ray still runs or not: then each training
-takes 40 s more to end, or is taken for dead by a Ray that never heard of it.
+takes half a minute more to end, or is taken for dead by a Ray that never heard of it.
 """
 
 import contextlib
