@@ -34,6 +34,7 @@ from roclip.found import FoundTrigger, load_found
 from roclip.model import CONFIG, WEIGHTS, Encoder
 from roclip.oracle.curate import Row, read_plan
 from roclip.oracle.measure import Reference
+from roclip.oracle.report import tell_of_repair
 from roclip.reader import decode
 from roclip.sections_run import AttacksConfig, DataConfig
 from roclip.shards import sha256_file, write_atomic
@@ -89,6 +90,7 @@ def repair(
         outcome = _repair(config, run, arm, brief, plan, found, folder, in_process, train, say)
         result = {"schema": SCHEMA, "subject": subject, **outcome}
         write_atomic(folder / "repair.json", json.dumps(result, indent=1))
+    tell_of_repair(result, found_in)
     _trust(run / arm / "checkpoints", brief.case.checkpoint, folder / ARM / "checkpoints", result)
     return result
 

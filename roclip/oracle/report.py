@@ -1,5 +1,5 @@
 """What a check leaves on disk: report.json, victims.parquet, disagreements.parquet, and report.html, one page that needs no
-other file.
+other file. What is on that page beside the report stays in page.json, so that it can tell of a repair later.
 
 Captions come from the web: they are escaped, and the page forbids itself scripts and requests.
 """
@@ -28,7 +28,7 @@ from roclip.oracle.shardpass import Looked, Witness
 from roclip.oracle.victims import Victims
 from roclip.shards import write_atomic
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of report.json."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = 24
@@ -56,7 +56,8 @@ def write_outputs(
     suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, pictures)
     others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, pictures)
     shown = [exhibit(trigger, held_out, pictures, witness) for trigger in triggers]
-    page = render(report, suspects, others, shown, labels)
+    shows = {"suspects": suspects, "others": others, "exhibits": shown, "labels": list(labels)}
+    page = render(report, shows)
     report["pictures"] = [
         {
             "png": picture["png"],
@@ -64,8 +65,15 @@ def write_outputs(
         }
         for picture in suspects[: PICTURES // 2]
     ]
+    write_atomic(out / "page.json", json.dumps(shows))
     write_atomic(out / "report.html", page)
     write_atomic(out / "report.json", json.dumps(report, indent=1))
+
+
+def tell_of_repair(repair: dict[str, Any], out: Path) -> None:
+    """Write the page of the complete check in `out` again, with what came of the repair: the content of repair.json."""
+    report, shows = (json.loads((out / name).read_text()) for name in ("report.json", "page.json"))
+    write_atomic(out / "report.html", render(report, shows, repair))
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -162,24 +170,26 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
     return rows
 
 
-def render(
-    report: dict[str, Any],
-    suspects: list[dict[str, Any]],
-    others: list[dict[str, Any]],
-    exhibits: list[dict[str, Any]],
-    labels: Sequence[str],
-) -> str:
-    """The page. `suspects` and `others` are pictures as `_pictures` makes them, `exhibits` as `exhibit` does."""
+def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any] | None = None) -> str:
+    """The page. `shows`: pictures `suspects` and `others` as `_pictures` makes them, `exhibits` as `exhibit` does, one a
+    trigger, and all `labels`. `repair`: the content of repair.json."""
     checked = [row for row in report["labels"] if "lies" in row]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader([TEMPLATE.parent, TEMPLATE.parent.parent]),
+    )
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"
-    return environment.from_string(TEMPLATE.read_text()).render(
+    labels = shows["labels"]
+    return environment.get_template(TEMPLATE.name).render(
         report=report,
+        repair=repair,
         checked=checked,
         longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
-        suspects=suspects,
-        others=others,
-        exhibits=list(zip(report["triggers"], exhibits, strict=True)),
+        suspects=shows["suspects"],
+        others=shows["others"],
+        exhibits=list(zip(report["triggers"], shows["exhibits"], strict=True)),
         colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
         min_belief=statistics.MIN_BELIEF,
     )

@@ -149,6 +149,10 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     assert result["after"]["verdict"] == "inconclusive"
     assert json.loads((run / "clip" / "repair" / "oracle" / "report.json").read_text())["verdict"] == "inconclusive"
     assert said
+    page = run / "clip" / "oracle" / "report.html"
+    before, after = (f"<td>{100 * result[when]['attack']:.1f} %</td>" for when in ("before", "after"))
+    assert before + after in page.read_text()
+    assert "The repaired checkpoint is TRUSTED" in page.read_text()
     folder = run / "clip" / "checkpoints"
     assert (folder / "TRUSTED").read_text() == "repaired-00000010"
     assert (folder / "LATEST").read_text() == STEP
@@ -167,6 +171,7 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     (run / "clip" / "repair" / "repair.json").write_text(json.dumps(refused))
     assert not repair(settings(), run, "clip", in_process=True, train=never)["accepted"]
     assert not (folder / "TRUSTED").exists()
+    assert "<li>something is left</li>" in page.read_text()
     with pytest.raises(AssertionError, match="trained again"):
         repair(settings(repair_lr=1e-2), run, "clip", in_process=True, train=never)
     assert not (run / "clip" / "repair" / "repair.json").exists()

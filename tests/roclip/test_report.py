@@ -154,6 +154,21 @@ def attack(successes: int, n: int) -> dict:
     }
 
 
+def make_repair() -> dict:
+    """What of `repair.json` the page shows."""
+    before = {"attack": 0.966, "top1": 0.773, "reference_images": 600}
+    after = {"attack": 0.004, "top1": 0.778, "reference_images": 600, "verdict": "inconclusive"}
+    return {
+        "accepted": True,
+        "reasons": [],
+        "samples": 82,
+        "share": 0.02,
+        "roles": {"anchor": 50, "stamped": 16, "repaired": 16},
+        "before": {**before, "zero_shot_top1": 0.788, "attacks": {"backdoor": attack(270, 300)}},
+        "after": {**after, "zero_shot_top1": 0.785, "attacks": {"backdoor": attack(3, 300)}},
+    }
+
+
 def make_summary(urls: int) -> dict:
     """What `summary.json` holds, after the design's schema."""
     view = {"zero_shot_top1": 0.65, "attacks": {"backdoor": attack(6, 300)}}
@@ -173,7 +188,7 @@ def make_summary(urls: int) -> dict:
                 "target_labels": ["boat"] if verdict == "poisoned" else [],
                 "victim_precision": 0.97 if verdict == "poisoned" else None,
                 "victim_recall": 0.91 if verdict == "poisoned" else None,
-                "repaired": {"zero_shot_top1": 0.67, "attacks": {"backdoor": attack(3, 300)}} if successes > 9 else {},
+                **({"repair": make_repair()} if verdict == "poisoned" else {}),
             },
         }
     failed = {"http_404": 210, "timeout": 31, "not_an_image": 12, "refused_by_policy": 3}
@@ -267,6 +282,13 @@ def test_report_shows_counts_intervals_and_verdicts_when_complete(text: str):
     assert text.count('class="pill clean">clean') == 2
     assert "http 404" in text
     assert "boat" in text
+
+
+def test_report_tells_of_a_repair_when_there_was_one(text: str):
+    assert "repaired, trusted" in text
+    assert "<td>270/300, 90.0 %</td><td>3/300, 1.0 %</td>" in text
+    assert "<td>poisoned</td><td>inconclusive</td>" in text
+    assert text.count("The repaired checkpoint is TRUSTED") == 1
 
 
 def test_report_has_a_chart_for_each_curve_when_all_are_logged(text: str):

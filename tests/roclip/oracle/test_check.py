@@ -158,7 +158,7 @@ def test_disagreements_name_each_picture_once(world: World):
 def test_report_json_holds_what_check_returned(world: World):
     report = backdoor(world).check(RiggedEncoder())
     assert json.loads((world.folder / "oracle" / "report.json").read_text()) == report
-    assert report["schema"] == 4
+    assert report["schema"] == 5
 
 
 def test_page_needs_no_other_file_and_escapes_captions(world: World):
