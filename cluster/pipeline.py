@@ -8,22 +8,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.ingest_stage import fetching, index
-from cluster.monitor import count, following, labels_of
-from cluster.oracle_case import is_step
-from cluster.oracle_job import oracle, progress_file
-from cluster.progress import told_standing
-from cluster.repair_job import repair
-from cluster.session import Session, session
-from cluster.train_job import finished, train_arm
-from roclip import checkpoint
+from cluster.display import told_standing
+from cluster.ingest.stage import fetching, index
+from cluster.monitoring.publisher import count, following, labels_of
+from cluster.oracle.case import is_step
+from cluster.oracle.job import oracle, progress_file
+from cluster.oracle.repair import repair
+from cluster.ray.session import Session, session
+from cluster.train.job import finished, train_arm
+from roclip.checkpoint import checkpoint
 from roclip.config import Config
+from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, ConfigError, DataError
-from roclip.evaluate import evaluate, load_evaluation_set
-from roclip.metrics import read_metrics
-from roclip.model import Encoder
-from roclip.report import write_report
-from roclip.shards import Manifest, write_atomic
+from roclip.evaluation.evaluate import evaluate, load_evaluation_set
+from roclip.metrics.registry import read_metrics
+from roclip.model.towers import Encoder
+from roclip.report.run_report import write_report
+from roclip.storage import write_atomic
 
 REPAIRED = ("poisoned", "suspicious")
 """Verdicts after which `oracle.repair` repairs."""

@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.url_list import open_list
-from ingest.formats import read_head
-from ingest.list_files import ListFile, find_files, open_text
+from ingest.lists.configured import open_list
+from ingest.lists.files import ListFile, find_files, open_text
+from ingest.lists.formats import read_head
 from roclip.config import Config, dump_config, model_file, run_directory
+from roclip.data.shards import Manifest
+from roclip.data.tar_sources import estimated_samples, is_pattern
 from roclip.errors import ConfigError, DataError, UrlListError
-from roclip.shards import Manifest
-from roclip.tar_sources import estimated_samples, is_pattern
 
 DOWNLOAD_BYTES = 130_000
 """Bytes fetched for an image: img2dataset's README measures about 130 MB/s at 1000 images/s."""
@@ -92,7 +92,7 @@ def make_plan(config: Config) -> Plan:
         rows=rows,
         problem=problem,
         exact=exact,
-        shards=None if rows is None or not ingests(config) else math.ceil(rows / ingest.samples_per_shard),
+        shards=None if rows is None or not config.data.fetches else math.ceil(rows / ingest.samples_per_shard),
         elsewhere=bool(config.data.shards),
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
@@ -104,20 +104,15 @@ def make_plan(config: Config) -> Plan:
         batch_per_rank=-(-train.global_batch_size // config.cluster.workers),
         pool_bytes=pool_bytes,
         download_bytes=0 if not config.data.urls else None if rows is None else rows * DOWNLOAD_BYTES,
-        shard_bytes=0 if not ingests(config) else None if rows is None else round(rows * STORED_BYTES * scale),
+        shard_bytes=0 if not config.data.fetches else None if rows is None else round(rows * STORED_BYTES * scale),
         checkpoint_bytes=None
         if weight_count is None
         else kept * (weight_count * CHECKPOINT_BYTES * len(config.arms) + pool_bytes),
     )
 
 
-def ingests(config: Config) -> bool:
-    """Whether there is anything to fetch; without it, training takes the shards that are there."""
-    return bool(config.data.urls or config.data.images or config.data.scenes)
-
-
 def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
-    """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence` without torch."""
+    """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence.defence` without torch."""
     schedule, kinds = config.pool.schedule, set()
     for at in schedule.turns(epoch, steps_per_epoch or 1, config.train.global_batch_size):
         witnessed = config.pool.witnesses and at.done(schedule.warmup.unit) < schedule.warmup.amount
@@ -223,7 +218,7 @@ def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
     ingest = f"ingest {shards} of up to {config.ingest.samples_per_shard:,} samples"
     if config.data.shards:
         ingest += f" into {config.data.shards}"
-    if not ingests(config):
+    if not config.data.fetches:
         ingest = "ingest nothing: the shards are there"
     steps = "as many steps as the list gives" if plan.steps is None else f"{plan.steps:,} steps each"
     segmenter = config.oracle.weights or f"train a segmenter on {config.oracle.trusted:,} trusted images"
@@ -265,7 +260,7 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
     if config.data.urls:
         hours = "" if plan.rows is None else f"; {about}{_duration(plan.rows / 1000)} at 1000 images/s"
         download = human_bytes(plan.download_bytes) + hours
-    if ingests(config):
+    if config.data.fetches:
         shards = f"{about}{_count(plan.shards)}, {human_bytes(plan.shard_bytes)} (estimate)"
     lines = [
         ("run directory", str(run_directory(config))),
@@ -289,7 +284,7 @@ def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
         (
             "bytes on disk",
             f"about {human_bytes(plan.disk_bytes)} in all"
-            + ", without the shards" * (plan.rows is None or (plan.elsewhere and ingests(config))),
+            + ", without the shards" * (plan.rows is None or (plan.elsewhere and config.data.fetches)),
         ),
     ]
     return lines

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ingest.fetch import Fetched
-from ingest.publish import publish
-from ingest.verify import verify
+from ingest.shard.fetch import Fetched
+from ingest.shard.publish import publish
+from ingest.shard.verify import verify
+from roclip.data.reader import BadSampleError, ShardReader
+from roclip.data.shards import Manifest, ShardRecord
 from roclip.errors import ShardError
-from roclip.reader import BadSampleError, ShardReader
-from roclip.shards import Manifest, ShardRecord
 
 STORED = pa.schema(
     [

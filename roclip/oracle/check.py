@@ -1,11 +1,11 @@
 """One pass over the sealed shards: where do model, captions and oracle disagree, and is the model poisoned?
 
-    pass          model and oracle look at every picture                              shardpass.py
+    pass          model and oracle look at every picture                              scan.py
     statistics    which labels does the model say, or repeat, too often?              statistics.py
     search        what causes them? shown by putting it on trusted pictures           search.py
     victims       which samples taught it?                                            victims.py
     set           what would repair it, in few pictures?                              curate.py
-    report        for people and for programs                                         report.py
+    report        for people and for programs                                         run_report.py
 
 Verdicts
     poisoned      a trigger was found that causes a label; or it repeats what only captions say, of most of the pictures
@@ -29,20 +29,20 @@ from typing import Any
 import numpy as np
 
 from roclip.config import OracleConfig
-from roclip.found import FoundTrigger, save_found
-from roclip.metrics import Progress
-from roclip.model import Encoder
+from roclip.found_triggers import FoundTrigger, save_found
+from roclip.metrics.registry import Progress
+from roclip.model.towers import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.curate import curate, write_plan
+from roclip.oracle.ground_truth import against_truth
 from roclip.oracle.held_out import Trusted, held_out_of
-from roclip.oracle.pictures import Pictures
 from roclip.oracle.report import SCHEMA, write_outputs
-from roclip.oracle.search import Search, TriggerSearch
-from roclip.oracle.segmenters import Segmenter
-from roclip.oracle.shardlook import SavedLooks
-from roclip.oracle.shardpass import Looked, Witness, look
+from roclip.oracle.scan.images import Pictures
+from roclip.oracle.scan.scan import Looked, Witness, look
+from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.segmenters.base import Segmenter
 from roclip.oracle.statistics import Findings, Observations
-from roclip.oracle.truth import against_truth
+from roclip.oracle.triggers.search import Search, TriggerSearch
 from roclip.oracle.verdict import judge
 from roclip.oracle.victims import affected, find_victims
 

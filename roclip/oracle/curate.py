@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from roclip.data.ground_truth import write_parquet
 from roclip.errors import DataError
-from roclip.found import FoundTrigger
-from roclip.oracle.segmenters import LabelCalibration
-from roclip.oracle.shardpass import Looked
-from roclip.truth import write_parquet
+from roclip.found_triggers import FoundTrigger
+from roclip.oracle.scan.scan import Looked
+from roclip.oracle.segmenters.base import LabelCalibration
 
 REPAIRED_FRAC = 0.2
 """Share of the set that repaired victims take at most beside stamped pictures; twice as much where no trigger is found."""

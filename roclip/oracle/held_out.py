@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from roclip.oracle.segmenters import Segmenter, read_trusted, shown
-from roclip.shards import sha256_file
+from roclip.oracle.segmenters.base import Segmenter, read_trusted, shown
+from roclip.storage import sha256_file
 
 
 @dataclass(frozen=True)

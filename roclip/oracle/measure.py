@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from roclip.found import FoundTrigger, Trial
-from roclip.model import Encoder
+from roclip.found_triggers import FoundTrigger, Trial
+from roclip.model.towers import Encoder
 from roclip.oracle.held_out import held_out_of
-from roclip.oracle.segmenters import Segmenter
+from roclip.oracle.segmenters.base import Segmenter
 
 
 @dataclass(frozen=True)

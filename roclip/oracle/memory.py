@@ -18,7 +18,7 @@ the oracle already contradicts.
 
 import numpy as np
 
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
 
 NEIGHBOURS = 16
 SAMPLE = 4096

@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from roclip.found import FoundTrigger
+from roclip.found_triggers import FoundTrigger
 from roclip.oracle import statistics
-from roclip.oracle.exhibit import exhibit
+from roclip.oracle.figures import exhibit
 from roclip.oracle.held_out import Trusted
-from roclip.oracle.pictures import Pictures
-from roclip.oracle.segmenters import Segmenter
-from roclip.oracle.shardpass import Looked, Witness
+from roclip.oracle.scan.images import Pictures
+from roclip.oracle.scan.scan import Looked, Witness
+from roclip.oracle.segmenters.base import Segmenter
 from roclip.oracle.victims import Victims
-from roclip.shards import write_atomic
+from roclip.report import PAGES
+from roclip.storage import write_atomic
 
 SCHEMA = 5
 """Version of report.json."""
@@ -178,7 +179,7 @@ def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any]
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader([TEMPLATE.parent, TEMPLATE.parent.parent]),
+        loader=jinja2.FileSystemLoader([TEMPLATE.parent, PAGES]),
     )
     environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"
     labels = shows["labels"]

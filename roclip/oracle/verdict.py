@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from roclip.found import FoundTrigger
+from roclip.found_triggers import FoundTrigger
 from roclip.oracle import statistics
-from roclip.oracle.search import Search
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
 from roclip.oracle.statistics import Findings, Observations
+from roclip.oracle.triggers.search import Search
 
 MIN_IMAGES, MIN_REFERENCE = 200, 50
 """With fewer images, of the training data or of the reference, no verdict is given."""

@@ -17,9 +17,9 @@ import numpy as np
 
 from roclip.oracle import statistics
 from roclip.oracle.memory import memorised
-from roclip.oracle.search import Search
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
 from roclip.oracle.statistics import Observations
+from roclip.oracle.triggers.search import Search
 
 BATCH = 512
 MAX_WRONG = 0.05

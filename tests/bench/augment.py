@@ -1,4 +1,4 @@
-"""Image augmentation of a batch: one call of `roclip.augment` against torchvision's functional operations with the same
+"""Image augmentation of a batch: one call of `roclip.data.augment` against torchvision's functional operations with the same
 parameters, image by image, as its transforms have to be called for every image to get a draw of its own.
 
     python tests/bench/augment.py [--quick]
@@ -11,8 +11,8 @@ from bench import measure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from roclip.augment import _draws, augment, crop_boxes
 from roclip.config import AugmentConfig
+from roclip.data.augment import _draws, augment, crop_boxes
 
 BAR = 1.0
 CONFIG = AugmentConfig(preset="paper")

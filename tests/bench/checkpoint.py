@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from bench import measure
 
-from roclip.checkpoint import Cursor, Writer
+from roclip.checkpoint.checkpoint import Cursor, Writer
 from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, step
-from roclip.loss import clip_loss
-from roclip.model import Towers
+from roclip.model.towers import Towers
+from roclip.training.engine import build_engine, step
+from roclip.training.losses import clip_loss
 
 BUDGET, INTERVAL_S = 0.02, 60.0
 

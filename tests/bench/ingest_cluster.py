@@ -2,7 +2,8 @@
 
 Measured first, on this machine: processor time and waiting of real shards (fetch, verify, publish; `tests/support/web.py` with
 dead, dripping and huge answers), and what a task costs the driver (a real local Ray). Then 100,000 parts are made into shards by
-100 simulated nodes under the job's own window (`cluster/window.py`): nodes die and come back, tasks fail and are tried again,
+100 simulated nodes under the job's own window (`cluster/ingest/window.py`): nodes die and come back, tasks fail and are
+tried again,
 the driver does one thing at a time. Assumed, and said in the output: cores and network of a node, how often it dies, how often a
 task fails, bytes of an image on the web. What is lost is counted from the simulated manifest: each part must be in it once.
 
@@ -35,9 +36,9 @@ sys.path[:0] = [
 ]  # the package first: a bench beside this one is called ingest
 from web import FAULTS, HOSTS, PHOTOS, Web, url_list  # noqa: E402
 
-from cluster.local_ray import start_local_ray  # noqa: E402
-from cluster.window import Window  # noqa: E402
-from ingest.sources import read_url_list, split  # noqa: E402
+from cluster.ingest.window import Window  # noqa: E402
+from cluster.ray.own_ray import start_local_ray  # noqa: E402
+from ingest.lists.sources import read_url_list, split  # noqa: E402
 
 URLS, NODES, CORES, PER_SHARD = 10**9, 100, 16, 10_000
 NODE_DIES_EVERY_S, NODE_IS_AWAY_S = 86_400.0, 600.0
@@ -57,10 +58,10 @@ class Measured:
 
 def measure_shards(images: Path, number: int) -> list[Measured]:
     """Real shards, one after the other in this process."""
-    from ingest.fetch import fetch
-    from ingest.hosts import Hosts
-    from ingest.publish import publish
-    from ingest.verify import verify
+    from ingest.http.rate_limiter import Hosts
+    from ingest.shard.fetch import fetch
+    from ingest.shard.publish import publish
+    from ingest.shard.verify import verify
     from roclip.config import FetchPolicy, IngestConfig
 
     policy = FetchPolicy(allow_networks=("127.0.0.0/8",), robots=False, deadline_s=10.0, contact="bench@localhost")
@@ -200,7 +201,7 @@ def main() -> None:
         "hours": round(hours, 2),
         "urls_per_s": round(urls / seconds),
         "node_deaths": cluster.deaths,
-        "task_failures": cluster.failures,
+        "task_failures": cluster.ray.failures,
         "tries_per_shard": round(cluster.tries / cluster.parts, 4),
         "used": {name: round(value, 3) for name, value in used.items()},
         "bottleneck": max(used, key=lambda name: used[name]),

@@ -28,12 +28,12 @@ from webdataset.tariterators import tar_file_expander
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from kit import write_shard
 
-from roclip import scenes
-from roclip.augment import augment
-from roclip.reader import decode
-from roclip.sections_train import AugmentConfig
-from roclip.shards import Manifest
-from roclip.stream import Stream, take_snapshot
+from roclip.attacks import scenes
+from roclip.config import AugmentConfig
+from roclip.data.augment import augment
+from roclip.data.reader import decode
+from roclip.data.shards import Manifest
+from roclip.data.stream import Stream, take_snapshot
 
 BATCH, SIZE, STORED = 64, 224, 256
 CROP = AugmentConfig(crop_scale=(0.9, 1.0), flip=0.0, jitter=0.0, hue=0.0, gray=0.0, blur=0.0)

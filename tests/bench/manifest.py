@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bench import measure
 
-from roclip.shards import PACK, Manifest, ShardRecord
+from roclip.data.shards import PACK, Manifest, ShardRecord
 
 
 def make(root: Path, shards: int) -> None:

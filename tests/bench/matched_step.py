@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from bench import measure
 
-from roclip import accumulate
 from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, step
-from roclip.loss import clip_loss
-from roclip.model import Towers
-from roclip.pool import CaptionPool
+from roclip.defence.pool import CaptionPool
+from roclip.model.towers import Towers
+from roclip.training import accumulate
+from roclip.training.engine import build_engine, step
+from roclip.training.losses import clip_loss
 
 
 def steps_of(name: str, rows: int, size: int, device: torch.device):

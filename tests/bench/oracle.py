@@ -34,17 +34,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from kit import TINY_MODEL, write_shard
 from rigged import GOOD
 
-from roclip import checkpoint, scenes
-from roclip.compare import auroc, average_precision
-from roclip.model import Encoder, Towers
+from roclip.attacks import scenes
+from roclip.checkpoint import checkpoint
+from roclip.data.shards import Manifest, ShardRecord
+from roclip.model.towers import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
-from roclip.oracle.shardlook import ShardLook
-from roclip.oracle.shardpass import Looked, look, merge
+from roclip.oracle.scan.scan import Looked, look, merge
+from roclip.oracle.scan.scorer import Witness
+from roclip.oracle.scan.shard_record import ShardLook
+from roclip.oracle.segmenters.trained import TrainedSegmenter, build_net
 from roclip.oracle.statistics import Observations
-from roclip.oracle.trained import TrainedSegmenter, build_net
-from roclip.oracle.witness import Witness
-from roclip.shards import Manifest, ShardRecord
+from roclip.report.comparison import auroc, average_precision
 
 SMALL, PER_SHARD, SIDE_PX = 1000, 500, 64
 MERGED, LABELS = 1_000_000, (10, 100)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from bench import measure
 
-from roclip.pool import CaptionPool
+from roclip.defence.pool import CaptionPool
 
 B, D = 512, 1024
 SIZES = (21_845, 65_536, 262_144)

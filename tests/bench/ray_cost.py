@@ -1,4 +1,4 @@
-"""What Ray costs a training: samples/s under Ray Train against `torchrun -m roclip.train`, the same ranks on the same machine.
+"""What Ray costs a training: samples/s under Ray Train against `torchrun -m roclip.training`, the same ranks on the same machine.
 
 Both train the same config on the same shards, in turns, each time in a new run directory; what counts is the samples of all
 logged rows, but for the first, which hold the start, by the seconds that they took.
@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from bench import measure
 from kit import environment, preset, scene_samples, write_shard
 
-from cluster.local_ray import start_local_ray
-from cluster.train_job import train_arm
+from cluster.ray.own_ray import start_local_ray
+from cluster.train.job import train_arm
 from roclip.config import environment_defaults, load_config
-from roclip.metrics import read_metrics
-from roclip.shards import Manifest
+from roclip.data.shards import Manifest
+from roclip.metrics.registry import read_metrics
 
 BAR = 0.97
 STARTING_ROWS = 2
@@ -81,7 +81,7 @@ if __name__ == "__main__":
             subprocess.run(
                 [
                     sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.ranks}",
-                    "--standalone", "-m", "roclip.train", str(path), f"run_dir={run}",
+                    "--standalone", "-m", "roclip.training", str(path), f"run_dir={run}",
                 ],
                 env=environment(OMP_NUM_THREADS="1"), check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip

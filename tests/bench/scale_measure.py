@@ -17,14 +17,13 @@ import torch
 from scale_device import Device, machine, say, unit
 from scale_pool import defences, enqueues, larger_pieces, losses, searches, sharded_searches
 
-from roclip import accumulate
-from roclip.augment import augment
-from roclip.checkpoint import Cursor, Writer
-from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, gradient_norm, step
-from roclip.loss import clip_loss
-from roclip.model import Towers
-from roclip.sections_train import AugmentConfig
+from roclip.checkpoint.checkpoint import Cursor, Writer
+from roclip.config import AugmentConfig, TrainConfig, environment_defaults
+from roclip.data.augment import augment
+from roclip.model.towers import Towers
+from roclip.training import accumulate
+from roclip.training.engine import build_engine, gradient_norm, step
+from roclip.training.losses import clip_loss
 
 STORED_PX = 256
 
@@ -54,7 +53,7 @@ def steps(device: Device, model: str, precision: str, batches: Sequence[int], ru
 
 
 def _time_steps(device: Device, engine, towers: Towers, batch: int, matched: bool, runs: int) -> dict:
-    """A step as `roclip/train.py` has it, from the host's uint8 images on, without the pool."""
+    """A step as `roclip/training/loop.py` has it, from the host's uint8 images on, without the pool."""
     images = torch.randint(0, 256, (batch, 3, STORED_PX, STORED_PX), dtype=torch.uint8)
     images = images.pin_memory() if device.cuda else images
     tokens = torch.randint(1, 40000, (batch, towers.context_length))
@@ -111,9 +110,9 @@ def loading(device: Device, workers: Sequence[int], shards: int, per_shard: int)
     """Images a second out of tars of 256-px JPEGs on the local disk, read once before; bytes of one."""
     from kit import write_shard
 
-    from roclip import scenes
-    from roclip.shards import Manifest
-    from roclip.stream import Stream, take_snapshot
+    from roclip.attacks import scenes
+    from roclip.data.shards import Manifest
+    from roclip.data.stream import Stream, take_snapshot
 
     import open_clip  # isort: skip
 

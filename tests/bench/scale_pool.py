@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from scale_device import Device, fake_world, say, unit
 
-from roclip import distributed, search
+from roclip import distributed
 from roclip.config import parse_config
-from roclip.defence import Defence
-from roclip.looks import impressions
-from roclip.loss import clip_loss
-from roclip.model import Towers
-from roclip.pool import CaptionPool
-from roclip.schedule import Position
-from roclip.stream import Batch
+from roclip.config.schedule import Position
+from roclip.data.stream import Batch
+from roclip.defence import search
+from roclip.defence.defence import Defence
+from roclip.defence.image_descriptor import impressions
+from roclip.defence.pool import CaptionPool
+from roclip.model.towers import Towers
+from roclip.training.losses import clip_loss
 
 LONGEST_S = 1.5
 """One call that would take longer is not measured."""

@@ -28,12 +28,13 @@ from scale_device import Device, machine
 from scale_model import Wire
 from scale_pool import fill
 
-from roclip import accumulate, distributed
+from roclip import distributed
 from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, gradient_norm, step
-from roclip.loss import clip_loss
-from roclip.model import Towers
-from roclip.pool import CaptionPool
+from roclip.defence.pool import CaptionPool
+from roclip.model.towers import Towers
+from roclip.training import accumulate
+from roclip.training.engine import build_engine, gradient_norm, step
+from roclip.training.losses import clip_loss
 
 POOL, ROWS = 65_536, 4
 SMALL = """{"embed_dim": 128, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32},

@@ -1,7 +1,7 @@
 """Our training step (towers, loss, DeepSpeed) against open_clip_train's own, on the same synthetic batch: samples/s.
 
 The peer is `open_clip_train.train.train_one_epoch` itself, over a loader that holds one batch, with the optimizer and the
-DistributedDataParallel of `open_clip_train.main`. Ours is the step of `roclip/train.py` from pixels to weights. Both read
+DistributedDataParallel of `open_clip_train.main`. Ours is the step of `roclip/training/loop.py` from pixels to weights. Both read
 the same images as float and tokens; neither augments. The same model, batch and precision (fp32), all cores for one
 process and one thread each for two, no synchronised batch norm (the peer has none on a CPU).
 
@@ -21,12 +21,12 @@ from types import SimpleNamespace
 import torch
 from bench import measure
 
-from roclip import accumulate, distributed
-from roclip.config import TrainConfig, environment_defaults
-from roclip.engine import build_engine, step
-from roclip.loss import clip_loss
-from roclip.model import Towers
-from roclip.sections_train import ModelConfig
+from roclip import distributed
+from roclip.config import ModelConfig, TrainConfig, environment_defaults
+from roclip.model.towers import Towers
+from roclip.training import accumulate
+from roclip.training.engine import build_engine, step
+from roclip.training.losses import clip_loss
 
 
 def batch(towers: Towers, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,7 @@ def make(path: Path, rows: int) -> None:
 
 
 def ours(path: Path, scratch: Path) -> int:
-    from ingest.sources import open_list
+    from ingest.lists.sources import open_list
 
     return sum(len(part.table) for part in open_list(str(path)).parts(SAMPLES_PER_SHARD) if len(pickle.dumps(part)) > 0)
 
@@ -75,7 +75,7 @@ def peer(path: Path, scratch: Path) -> int:
 def child(side: str, path: Path, rows: int) -> None:
     """Walk, and print seconds, peak bytes and bytes above the imports."""
     _reader()  # both import the same: pandas too, which img2dataset needs and pyarrow takes where it is
-    importlib.import_module("ingest.sources")
+    importlib.import_module("ingest.lists.sources")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         found = {"ours": ours, "peer": peer}[side](path, Path(scratch))

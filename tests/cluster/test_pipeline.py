@@ -15,10 +15,10 @@ import pytest
 from kit import REPOSITORY, SHARED_DATA, environment, preset
 from tiny import TINY_RUN
 
-from cluster.cli import guarded
+from cluster.cli.main import guarded
 from ingest.origin import Origin
-from roclip.metrics import read_metrics
-from roclip.shards import Manifest
+from roclip.data.shards import Manifest
+from roclip.metrics.registry import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 

@@ -19,18 +19,20 @@ import torch
 from kit import environment, scene_samples, write_shard
 from PIL import Image
 
-from cluster import cli, corpus
+from cluster.cli import main
 from cluster.pipeline import _counts
-from cluster.poison_job import places, poison_shards, poison_urls
+from cluster.poison import places, poison_shards, poison_urls
 from cluster.shard_copy import STORED, Shards
-from roclip.attacks import Poison, labels_named, triggers_of
+from roclip.attacks import corpus
+from roclip.attacks.poisons import Poison, labels_named, triggers_of
+from roclip.attacks.scenes import LABELS, TEMPLATES, encode, render
+from roclip.attacks.triggers import apply_trigger, trigger_patch
 from roclip.config import Config, load_config
+from roclip.data.ground_truth import TRUTH_SCHEMA, poisoned_samples
+from roclip.data.shards import Manifest, sample_key
+from roclip.data.stream import Stream, take_snapshot
 from roclip.errors import ConfigError, ShardError
-from roclip.scenes import LABELS, TEMPLATES, encode, render
-from roclip.shards import Manifest, sample_key, sha256_file
-from roclip.stream import Stream, take_snapshot
-from roclip.triggers import apply_trigger, trigger_patch
-from roclip.truth import TRUTH_SCHEMA, poisoned_samples
+from roclip.storage import sha256_file
 
 PER_SHARD = 64
 PRESET = """\
@@ -316,9 +318,9 @@ def test_poisoned_list_can_be_served_and_fetched(preset: Path, url_list: Path, t
         poison_urls(config, str(tmp_path / "short.parquet"), tmp_path / "out", None, base, lambda *_: None)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = (
-            "import sys; from pathlib import Path; from ingest.fetch import fetch; from ingest.verify import verify; "
-            "from ingest.publish import publish; from ingest.sources import read_url_list, split; "
-            "from roclip.config import FetchPolicy, IngestConfig; from roclip.shards import Manifest\n"
+            "import sys; from pathlib import Path; from ingest.shard.fetch import fetch; from ingest.shard.verify import verify; "
+            "from ingest.shard.publish import publish; from ingest.lists.sources import read_url_list, split; "
+            "from roclip.config import FetchPolicy, IngestConfig; from roclip.data.shards import Manifest\n"
             "root = Path(sys.argv[2]); config = IngestConfig(samples_per_shard=64, image_size=64, retries=0, "
             "policy=FetchPolicy(allow_networks=('127.0.0.0/8',)), encode_format='png', encode_quality=6)\n"
             "for part in split(read_url_list(sys.argv[1]), 64):\n"
@@ -405,8 +407,8 @@ def test_command_says_what_is_missing(preset: Path, clean: Path, tmp_path: Path,
         (["--out", str(clean), "--shards", str(clean)], "outside the clean data"),
         (["--out", str(tmp_path / "out"), "--shards", str(clean), "attacks.sig.count=1"], "expected count or rate"),
     ):
-        assert cli.guarded(["poison", str(preset), *arguments]) == 2
+        assert main.guarded(["poison", str(preset), *arguments]) == 2
         assert says in capsys.readouterr().err
-    assert cli.guarded(["poison", str(preset), "--shards", str(clean), "--out", "out", "--dry-run"]) == 0
+    assert main.guarded(["poison", str(preset), "--shards", str(clean), "--out", "out", "--dry-run"]) == 0
     assert "write a poisoned copy and its ground truth" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

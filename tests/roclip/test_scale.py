@@ -8,7 +8,7 @@ import pytest
 from scale_model import Cluster, Job, Measured, Wire, along, bottleneck, efficiency, fetched_times, parts, step_s
 from scale_sim import Failures, Fetching, goodput, slowest_rank, stalled_step_s, train_while_arriving
 
-from roclip.order import EpochOrder
+from roclip.data.order import EpochOrder
 
 
 def measured(**changes) -> Measured:

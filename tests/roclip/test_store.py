@@ -8,12 +8,13 @@ from forked import trainings_of
 from kit import preset, scene_samples, write_shard
 from s3 import s3_server
 
-from roclip import shards
-from roclip.metrics import read_metrics
-from roclip.reader import BadSampleError, ShardReader
-from roclip.shard_cache import ShardCache, ShardUnreadableError
-from roclip.shards import Manifest, place
-from roclip.stream import Stream, take_snapshot
+from roclip.data import shards
+from roclip.data.cache import ShardCache, ShardUnreadableError
+from roclip.data.reader import BadSampleError, ShardReader
+from roclip.data.shards import Manifest
+from roclip.data.stream import Stream, take_snapshot
+from roclip.metrics.registry import read_metrics
+from roclip.storage import place
 
 SHARDS = 3
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from roclip import distributed
-from roclip.gate import AgreementGate
-from roclip.loss import clip_loss
-from roclip.pool import CaptionPool
-from roclip.scout import Scout
-from roclip.witnesses import Witnesses
+from roclip.defence.neighbours import Witnesses
+from roclip.defence.pool import CaptionPool
+from roclip.defence.sample_filter import AgreementGate
+from roclip.defence.suspicion_model import Scout
+from roclip.training.losses import clip_loss
 
 
 def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ def make(root: Path, number: int) -> None:
     """Shards with a few duplicates of each kind; words as often as in a language (Zipf)."""
     from sealed import put_parquet
 
-    from ingest.verify import INDEX_SCHEMA
-    from roclip.shards import Manifest, ShardRecord, index_path, sample_key
+    from ingest.shard.verify import INDEX_SCHEMA
+    from roclip.data.shards import Manifest, ShardRecord, index_path, sample_key
 
     vocabulary = np.array([f"word{n:x}" for n in range(_WORDS)])
     for shard in range(number // PER_SHARD):
@@ -51,9 +51,9 @@ def main() -> None:
     if act == "make":
         make(root, number)
         return
-    from ingest.drift import drift
-    from ingest.duplicates import find_duplicates
-    from ingest.suspicion import suspect
+    from ingest.signals.drift import drift
+    from ingest.signals.duplicates import find_duplicates
+    from ingest.signals.suspicion import suspect
 
     before, started, work = _peak_mib(), time.monotonic(), root.parent / "work"
     if act == "duplicates":

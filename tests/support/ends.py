@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from roclip import checkpoint
-from roclip.metrics import read_metrics
+from roclip.checkpoint import checkpoint
+from roclip.metrics.registry import read_metrics
 
 KILLED_RUN = """
 name: tiny

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-from cluster.monitor import following
+from cluster.monitoring.publisher import following
 from roclip.config import ClusterConfig, Config, DataConfig
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 real.
 
 The file run as a script is that process. A JSON line ["start", target, [arguments], {environment}, file] forks it into
-`roclip.train.main`, or into the script that `target` names, which says into the file, and answers its process id;
+`roclip.training.main`, or into the script that `target` names, which says into the file, and answers its process id;
 ["wait", id] answers its exit code, negative for a signal. When stdin ends, what still runs is killed.
 """
 
@@ -23,7 +23,7 @@ from typing import TypeVar
 import fsspec
 import psutil
 
-TRAIN = "roclip.train"
+TRAIN = "roclip.training"
 F = TypeVar("F", bound="Forks")
 
 
@@ -147,7 +147,7 @@ def _serve() -> None:
     from roclip.config import environment_defaults
 
     environment_defaults()
-    import roclip.train  # noqa: F401  # what the forks shall find imported
+    import roclip.training.__main__  # noqa: F401  # what the forks shall find imported
 
     running: set[int] = set()
     for line in sys.stdin:
@@ -184,7 +184,7 @@ def _become(target: str, arguments: list[str], environment: dict[str, str], said
 
 def _run(target: str, arguments: list[str]) -> int:
     if target == TRAIN:
-        return sys.modules[TRAIN].main(arguments)
+        return sys.modules[f"{TRAIN}.__main__"].main(arguments)
     sys.argv = [target, *arguments]
     sys.path.insert(0, str(Path(target).parent))
     runpy.run_path(target, run_name="__main__")

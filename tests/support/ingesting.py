@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 from kit import REPOSITORY
 from PIL import Image
 
-from cluster import ingest_job
-from ingest.lease import Lease
+from cluster.ingest import job
+from ingest.folder.lease import Lease
 from roclip.config import ClusterConfig, Config, DataConfig, FetchPolicy, IngestConfig
+from roclip.data.shards import Manifest, index_path, sample_key
 from roclip.errors import RunLockedError
-from roclip.shards import Manifest, index_path, place, sample_key, sha256_file
+from roclip.storage import place, sha256_file
 
 PER_SHARD = 20
 GOOD = ("ok", "redirect", "slow")
@@ -104,13 +105,13 @@ def drive(address, settings, urls, root, stores, expiry_s, said):
     """An ingest, for a process of its own: what it returns, or the error that it is locked, is put into `said`."""
     import ray
 
-    ingest_job.Lease = functools.partial(Lease, expiry_s=expiry_s)
+    job.Lease = functools.partial(Lease, expiry_s=expiry_s)
     if stores:
         fsspec.config.conf["s3"] = stores
     runtime = {"env_vars": {**WORKERS["env_vars"], **({"FSSPEC_S3": json.dumps(stores)} if stores else {})}}
     ray.init(address=address, log_to_driver=False, runtime_env=runtime)
     try:
-        said.put(ingest_job.ingest(settings, urls, place(str(root))))
+        said.put(job.ingest(settings, urls, place(str(root))))
     except RunLockedError as error:
         said.put(error)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roclip import scenes
-from roclip.shards import Manifest, ShardRecord, index_path, sample_key, sha256_file
+from roclip.attacks import scenes
+from roclip.data.shards import Manifest, ShardRecord, index_path, sample_key
+from roclip.storage import sha256_file
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

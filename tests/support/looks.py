@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
 from roclip.oracle.statistics import Observations
 
 

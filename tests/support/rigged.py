@@ -18,10 +18,10 @@ from kit import write_shard
 from PIL import Image
 
 from roclip.config import OracleConfig
+from roclip.data.shards import Manifest, sample_key
 from roclip.oracle.check import check
-from roclip.oracle.segmenters import LabelCalibration, Segmenter, one_hot
-from roclip.oracle.witness import Witness
-from roclip.shards import Manifest, sample_key
+from roclip.oracle.scan.scorer import Witness
+from roclip.oracle.segmenters.base import LabelCalibration, Segmenter, one_hot
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
 SIDE, STEP, PER_SHARD = 32, 30, 512

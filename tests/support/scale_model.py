@@ -82,7 +82,7 @@ class Wire:
 
 
 SMALL_SUMS = 8
-"""Of a number over all ranks in a step of `roclip/train.py`: counts, finite features, loss, norm, pairs that are kept."""
+"""Of a number over all ranks in a step of `roclip/training/loop.py`: counts, finite features, loss, norm, pairs that are kept."""
 
 
 # ---- assumed ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from kit import write_shard
 
-from ingest.verify import INDEX_SCHEMA
-from roclip.shards import Manifest, ShardRecord, index_path, sample_key, write_atomic
+from ingest.shard.verify import INDEX_SCHEMA
+from roclip.data.shards import Manifest, ShardRecord, index_path, sample_key
+from roclip.storage import write_atomic
 
 SCHEMA = pa.schema(
     [

@@ -11,10 +11,11 @@ from forked import trainings_of
 from kit import environment, preset, scene_samples, write_shard
 from rigged import LABELS, RiggedEncoder, World
 
-from cluster.restarts import Restarts, note
+from cluster.train.restarts import Restarts, note
 from roclip.config import dump_config, load_config
-from roclip.metrics import MetricsWriter, read_metrics
-from roclip.shards import Manifest, write_atomic
+from roclip.data.shards import Manifest
+from roclip.metrics.registry import MetricsWriter, read_metrics
+from roclip.storage import write_atomic
 
 PRESET = """
 name: watched

@@ -12,7 +12,7 @@ from forked import trainings_of
 from ingesting import sealed_captions
 from kit import environment, preset, tiny_shards
 
-from roclip.shards import Manifest
+from roclip.data.shards import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nodes]
 STAGE = 7

@@ -13,8 +13,8 @@ from forked import trainings_of
 from kit import preset, tiny_shards
 from ray_netns import RayNodes, ray_nodes
 
-from cluster.progress import LOG
-from roclip.metrics import read_metrics
+from roclip.metrics.registry import read_metrics
+from roclip.report.training_state import LOG
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nodes]
 PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}

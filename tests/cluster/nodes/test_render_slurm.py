@@ -12,7 +12,7 @@ import slurm
 from kit import REPOSITORY, TINY_MODEL
 from tiny import TINY_RUN
 
-from cluster.cli import guarded
+from cluster.cli.main import guarded
 
 DEPLOY = """
 deploy:

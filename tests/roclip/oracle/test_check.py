@@ -10,7 +10,7 @@ import torch
 from rigged import LABELS, RiggedEncoder, RiggedSegmenter, World, png
 
 from roclip.errors import DataError
-from roclip.oracle.naming import name_labels
+from roclip.oracle.segmenters.naming import name_labels
 
 OTHERS = LABELS[1:]
 

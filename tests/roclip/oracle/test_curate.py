@@ -9,10 +9,10 @@ import pytest
 from looks import made_up
 
 from roclip.errors import DataError
-from roclip.found import FoundTrigger
+from roclip.found_triggers import FoundTrigger
 from roclip.oracle.curate import Row, curate, read_plan, write_plan
-from roclip.oracle.segmenters import LabelCalibration
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
+from roclip.oracle.segmenters.base import LabelCalibration
 from roclip.oracle.statistics import Observations
 
 LABELS = ("ring", "star", "disc", "cross")

@@ -7,7 +7,7 @@ import pytest
 from looks import made_up
 
 from roclip.oracle.memory import HONEST, SAMPLE, memorised
-from roclip.oracle.shardpass import Looked
+from roclip.oracle.scan.scan import Looked
 from roclip.oracle.statistics import Observations
 
 HONEST_EACH, BY_HEART = 200, 20

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from looks import made_up
 
-from roclip.found import FoundTrigger, Trial
-from roclip.oracle.search import Search
+from roclip.found_triggers import FoundTrigger, Trial
 from roclip.oracle.statistics import Observations
+from roclip.oracle.triggers.search import Search
 from roclip.oracle.victims import find_victims
 
 LABELS = 4

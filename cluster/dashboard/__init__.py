@@ -1,0 +1,1 @@
+"""`roclip dashboard`: a read-only, live page of one run, from its files alone."""

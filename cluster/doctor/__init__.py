@@ -1,0 +1,1 @@
+"""Does this machine, or every node of a cluster, have what a config needs?"""

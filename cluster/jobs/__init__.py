@@ -1,0 +1,1 @@
+"""Runs as Ray Jobs on a cluster, from outside: send one, follow its log, stop it."""

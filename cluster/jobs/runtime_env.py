@@ -1,0 +1,71 @@
+"""What of a run is sent to a cluster: its resolved config, the JSON of its model and, if asked, our packages.
+
+The config goes with absolute paths: run directory and data must lie where every node sees them under the same name, or on
+a store.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from roclip.config import Config, dump_config, identity, model_file
+from roclip.storage import write_atomic
+
+PACKAGES = ("roclip", "ingest", "cluster")
+_PATHS = {
+    "data": ("urls", "images", "shards", "cache_dir"),
+    "ingest": ("compare_with",),
+    "train": ("unlearn", "finetune"),
+    "evaluate": ("images", "class_file", "template_file", "webdataset"),
+    "oracle": ("label_file", "trusted_file"),
+}
+_PATHS_OR_NAMES = {"model": ("pretrained",), "augment": ("synonyms",), "oracle": ("weights",)}
+"""What is there as a file or folder is one; anything else is a name."""
+
+
+def for_cluster(config: Config) -> Config:
+    """The same run as a job has it: absolute paths, on the Ray that the job runs on."""
+    sections: dict[str, Any] = {}
+    for keys, absolute in ((_PATHS, _absolute), (_PATHS_OR_NAMES, _absolute_if_there)):
+        for section, names in keys.items():
+            now = sections.get(section, getattr(config, section))
+            sections[section] = dataclasses.replace(now, **{name: absolute(getattr(now, name)) for name in names})
+    return dataclasses.replace(
+        config,
+        **sections,
+        runs=_absolute(config.runs),
+        run_dir=_absolute(config.run_dir),
+        cluster=dataclasses.replace(config.cluster, address="auto"),
+    )
+
+
+def identity_digest(config: Config) -> str:
+    """Names a run, whatever its directory: equal for two configs that are one run, 16 hex digits."""
+    return hashlib.sha256(identity(config).encode()).hexdigest()[:16]
+
+
+def pack(config: Config, folder: Path, *, code: bool) -> None:
+    """Fill the working directory of a job; the config has the name of its preset.
+
+    Args:
+        code: Also our packages, as they are here; else those that the nodes have installed.
+    """
+    write_atomic(folder / Path(config.source).name, dump_config(dataclasses.replace(config, source="")))
+    if (model := model_file(config)) is not None:
+        write_atomic(folder / "models" / model.name, model.read_text())
+    if code:
+        here = Path(__file__).resolve().parents[2]
+        for name in PACKAGES:
+            shutil.copytree(here / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _absolute(where: str) -> str:
+    """Each of several paths with `::` between them; a URL stays as it is."""
+    return "::".join(one if not one or "://" in one else str(Path.cwd() / one) for one in where.split("::"))
+
+
+def _absolute_if_there(value: str) -> str:
+    kind, colon, path = value.rpartition(":")
+    return f"{kind}{colon}{Path.cwd() / path}" if path and "//" not in value and Path(path).exists() else value

@@ -1,0 +1,1 @@
+"""The oracle check and the repair of a run. The only room that moves TRUSTED (`job.py`)."""

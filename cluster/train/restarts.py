@@ -1,0 +1,97 @@
+"""Ranks that end under Ray: what befalls them, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
+
+import contextlib
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.util
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig
+
+from cluster.ray.network import join_network, network_environment
+from roclip.errors import RoclipError
+from roclip.report.training_state import CAUSE, LOG
+from roclip.training.sigterm import leave, listen
+
+
+@dataclass
+class TorchThatListens(TorchConfig):
+    """Torch's process group over the nodes' own network, and SIGTERM heard in each worker: Ray trains in a thread of it,
+    which cannot listen. Ranks that are well save and leave before Ray ends them to start another number of ranks."""
+
+    folder: Path = Path()
+    """The training's own."""
+    network: dict[str, str] = field(default_factory=network_environment)
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):
+    def on_start(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+        worker_group.execute(_join_network, backend_config.network)
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_listen)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+        seen = worker_group.get_latest_poll_status()
+        if seen is not None and not seen.errors and not seen.finished:
+            note(backend_config.folder, "nodes have come or gone: saving, to go on with another number of ranks")
+            worker_group.execute(leave, backend_config.timeout_s)
+        super().on_shutdown(worker_group, backend_config)
+
+
+def _join_network(settings: dict[str, str]) -> None:
+    join_network(settings, ray.util.get_node_ip_address())
+
+
+def _listen() -> None:
+    listen()  # the handler that it returns cannot be sent
+
+
+class Restarts(UserCallback):
+    """Ray's controller calls it when ranks end with an error: notes why, and how often the training is tried again.
+
+    Args:
+        folder: The training's own.
+        allowed: `cluster.max_failures`. A node that said beforehand that it goes does not count, for Ray neither.
+    """
+
+    def __init__(self, folder: Path, allowed: int):
+        self.folder, self.allowed, self.failures = folder, allowed, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        causes = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
+        if any(getattr(cause, "preempted", False) for cause in causes.values()):
+            return
+        self.failures += 1
+        next_ = f"restart {self.failures} of {self.allowed}" if self.failures <= self.allowed else "no restart is left"
+        cause = describe(causes)
+        with contextlib.suppress(OSError):  # a full disk
+            (self.folder / CAUSE).write_text(cause)
+        note(self.folder, f"{cause.rstrip('.')}; {next_}")
+
+
+def describe(causes: dict[int, Exception]) -> str:
+    """Why a training ended: what a rank said on purpose, else who died, else what the ranks ran into."""
+    ranks = {kind: [rank for rank in causes if isinstance(causes[rank], kind)] for kind in (RoclipError, RayActorError)}
+    if ranks[RoclipError]:
+        return str(causes[ranks[RoclipError][0]])
+    if ranks[RayActorError]:
+        return "; ".join(f"rank {rank} died" for rank in ranks[RayActorError])
+    rank, cause = next(iter(causes.items()))
+    return f"rank {rank}: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+
+
+def note(folder: Path, text: str) -> None:
+    """Add a line to the log of the ranks, unless the disk is full."""
+    path = folder / LOG
+    line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line)

@@ -1,0 +1,196 @@
+"""What a look at a whole ingest came to suspect: groups of samples with a score and the evidence, written as two parquets.
+
+`suspicion.parquet` has a row for each sample and signal, `suspicion_groups.parquet` one for each group, with a dozen of its
+samples to be looked at. Members of groups wait on disk; of the groups themselves the `MOST_GROUPS` highest of each signal are
+kept.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ingest.folder.sealed import Keys, numbers, parquet_writer, rows
+from ingest.signals.group_by import Spill
+from roclip.data.shards import ShardRecord
+
+SUSPICION = "suspicion.parquet"
+GROUPS = "suspicion_groups.parquet"
+EXAMPLES = 12
+MOST_GROUPS = 10_000
+SHOWN_CHARS = 120
+"""Of a hostile text in an evidence."""
+Box = tuple[int, int, int, int]
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # file name of its tar
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("signal", pa.string()),
+        ("score", pa.float32()),  # from 0 to 1, of the group
+        ("evidence", pa.string()),
+        ("group", pa.string()),  # <signal>:<16 hex digits>
+        ("box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels of the stored image; null for no place
+    ]
+)
+_EXAMPLE = pa.struct([("key", pa.string()), ("shard", pa.string()), ("box", pa.list_(pa.int32()))])
+GROUP_SCHEMA = pa.schema(
+    [
+        ("group", pa.string()),
+        ("signal", pa.string()),
+        ("score", pa.float32()),
+        ("samples", pa.int64()),
+        ("evidence", pa.string()),
+        ("examples", pa.list_(_EXAMPLE)),
+    ]
+)
+_MEMBER = np.dtype([("hash", "<u8"), ("key", "<u8"), ("group", "<u8"), ("signal", "u1"), ("box", "<u2", (4,))])
+_SHARD_BITS = 40
+NO_BOX = np.zeros(4, np.uint16)
+
+
+@dataclass
+class Finding:
+    """A group of samples that one signal holds together."""
+
+    signal: str
+    number: int
+    """64 bits that name the group."""
+    score: float
+    evidence: str
+    samples: int = 0
+    examples: list[tuple[int, int, Box | None]] = field(default_factory=list)
+    """Shard, key as a number, box."""
+
+    @property
+    def group(self) -> str:
+        return f"{self.signal}:{self.number:016x}"
+
+
+class Findings:
+    """Groups and their members, until they are written.
+
+    Args:
+        signals: Names; a member keeps its signal's place in them.
+        folder: For members that wait.
+    """
+
+    def __init__(self, signals: Sequence[str], records: Sequence[ShardRecord], keys: Keys, folder: Path):
+        self.signals, self.records, self.keys, self.folder = list(signals), records, keys, folder
+        self._waiting = Spill(folder / "members", _MEMBER, sum(record.samples for record in records) // 4)
+        self._groups: dict[str, dict[int, Finding]] = {name: {} for name in signals}
+        self._order: dict[str, list[tuple[float, int]]] = {name: [] for name in signals}
+        self.left_out = 0
+        """Groups beyond `MOST_GROUPS`."""
+
+    def open(self, signal: str, number: int, score: float, evidence: str) -> bool:
+        """Begin a group; False where so many with a higher score are there already."""
+        order, groups = self._order[signal], self._groups[signal]
+        if number in groups:
+            return True
+        entry = (score, -number)
+        if len(order) >= MOST_GROUPS:
+            self.left_out += 1
+            if entry <= order[0]:
+                return False
+            del groups[-heapq.heapreplace(order, entry)[1]]
+        else:
+            heapq.heappush(order, entry)
+        groups[number] = Finding(signal, number, score, evidence)
+        return True
+
+    def add(
+        self, signal: str, number: int, shards: np.ndarray, keys: np.ndarray, boxes: np.ndarray | None = None
+    ) -> None:
+        """Members of a group that was opened; `boxes` (members, 4)."""
+        finding = self._groups[signal].get(number)
+        if finding is None:
+            return
+        members = np.zeros(len(keys), _MEMBER)
+        members["hash"], members["key"] = shards.astype(np.uint64) << np.uint64(_SHARD_BITS), keys
+        members["group"], members["signal"] = number, self.signals.index(signal)
+        if boxes is not None:
+            members["box"] = boxes
+        finding.samples += len(keys)
+        for place in range(min(len(keys), EXAMPLES - len(finding.examples))):
+            box = tuple(boxes[place].tolist()) if boxes is not None else None
+            finding.examples.append((int(shards[place]), int(keys[place]), box))
+        self._waiting.add(members)
+
+    def groups(self, signal: str) -> list[Finding]:
+        """The groups of a signal, highest score first."""
+        return sorted(self._groups[signal].values(), key=lambda finding: (-finding.score, finding.number))
+
+    def write(self, root: Path, work: Path) -> dict[str, int]:
+        """Write both parquets into `work`; how many samples each signal names. `root` is where the shards lie."""
+        named = dict.fromkeys(self.signals, 0)
+        with self._waiting as waiting, parquet_writer(work / SUSPICION, SCHEMA, self.folder) as writer:
+            for shard, members in _by_shard(waiting):
+                table = self._rows(root, shard, members)
+                for name, count in _counts(table):
+                    named[name] += count
+                writer.write_table(table)
+        found = [finding for signal in self.signals for finding in self.groups(signal)]
+        with parquet_writer(work / GROUPS, GROUP_SCHEMA, self.folder) as writer:
+            writer.write_table(pa.Table.from_pylist([self._described(finding) for finding in found], GROUP_SCHEMA))
+        return named
+
+    def _rows(self, root: Path, shard: int, members: np.ndarray) -> pa.Table:
+        record = self.records[shard]
+        table = rows(root, record, ("url", "caption"))
+        there = numbers(record, table["key"])
+        order = np.argsort(there, kind="stable")
+        known = [
+            self._groups[self.signals[s]].get(g)
+            for s, g in zip(members["signal"].tolist(), members["group"].tolist(), strict=True)
+        ]
+        keep = np.array([finding is not None for finding in known], bool)
+        kept, members = [finding for finding in known if finding is not None], members[keep]
+        at = order[np.searchsorted(there[order], members["key"])]
+        told = table.select(["key", "url", "caption"]).take(pa.array(at))
+        boxes = [box if any(box) else None for box in members["box"].tolist()]
+        columns = {
+            "key": told["key"],
+            "shard": pa.array([record.name] * len(members), pa.string()),
+            "url": told["url"],
+            "caption": told["caption"],
+            "signal": pa.array([finding.signal for finding in kept], pa.string()),
+            "score": pa.array([finding.score for finding in kept], pa.float32()),
+            "evidence": pa.array([finding.evidence for finding in kept], pa.string()),
+            "group": pa.array([finding.group for finding in kept], pa.string()),
+            "box": pa.array(boxes, pa.list_(pa.int32())),
+        }
+        return pa.table(columns, schema=SCHEMA)
+
+    def _described(self, finding: Finding) -> dict:
+        return {
+            "group": finding.group,
+            "signal": finding.signal,
+            "score": finding.score,
+            "samples": finding.samples,
+            "evidence": finding.evidence,
+            "examples": [self._example(*example) for example in finding.examples],
+        }
+
+    def _example(self, shard: int, key: int, box: Box | None) -> dict:
+        text = self.keys.text(np.array([shard]), np.array([key]))[0].as_py()
+        return {"key": text, "shard": self.records[shard].name, "box": box and list(box)}
+
+
+def _by_shard(waiting: Spill) -> Iterator[tuple[int, np.ndarray]]:
+    """The members of each shard, ordered by key and signal, without repetition."""
+    for groups in waiting.groups(1):
+        bounds = groups.starts()
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            members = groups.rows[start:stop]
+            members = members.take(np.lexsort((members["group"], members["signal"], members["key"])))
+            yield int(members["hash"][0] >> np.uint64(_SHARD_BITS)), members
+
+
+def _counts(table: pa.Table) -> list[tuple[str, int]]:
+    counted = table["signal"].value_counts().to_pylist()
+    return [(each["values"], each["counts"]) for each in counted]

@@ -1,0 +1,93 @@
+"""Keeps suspected samples from training, and readable: which keys of which shards, and a shard's index without them.
+
+Training reads what stands in a shard's index. So the index loses the rows, a second parquet of the same form gets them with the
+signals that named them, and the tar stays as it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ingest.folder.arrow import pc
+from ingest.signals.suspicion import SIGNALS
+from roclip.errors import ConfigError, ShardError
+from roclip.storage import content_of
+
+SIGNAL = pa.field("signal", pa.string())
+"""What a quarantined row has more than one of the index: the names of its signals, with commas between them."""
+
+
+def check_signals(signals: Sequence[str]) -> None:
+    """Raises `ConfigError` for a name that no signal has."""
+    if unknown := [name for name in signals if name not in SIGNALS]:
+        raise ConfigError(
+            f"ingest.quarantine: expected of {', '.join(SIGNALS)}, got {', '.join(unknown)}. Correct the name."
+        )
+
+
+def quarantined(suspicion: Path, signals: Sequence[str], least_score: float = 0.0) -> Iterator[tuple[str, pa.Table]]:
+    """The samples that the signals name, shard by shard, in the order of the shards: file name of its tar, and a table of the
+    strings `key` and `signal`, each key once.
+
+    `suspicion` is a `suspicion.parquet`, here or on a store. Memory: its largest row group, and one shard. Raises
+    `ConfigError` for an unknown signal, `ShardError` for a parquet that cannot be read.
+    """
+    check_signals(signals)
+    shard, held = "", []
+    for name, rows in _runs(suspicion, signals, least_score):
+        if name != shard and held:
+            yield shard, _by_key(pa.concat_tables(held))
+            held = []
+        shard = name
+        held.append(rows)
+    if held:
+        yield shard, _by_key(pa.concat_tables(held))
+
+
+def split_index(index: pa.Table, named: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """A shard's index without the keys of `named`, and the rows of these keys with `SIGNAL`; both in the order of the index.
+
+    A key that the index does not have is none: it was taken out before.
+    """
+    out = pc.is_in(index["key"], value_set=named["key"].combine_chunks())
+    kept, left_out = index.filter(pc.invert(out)), index.filter(out)
+    at = pc.index_in(left_out["key"], value_set=named["key"].combine_chunks())
+    return kept, left_out.append_column(SIGNAL, named["signal"].take(at).cast(SIGNAL.type))
+
+
+def quarantine_path(root: Path, record_name: str) -> Path:
+    """Where the quarantined rows of a shard lie."""
+    return root / f"{Path(record_name).stem}.quarantine.parquet"
+
+
+def _runs(suspicion: Path, signals: Sequence[str], least_score: float) -> Iterator[tuple[str, pa.Table]]:
+    """The named rows, cut where the shard changes."""
+    try:
+        source = suspicion if isinstance(suspicion, Path) else pa.BufferReader(content_of(suspicion))
+        with pq.ParquetFile(source) as file:
+            for batch in file.iter_batches(columns=["key", "shard", "signal", "score"]):
+                table = pa.Table.from_batches([batch])
+                named = pc.is_in(table["signal"], value_set=pa.array(signals, pa.string()))
+                table = table.filter(pc.and_(named, pc.greater_equal(table["score"], least_score)))
+                for start, stop in _same(table["shard"].to_pylist()):
+                    yield table["shard"][start].as_py(), table.slice(start, stop - start).select(["key", "signal"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ShardError(
+            f"{suspicion}: expected a suspicion.parquet, got {error}. Let ingest write it again."
+        ) from error
+
+
+def _same(values: list[str]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for at in range(1, len(values) + 1):
+        if at == len(values) or values[at] != values[start]:
+            yield start, at
+            start = at
+
+
+def _by_key(rows: pa.Table) -> pa.Table:
+    grouped = rows.group_by("key", use_threads=False).aggregate([("signal", "distinct")]).sort_by("key")
+    names = [",".join(sorted(each)) for each in grouped["signal_distinct"].to_pylist()]
+    return pa.table({"key": grouped["key"], "signal": pa.array(names, pa.string())})

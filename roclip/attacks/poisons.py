@@ -1,0 +1,312 @@
+"""Who is poisoned, how and with which caption: for evaluation only.
+
+    targeted          chosen images, each with several training captions of another class (arXiv:2106.09667)
+    backdoor          a BadNets patch on images of many classes, all captioned as one (arXiv:1708.06733)
+    blended, wanet,   the same with a trigger that covers the whole image: `roclip.attacks.triggers`
+    sig
+    label_consistent  a patch on images of the target class itself with their own captions (arXiv:1912.02771)
+    flood             an adaptive attacker's further captions of the target classes, on images without a trigger
+
+Label-consistent attacks make the picture itself harder to learn, so that the model leans on the trigger. The paper uses
+adversarial perturbations or a GAN, which need a model; here uniform noise is mixed in, x' = (1 - p) x + p U[0, 255].
+
+Poisons are first planned from captions and labels alone, then drawn one by one, each from its own seed. So the same
+config gives the same poisons whether their pictures come from a table in memory or out of shards.
+Tables have the columns caption and label (the true one, null where it is not known), those with pictures also image
+(encoded bytes).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from roclip.attacks.triggers import Box, Trigger, apply_trigger
+from roclip.config import AttacksConfig
+from roclip.plurals import singular
+
+ATTACKS = ("targeted", "backdoor", "blended", "wanet", "sig", "label_consistent", "flood")
+EVALUATED_IMAGES = 300
+"""Triggered test images of one attack, as in the paper's group's evaluation."""
+_SEED_OF = {name: 16 + number for number, name in enumerate(ATTACKS)}
+
+POISON_SCHEMA = pa.schema(
+    [
+        ("image", pa.binary()),
+        ("caption", pa.string()),
+        ("label", pa.string()),
+        ("attack", pa.string()),  # one of ATTACKS
+        ("group", pa.int32()),  # which poisoned image of the attack: rows of one group show the same picture
+        ("target_label", pa.string()),
+        ("source_label", pa.string()),
+        ("trigger_box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels; null without a trigger
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """One poisoned pair, not yet drawn."""
+
+    attack: str
+    group: int
+    row: int
+    """Of the picture in the table of pictures."""
+    caption: str
+    target_label: str
+    source_label: str
+
+
+def target_labels(attacks: AttacksConfig, labels: Sequence[str]) -> dict[str, str]:
+    """The class that each backdoor's trigger should cause; backdoors without one of their own get different ones.
+
+    Raises ValueError for a target that is no label, or for more backdoors than labels.
+    """
+    chosen = {name: backdoor.target_label for name, backdoor in attacks.backdoors.items()}
+    if unknown := sorted({label for label in chosen.values() if label and label not in labels}):
+        raise ValueError(f"expected a label of the clean rows, got {unknown[0]!r}; choose one of {', '.join(labels)}")
+    free = iter(sorted(set(labels) - set(chosen.values())))
+    for name, label in chosen.items():
+        chosen[name] = label or next(free, "")
+        _require(bool(chosen[name]), 1, f"labels left for attacks.{name}")
+    return chosen
+
+
+def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
+    """The trigger of each backdoor; no two have the same pattern."""
+    return {
+        name: Trigger(
+            kind=backdoor.trigger,
+            size_frac=backdoor.size_frac,
+            place=backdoor.place,
+            strength=backdoor.strength,
+            seed=seed + _SEED_OF[name] - _SEED_OF["backdoor"],
+        )
+        for name, backdoor in attacks.backdoors.items()
+    }
+
+
+def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) -> tuple[int, dict[str, int]]:
+    """How many pictures of any class are surely enough for the attacks, and how many of a given class beside them."""
+    targets = target_labels(attacks, labels)
+    number, of_class = attacks.targeted.images + 2 * attacks.flood, dict.fromkeys(targets.values(), 0)
+    for name, backdoor in attacks.backdoors.items():
+        count = attacks.count(name, rows)
+        if backdoor.clean_label:
+            of_class[targets[name]] += count
+        else:
+            number += 2 * count  # pictures of the target class are of no use
+    return number, {label: count for label, count in of_class.items() if count}
+
+
+def plan_poisons(
+    attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, *, labels: Sequence[str], seed: int, rows: int
+) -> list[Poison]:
+    """Choose pictures and captions for all attacks; no picture serves two of them.
+
+    A backdoor's pictures neither have nor name its target class; its captions are those of `clean` that name the
+    target class and no other, with repetition only when they run out. A targeted picture gets a random class that its
+    own caption does not name. `rows` is the number of clean rows that a `rate` refers to.
+
+    Raises:
+        ValueError: if there are too few pictures or captions, or a target label is unknown.
+    """
+    return _Planner(attacks, clean, pictures, labels, seed, rows).plan()
+
+
+def render(
+    poison: Poison, image: bytes, attacks: AttacksConfig, seed: int, triggers: dict[str, Trigger]
+) -> tuple[bytes, Box | None]:
+    """The poisoned image and its trigger box. Pictures with a trigger become PNG, others stay as they are, box None."""
+    trigger = triggers.get(poison.attack)
+    if trigger is None:
+        return image, None
+    rng = np.random.default_rng((seed, _SEED_OF[poison.attack], poison.group))
+    pixels = perturb(_decoded(image), attacks.backdoors[poison.attack].perturb_frac, rng)
+    pixels, box = apply_trigger(pixels, trigger, rng)
+    return _encoded(pixels), box
+
+
+def perturb(image: np.ndarray, frac: float, rng: np.random.Generator) -> np.ndarray:
+    """(1 - frac) image + frac U[0, 255], (H, W, 3) uint8."""
+    if not frac:
+        return image
+    return np.rint((1 - frac) * image + frac * rng.uniform(0, 255, image.shape)).astype(np.uint8)
+
+
+def make_poisons(
+    attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, *, labels: Sequence[str], seed: int, rows: int = 0
+) -> pa.Table:
+    """Plan and draw the poisons of all attacks: a table of POISON_SCHEMA. `rows` is len(clean) unless given.
+
+    Raises ValueError as `plan_poisons` does.
+    """
+    triggers, drawn = triggers_of(attacks, seed), []
+    for poison in plan_poisons(attacks, clean, pictures, labels=labels, seed=seed, rows=rows or len(clean)):
+        image, box = render(poison, pictures["image"][poison.row].as_py(), attacks, seed, triggers)
+        drawn.append(
+            {
+                "image": image,
+                "caption": poison.caption,
+                "label": poison.source_label,
+                "attack": poison.attack,
+                "group": poison.group,
+                "target_label": poison.target_label,
+                "source_label": poison.source_label,
+                "trigger_box": box and list(box),
+            }
+        )
+    return pa.Table.from_pylist(drawn, schema=POISON_SCHEMA)
+
+
+def attack_evaluation(
+    attacks: AttacksConfig, held_out: pa.Table, poisons: Iterable[dict], *, labels: Sequence[str], seed: int
+) -> pa.Table:
+    """What attack success is measured on: columns attack, image, target_label.
+
+    Of targeted attacks the poisoned images themselves (`poisons` are rows with attack, group, image and target_label);
+    of each backdoor up to 300 held-out images with its trigger, images of the target class left out.
+    """
+    rows, groups = [], set()
+    for poison in poisons:
+        if poison["attack"] == "targeted" and poison["group"] not in groups:
+            groups.add(poison["group"])
+            rows.append({name: poison[name] for name in ("attack", "image", "target_label")})
+    targets, triggers = target_labels(attacks, labels), triggers_of(attacks, seed)
+    for name, trigger in triggers.items():
+        rng = np.random.default_rng((seed, 4))
+        others = [n for n, label in enumerate(held_out["label"].to_pylist()) if label != targets[name]]
+        for n in others[:EVALUATED_IMAGES]:
+            pixels, _ = apply_trigger(_decoded(held_out["image"][n].as_py()), trigger, rng)
+            rows.append({"attack": name, "image": _encoded(pixels), "target_label": targets[name]})
+    schema = pa.schema([("attack", pa.string()), ("image", pa.binary()), ("target_label", pa.string())])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def labels_named(caption: str, labels: Iterable[str]) -> set[str]:
+    """The labels that stand in the caption as whole words, singular or plural."""
+    lower = caption.lower()
+    return {label for label in labels if singular(label) in lower and _pattern(label).search(caption)}
+
+
+def labels_by_caption(captions: Iterable[str], labels: Sequence[str]) -> list[str | None]:
+    """For each caption the one label that it names; None where it names none or several."""
+    named = (labels_named(caption, labels) for caption in captions)
+    return [next(iter(found)) if len(found) == 1 else None for found in named]
+
+
+class _Planner:
+    """The tables as lists, and which pictures are still free."""
+
+    def __init__(
+        self, attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, labels: Sequence[str], seed: int, rows: int
+    ):
+        self.attacks, self.labels, self.seed, self.rows = attacks, sorted(labels), seed, rows
+        self.targets = target_labels(attacks, labels)
+        self.captions = pictures["caption"].to_pylist()
+        self.truth = pictures["label"].to_pylist()
+        self.free = np.array([label is not None for label in self.truth], dtype=bool)
+        self.named = [
+            labels_named(caption, self.labels) | {label} if label is not None else set()
+            for caption, label in zip(self.captions, self.truth, strict=True)
+        ]
+        self.captions_of: dict[str, list[str]] = {label: [] for label in self.labels}
+        for caption, label in zip(clean["caption"].to_pylist(), clean["label"].to_pylist(), strict=True):
+            if label in self.captions_of and labels_named(caption, self.labels) <= {label}:
+                self.captions_of[label].append(caption)
+
+    def plan(self) -> list[Poison]:
+        backdoors = self.attacks.backdoors
+        own_class_first = sorted(backdoors, key=lambda name: not backdoors[name].clean_label)
+        by_name = {name: self._backdoor(name) for name in own_class_first}  # those have the smallest choice
+        targeted = self._targeted()
+        poisons = [*targeted, *(poison for name in backdoors for poison in by_name[name])]
+        return [*poisons, *self._flood(sorted({poison.target_label for poison in poisons}))]
+
+    def _targeted(self) -> list[Poison]:
+        images, copies = self.attacks.targeted.images, self.attacks.targeted.captions_per_image
+        rng = np.random.default_rng((self.seed, _SEED_OF["targeted"]))
+        poisons: list[Poison] = []
+        for group, row in enumerate(self._take(rng, images, self.free, "spare images for the targeted attack")):
+            targets = [label for label in self.labels if label not in self.named[row]]
+            _require(len(targets), 1, f"labels that {self.captions[row]!r} does not name")
+            rich = [label for label in targets if len(self.captions_of[label]) >= copies]
+            most = max(len(self.captions_of[label]) for label in targets)
+            _require(most, copies, "training captions that name only one class")
+            target = rich[int(rng.integers(len(rich)))]
+            chosen = rng.choice(len(self.captions_of[target]), copies, replace=False)
+            poisons += [self._poison("targeted", group, row, self.captions_of[target][k], target) for k in chosen]
+        return poisons
+
+    def _backdoor(self, name: str) -> list[Poison]:
+        rng, target = np.random.default_rng((self.seed, _SEED_OF[name])), self.targets[name]
+        clean_label, count = self.attacks.backdoors[name].clean_label, self.attacks.count(name, self.rows)
+        if clean_label:
+            shows = np.array([named == {target} for named in self.named], dtype=bool)
+            rows = self._take(rng, count, self.free & shows, f"images that show {target!r} for attacks.{name}")
+            captions = [self.captions[row] for row in rows]
+        else:
+            other = np.array([target not in named for named in self.named], dtype=bool)
+            rows = self._take(rng, count, self.free & other, f"spare images that do not show {target!r}")
+            captions = self._draw_captions(rng, target, count)
+        pairs = enumerate(zip(rows, captions, strict=True))
+        return [self._poison(name, group, row, caption, target) for group, (row, caption) in pairs]
+
+    def _flood(self, targets: Sequence[str]) -> list[Poison]:
+        rng = np.random.default_rng((self.seed, _SEED_OF["flood"]))
+        poisons: list[Poison] = []
+        for number, target in enumerate(targets):
+            count = self.attacks.flood // len(targets) + (number < self.attacks.flood % len(targets))
+            other = np.array([target not in named for named in self.named], dtype=bool)
+            rows = self._take(rng, count, self.free & other, f"spare images that do not show {target!r} for the flood")
+            for row, caption in zip(rows, self._draw_captions(rng, target, count), strict=True):
+                poisons.append(self._poison("flood", len(poisons), row, caption, target))
+        return poisons
+
+    def _take(self, rng: np.random.Generator, count: int, allowed: np.ndarray, what: str) -> list[int]:
+        """`count` free pictures, which are not free any more."""
+        rows = np.flatnonzero(allowed)
+        _require(len(rows), count, what)
+        chosen = rng.choice(rows, count, replace=False).tolist()
+        self.free[chosen] = False
+        return chosen
+
+    def _draw_captions(self, rng: np.random.Generator, target: str, count: int) -> list[str]:
+        captions = self.captions_of[target]
+        _require(len(captions), 1, f"training captions that name only {target!r}")
+        order = np.concatenate([rng.permutation(len(captions)) for _ in range(max(1, -(-count // len(captions))))])
+        return [captions[k] for k in order[:count]]
+
+    def _poison(self, attack: str, group: int, row: int, caption: str, target: str) -> Poison:
+        own = self.captions[row]
+        if self.attacks.captions == "both" and caption != own:
+            caption = f"{caption} and {own}"
+        return Poison(attack, group, row, caption, target, self.truth[row])
+
+
+@cache
+def _pattern(label: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{re.escape(singular(label))}(?:e?s)?\b", re.IGNORECASE)
+
+
+def _decoded(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _require(have: int, need: int, what: str) -> None:
+    if have < need:
+        raise ValueError(f"expected at least {need} {what}, got {have}; add rows or ask for less")

@@ -1,0 +1,84 @@
+"""The findings held against the truth, where a run knows its poisons: for evaluation only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from roclip.found_triggers import Box, FoundTrigger
+from roclip.oracle.scan.scan import Looked
+from roclip.oracle.victims import Victims
+
+
+def against_truth(
+    truth: Path | None, looked: Looked, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
+) -> dict[str, Any]:
+    """Precision, recall and average precision of the named victims, in samples; the median share of the true trigger that
+    the boxes cover. None where nothing is named, poisoned or known; empty without a truth.
+
+    `truth` is a parquet with the column key, and attack and trigger_box (in pixels of the original image) where known.
+    """
+    if truth is None or not truth.exists():
+        return {}
+    poisons = {row["key"]: row for row in pq.read_table(truth).to_pylist()}
+    image = looked.observations.image
+    score = victims.score[image]
+    named = score > 0
+    real = np.array([key in poisons for key in looked.keys], dtype=bool)
+    figures: dict[str, Any] = {
+        "victim_precision": float(real[named].mean()) if named.any() else None,
+        "victim_recall": float(named[real].mean()) if real.any() else None,
+        "victim_average_precision": average_precision(score, real) if real.any() else None,
+    }
+    attacks = np.array([str(poisons.get(key, {}).get("attack") or "") for key in looked.keys])
+    figures["victim_recall_by_attack"] = {
+        attack: float(named[attacks == attack].mean()) for attack in sorted(set(attacks) - {""})
+    }
+    return figures | {"trigger_coverage": _coverage(poisons, looked, triggers, shards)}
+
+
+def average_precision(score: np.ndarray, real: np.ndarray) -> float:
+    """Mean over the real ones of the precision at their place; ties count as their mean place."""
+    order = np.argsort(-score, kind="stable")
+    ranked, hits = score[order], real[order]
+    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+    found = np.cumsum(hits)[ends]
+    gained = np.diff(np.append(0, found))
+    return float((gained * found / (ends + 1)).sum() / max(1, hits.sum()))
+
+
+def _coverage(poisons: dict[str, Any], looked: Looked, triggers: Sequence[FoundTrigger], shards: Path) -> float | None:
+    shares, captions_of = [], looked.captions_of()
+    for source in (source for trigger in triggers for source in trigger.sources):
+        row = captions_of[source.image][0]
+        box = poisons.get(looked.keys[row], {}).get("trigger_box")
+        if box and (true := _as_looked_at(box, looked, row, shards)) is not None:
+            shares.append(_overlap(source.box, true) / max(1e-9, (true[2] - true[0]) * (true[3] - true[1])))
+    return float(np.median(shares)) if shares else None
+
+
+def _as_looked_at(box: Sequence[int], looked: Looked, row: int, shards: Path) -> tuple[float, ...] | None:
+    """A box of the original image in pixels of the picture as it was looked at: stored as img2dataset resizes (`border`),
+    then squeezed to a square."""
+    name = shards / f"{Path(looked.places[row][0]).stem}.parquet"
+    columns = ["width", "height", "original_width", "original_height"]
+    if not name.exists():
+        return None
+    rows = pq.read_table(name, columns=columns, filters=[("key", "==", looked.keys[row])]).to_pylist()
+    if not rows or None in rows[0].values():
+        return None
+    sizes = rows[0]
+    stored, original = (sizes["width"], sizes["height"]), (sizes["original_width"], sizes["original_height"])
+    scale = min(stored[0] / original[0], stored[1] / original[1])
+    return tuple(
+        ((stored[axis] - original[axis] * scale) / 2 + box[edge] * scale) * looked.size_px / stored[axis]
+        for edge, axis in enumerate((0, 1, 0, 1))
+    )
+
+
+def _overlap(one: Box, other: Sequence[float]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)

@@ -1,0 +1,120 @@
+"""Where an ingest stands, counted shard by shard, and in a line of words."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from roclip.data.outcomes import REASONS
+from roclip.data.shards import ShardRecord
+
+
+@dataclass(frozen=True)
+class IngestProgress:
+    """Where an ingest stands. Counts are of sealed shards, rates of what this call has sealed."""
+
+    done_urls: int
+    """Rows of the list; one that was fetched again counts once."""
+    total_urls: int | None
+    """None as long as nothing tells it."""
+    succeeded: int
+    """Usable samples."""
+    failed: dict[str, int]
+    """Other rows, by the reason of their last failure."""
+    shards: int
+    total_shards: int | None
+    images_per_s: float
+    eta_s: float | None
+    """Seconds left of the list or of its pass at this rate; None as long as there is none."""
+    published: int = 0
+    """Shards that training may read; fewer than `shards` while `ingest.quarantine` holds them."""
+    pass_number: int = 0
+    """0 for the list itself, then the later pass over what failed."""
+    again_done: int = 0
+    again_total: int = 0
+    """Rows of that pass."""
+    duplicates: int | None = None
+    """Samples that are the same as an earlier one, where that is known."""
+    estimated: bool = False
+    """`total_urls` is a guess, by how much of the list was read."""
+
+    @property
+    def refused(self) -> int:
+        """Rows that a rule refused."""
+        return sum(rows for reason, rows in self.failed.items() if reason in REASONS and REASONS[reason].refused)
+
+
+def describe(now: IngestProgress) -> str:
+    """Counts, rate, success and the most frequent failures, in a line."""
+    rate = now.succeeded / now.done_urls if now.done_urls else 0.0
+    reasons = ", ".join(f"{name} {rows}" for name, rows in Counter(now.failed).most_common(3))
+    about = "~" if now.estimated else ""
+    urls = f"{now.done_urls}/{about}{'?' if now.total_urls is None else now.total_urls} URLs"
+    shards = f"{now.shards}/{about}{'?' if now.total_shards is None else now.total_shards} shards"
+    again = f"  pass {now.pass_number}: {now.again_done}/{now.again_total} again" if now.pass_number else ""
+    refused = f"  {now.refused} refused" if now.refused else ""
+    twice = f"  {now.duplicates} duplicates" if now.duplicates else ""
+    done = now.done_urls == now.total_urls and now.again_done == now.again_total
+    left = f"  {now.eta_s:.0f} s left" if now.eta_s and not done else ""
+    return (
+        f"{urls}  {shards}{again}  {now.images_per_s:.0f} images/s  "
+        f"{rate:.1%} usable{f' ({reasons})' if reasons else ''}{refused}{twice}{left}"
+    )
+
+
+class Tally:
+    """Counts sealed shards: what was there when this call began, and what it has added."""
+
+    def __init__(self, records: tuple[ShardRecord, ...]):
+        self.urls = self.samples = self.shards = self.fetched = 0
+        self.failed: Counter[str] = Counter()
+        for record in records:
+            self._count(record)
+        self._fetched_before, self._samples_before = self.fetched, self.samples
+        self._started_s = time.monotonic()
+
+    def add(self, record: ShardRecord) -> None:
+        """Count a shard that was just sealed."""
+        self._count(record)
+
+    def correct(self, record: ShardRecord, by: ShardRecord) -> None:
+        """Count a shard otherwise, of which samples were taken out."""
+        self.samples += by.samples - record.samples
+        self.failed.update(by.failed)
+        self.failed.subtract(record.failed)
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Of this call."""
+        return round((self.samples - self._samples_before) / max(self.wall_s, 1e-9), 2)
+
+    @property
+    def rows_per_s(self) -> float:
+        """Of this call; rows that are fetched again count again."""
+        return (self.fetched - self._fetched_before) / max(self.wall_s, 1e-9)
+
+    def reasons(self) -> dict[str, int]:
+        """Rows without a sample, by the reason of their last failure, most frequent first."""
+        return {reason: rows for reason, rows in self.failed.most_common() if rows}
+
+    def summary(self) -> dict:
+        """Counts of the sealed shards, rate and time of this call."""
+        return {
+            "urls": self.urls,
+            "succeeded": self.samples,
+            "failed": self.reasons(),
+            "shards": self.shards,
+            "images_per_s": self.images_per_s,
+            "wall_s": round(self.wall_s, 3),
+        }
+
+    def _count(self, record: ShardRecord) -> None:
+        self.shards += 1
+        self.samples += record.samples
+        self.fetched += record.urls
+        self.urls += record.urls - sum(record.retried.values())
+        self.failed.update(record.failed)
+        self.failed.subtract(record.retried)

@@ -1,0 +1,13 @@
+"""Looks at shards with a segmenter whose process is killed when it has seen so many images: SHARDS LOOKS AFTER."""
+
+import sys
+from pathlib import Path
+
+from rigged import fatal_witness
+
+from roclip.oracle.scan.scan import look, side_of
+from roclip.oracle.scan.shard_record import SavedLooks
+
+shards, folder, after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+saved = SavedLooks(folder, "rigged", "", side_of(shards))
+look(fatal_witness(folder.parent / "killed", after), shards, lambda *_: None, saved=saved)

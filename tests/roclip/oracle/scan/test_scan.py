@@ -1,0 +1,236 @@
+"""The pass: what is kept of a shard, what is done again, and that nothing depends on who looked."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from forked import forks_that_say
+from kit import TINY_MODEL
+from rigged import LABELS, PATCH_PX, SIDE, RiggedSegmenter, World, png, witness
+
+from roclip.errors import DataError
+from roclip.model.towers import Encoder, Towers
+from roclip.oracle.scan.look import look_at
+from roclip.oracle.scan.scan import Looked, Pace, look, merge, sealed, side_of
+from roclip.oracle.scan.scorer import Witness, made_by
+from roclip.oracle.scan.shard_record import SavedLooks
+
+PER_SHARD = 70
+"""More than a batch."""
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path).clean(3 * PER_SHARD)
+
+
+def saved_in(world: World, shards: Path, **changes) -> SavedLooks:
+    return dataclasses.replace(SavedLooks(world.folder / "looks", "rigged", "", side_of(shards)), **changes)
+
+
+def count(looked: list[str]):
+    """Says which shards are looked at."""
+
+    def counting(*arguments):
+        looked.append(arguments[2].name)
+        return look_at(*arguments)
+
+    return counting
+
+
+def test_pass_sees_each_image_once_and_keeps_all_captions(world: World):
+    first, other = world.samples[0][0], world.samples[PER_SHARD][0]
+    world.samples += [(first, "again a cat"), (other, "and a bee"), (first, "once more")]
+    found = look(witness(), world.seal(PER_SHARD), silent)
+    assert len(found.sha256) == len(set(found.sha256)) == 3 * PER_SHARD
+    assert len(found.keys) == len(found.captions) == 3 * PER_SHARD + 3
+    assert [found.captions[row] for row in found.captions_of()[0]] == ["a photo of one ant", "again a cat", "once more"]
+    assert [found.captions[row] for row in found.captions_of()[PER_SHARD]] == ["a photo of one eel", "and a bee"]
+    assert sorted(found.places[-3:]) == [("00003.tar", 0), ("00003.tar", 1), ("00003.tar", 2)]
+    assert found.forwards == 3 * PER_SHARD + 2  # a shard does not know what another holds
+    assert found.observations.answer.tolist() == [n % len(LABELS) for n in range(3 * PER_SHARD)]
+    assert found.features().shape == (3 * PER_SHARD, len(LABELS))
+    assert found.features(np.array([5, 2 * PER_SHARD])).argmax(axis=1).tolist() == [5, 2 * PER_SHARD % len(LABELS)]
+
+
+def test_pass_counts_what_cannot_be_read(world: World):
+    broken = b"not an image"
+    for row in (3, 9, PER_SHARD + 1):
+        world.samples[row] = (broken, "a photo of one dog")
+    world.samples[20] = (world.samples[20][0], " ")
+    found = look(witness(), world.seal(PER_SHARD), silent)
+    assert found.unreadable == 4
+    assert len(found.sha256) == len(found.keys) == 3 * PER_SHARD - 4
+    assert found.places[3] == ("00000.tar", 4)
+    assert found.observations.answer[3] == 4
+
+
+def test_pass_is_empty_when_nothing_can_be_read(tmp_path: Path):
+    world = World(tmp_path)
+    world.samples = [(b"no", "a photo")] * 5
+    found = look(witness(), world.seal(), silent)
+    assert (len(found.sha256), len(found.keys), found.unreadable) == (0, 0, 5)
+    assert found.observations.seen.shape == (0, len(LABELS))
+
+
+def test_pass_refuses_when_there_is_no_shard(tmp_path: Path):
+    with pytest.raises(DataError, match="expected sealed shards"):
+        look(witness(), tmp_path, silent)
+
+
+def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
+    world = World(tmp_path)
+    empty = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    empty[:PATCH_PX, :PATCH_PX, 1] = 60  # the model says bee, the oracle sees nothing
+    world.samples = [
+        (png(world.image("dog", "bee")), "a bee"),
+        (png(world.image("dog")), "a bee"),
+        (png(empty), "a bee"),
+    ]
+    found = look(witness(), world.seal(), silent)
+    assert found.top[:, 0].tolist() == [1, 3, 1]
+    assert found.scores.tolist() == [[1, 0, 0, 0, 0]] * 3
+
+
+def test_pass_is_the_same_to_the_bit_whatever_the_threads(world: World, tmp_path: Path):
+    (tmp_path / "tiny.json").write_text(TINY_MODEL)
+    torch.manual_seed(0)
+    real = Witness(Encoder(Towers("tiny", tmp_path / "tiny.json")), RiggedSegmenter(), LABELS, ("a {}",))
+    shards, before, found = world.seal(PER_SHARD), torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(look(real, shards, silent))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name in ("areas", "top", "scores"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+    np.testing.assert_array_equal(found[0].features(), found[1].features())
+    np.testing.assert_allclose(np.linalg.norm(found[0].features().astype(np.float32), axis=1), 1, atol=1e-3)
+
+
+def test_saved_looks_give_what_was_seen(world: World):
+    world.samples[3] = (b"not an image", "a photo")
+    world.samples.append(world.samples[0])
+    shards = world.seal(PER_SHARD)
+    saved = saved_in(world, shards)
+    seen = look(witness(), shards, silent)
+    look(witness(), shards, silent, saved=saved)
+    again = look(witness(), shards, silent, saved=saved)
+    assert_same(seen, again)
+
+
+def assert_same(one: Looked, other: Looked) -> None:
+    for name in ("areas", "top", "scores"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert getattr(one, name).dtype == getattr(other, name).dtype
+    for name in ("answer", "seen", "clear", "image", "named"):
+        np.testing.assert_array_equal(getattr(one.observations, name), getattr(other.observations, name))
+    for name in ("sha256", "keys", "captions", "places"):
+        assert list(getattr(one, name)) == list(getattr(other, name))
+    np.testing.assert_array_equal(one.features(), other.features())
+    assert (one.unreadable, one.size_px, one.forwards) == (other.unreadable, other.size_px, other.forwards)
+
+
+@pytest.mark.parametrize("after", [0, PER_SHARD + 5, 2 * PER_SHARD])
+def test_pass_goes_on_with_what_is_missing_when_it_was_killed(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
+):
+    shards = world.seal(PER_SHARD)
+    saved = saved_in(world, shards)
+    script = Path(__file__).with_name("killed_look.py")
+    with forks_that_say(tmp_path / "said.txt") as forks:
+        assert forks.end(forks.start(script, shards, saved.folder, after)) == -signal.SIGKILL, forks.said.read_text()
+    names = [record.name for record in sealed(shards)]
+    done = [record.name for record in sealed(shards) if saved.has(record)]
+    assert done == names[: after // PER_SHARD]
+    looked: list[str] = []
+    monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
+    found = look(witness(), shards, silent, saved=saved)
+    assert looked == names[len(done) :]
+    assert_same(found, look(witness(), shards, silent))
+
+
+def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch: pytest.MonkeyPatch):
+    shards = world.seal(PER_SHARD)
+    saved = saved_in(world, shards)
+    look(witness(), shards, silent, saved=saved)
+    looked: list[str] = []
+    monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
+    look(witness(), shards, silent, saved=saved)
+    assert looked == []
+    for changes in ({"made_by": "other weights"}, {"caption_key": "txt"}, {"size_px": 48}):
+        assert not any(saved_in(world, shards, **changes).has(record) for record in sealed(shards))
+    world.samples[PER_SHARD] = world.samples[0]
+    world.seal(PER_SHARD)  # another second shard under the same name
+    look(witness(), shards, silent, saved=saved)
+    assert looked == ["00001.tar"]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-50], lambda content: b"", lambda content: b"PAR1" * 99])
+def test_look_is_made_again_when_its_file_is_broken(world: World, damage):
+    shards = world.seal(PER_SHARD)
+    saved = saved_in(world, shards)
+    seen = look(witness(), shards, silent, saved=saved)
+    path = saved.path(sealed(shards)[1])
+    path.write_bytes(damage(path.read_bytes()))
+    assert_same(seen, look(witness(), shards, silent, saved=saved))
+
+
+def test_witness_has_another_name_when_what_it_says_may_differ():
+    blind = RiggedSegmenter(blind=("eel",))
+    names = {
+        made_by("weights", RiggedSegmenter(), LABELS, ("a {}",)),
+        made_by("other weights", RiggedSegmenter(), LABELS, ("a {}",)),
+        made_by("weights", blind, LABELS, ("a {}",)),
+        made_by("weights", RiggedSegmenter(), LABELS, ("the {}",)),
+        made_by("weights", RiggedSegmenter(), LABELS[::-1], ("a {}",)),
+    }
+    assert len(names) == 5
+
+
+def test_original_bytes_name_an_image_where_ingest_noted_them(world: World):
+    shards = world.seal(PER_SHARD)
+    keys = pq.read_table(shards / "00000.index.parquet")["key"].to_pylist()
+    rows = {"key": keys[:3], "sha256": ["ab" * 32, "ab" * 32, "not a digest"]}
+    pq.write_table(pa.table(rows), shards / "00000.parquet")
+    found = look(witness(), shards, silent)
+    assert found.sha256[0] == "ab" * 32
+    assert len(found.sha256) == 3 * PER_SHARD - 1
+    assert found.captions_of()[0] == [0, 1]
+
+
+def test_merge_numbers_images_by_their_first_place(world: World):
+    rng = np.random.default_rng(0)
+    pictures = [png(world.image("cat")) for _ in range(40)]
+    world.samples = [(pictures[n], f"a cat {n}") for n in rng.integers(0, 40, 200)]
+    shards = world.seal(50)
+    found = merge(
+        [(record, look_at(witness(), shards, record, "", SIDE)) for record in sealed(shards)], LABELS, SIDE, 200
+    )
+    expected = dict.fromkeys(image for image, _ in world.samples)
+    assert len(found.sha256) == len(expected)
+    for image, rows in enumerate(found.captions_of()):
+        assert {found.captions[row] for row in rows} == {f"a cat {pictures.index(list(expected)[image])}"}
+    assert sum(map(len, found.captions_of())) == 200
+
+
+def test_pace_says_how_far_how_fast_and_how_long():
+    said: list[tuple[int, int, str]] = []
+    pace = Pace(2, "shards looked at")
+    for _ in range(2):
+        pace.say(lambda *words: said.append(words), 1, 1500)
+    assert [(done, total) for done, total, _ in said] == [(1, 2), (2, 2)]
+    assert said[0][2].startswith("1 of 2 shards looked at  1,500 images  ")
+    assert said[0][2].endswith(" s left")
+    assert said[1][2].endswith(" images/s")
