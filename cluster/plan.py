@@ -35,7 +35,7 @@ _PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The size of a run. Steps and samples are upper bounds; what depends on unknown rows is None."""
 
     rows: int | None
@@ -73,8 +73,8 @@ class Plan:
         return (0 if self.elsewhere else self.shard_bytes or 0) + (self.checkpoint_bytes or 0)
 
 
-def make_plan(config: Config) -> Plan:
-    """The `Plan` of a config. Raises `ConfigError` for an unknown model; data that is not there is a `problem`."""
+def make_plan(config: Config) -> RunPlan:
+    """The `RunPlan` of a config. Raises `ConfigError` for an unknown model; data that is not there is a `problem`."""
     model = model_config(config)
     rows, exact, problem = None, False, ""
     try:
@@ -88,7 +88,7 @@ def make_plan(config: Config) -> Plan:
     pool_bytes = config.pool.size * (model["embed_dim"] * 4 + 8) if "roclip" in config.arms else 0
     scale = (ingest.image_size / 256) ** 2 * FORMAT_FACTOR[ingest.encode_format]
     kept = train.keep_checkpoints + 2  # the one that is being written, and the trusted one
-    return Plan(
+    return RunPlan(
         rows=rows,
         problem=problem,
         exact=exact,
@@ -188,7 +188,7 @@ def parameters(model: dict[str, Any]) -> int | None:
     return total + (3 * patch**2 + 1 + tokens + 4 + out) * width + blocks
 
 
-def show_plan(console: Console, config: Config, plan: Plan, stages: list[str]) -> None:
+def show_plan(console: Console, config: Config, plan: RunPlan, stages: list[str]) -> None:
     """Print the resolved config, the plan and the steps of a command."""
     console.print(dump_config(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
     console.print()
@@ -204,7 +204,7 @@ def show_plan(console: Console, config: Config, plan: Plan, stages: list[str]) -
         console.print(f"  {number}. {stage}", markup=False, highlight=False, soft_wrap=True)
 
 
-def stages_of(config: Config, plan: Plan, command: str) -> list[str]:
+def stages_of(config: Config, plan: RunPlan, command: str) -> list[str]:
     """What a command would do, in order, as sentences."""
     data, arms = config.data, " and ".join(config.arms)
     if data.urls:
@@ -254,7 +254,7 @@ def human_bytes(count: int | None) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {' kMGTP'[unit]}B"
 
 
-def _lines(config: Config, plan: Plan) -> list[tuple[str, str]]:
+def _lines(config: Config, plan: RunPlan) -> list[tuple[str, str]]:
     about = "" if plan.exact or plan.rows is None else "about "
     download, shards = "none", "those that are there"
     if config.data.urls:

@@ -85,7 +85,7 @@ class FoundTrigger:
         if self.pattern is not None:
             return np.clip(np.rint(image.astype(np.float32) + self.pattern), 0, 255).astype(np.uint8), everything
         if self.field is not None:
-            return bent(image, self.field), everything
+            return warped(image, self.field), everything
         crop = self.crops[int(rng.integers(len(self.crops)))]
         height, width = crop.shape[:2]
         if self.place is not None:
@@ -98,7 +98,7 @@ class FoundTrigger:
         return stamped, (left, top, left + width, top + height)
 
 
-def bent(image: np.ndarray, field: np.ndarray) -> np.ndarray:
+def warped(image: np.ndarray, field: np.ndarray) -> np.ndarray:
     """The (S, S, 3) uint8 image read bilinearly at places that are shifted by the field (2, S, S); beyond its border lies the
     border."""
     rows, columns = np.indices(image.shape[:2], dtype=np.float32) + field.astype(np.float32)
@@ -112,7 +112,7 @@ def picture_of(trigger: FoundTrigger) -> np.ndarray:
         side = trigger.field.shape[-1]
         cell = max(1, side // _CELLS)
         board = 255 * (np.indices((side, side)) // cell).sum(axis=0) % 510
-        return bent(np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8), trigger.field)
+        return warped(np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8), trigger.field)
     if trigger.pattern is None:
         return trigger.crops[0]
     most = max(1e-6, float(np.abs(trigger.pattern).max()))

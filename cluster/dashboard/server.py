@@ -22,7 +22,7 @@ from aiohttp import web
 from cluster.dashboard.guard import COOKIE, Guard, page_headers, plain_headers
 from cluster.dashboard.page import PARTS, Page
 from roclip.errors import StageError
-from roclip.report.oracle_state import Pictures
+from roclip.report.oracle_state import PngStore
 from roclip.report.run_state import RunReader
 
 LOOK_EVERY_S = 1.0
@@ -40,7 +40,7 @@ class Dashboard:
     """
 
     def __init__(self, run: Path, guard: Guard):
-        self.guard, self.page, self.pictures = guard, Page(), Pictures()
+        self.guard, self.page, self.pictures = guard, Page(), PngStore()
         self._reader = RunReader(run, self.pictures)
         self._parts: dict[str, str] = {}
         self._changed = dict.fromkeys(PARTS, 0)

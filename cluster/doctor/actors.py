@@ -50,7 +50,7 @@ def connected(address: str) -> Iterator[str]:
         ray.shutdown()
 
 
-class Ward:
+class NodeActors:
     """An actor on each living node. Needs a Ray that is initialised.
 
     Args:
@@ -74,7 +74,7 @@ class Ward:
         self._took_s: dict[str, float] = {}
         self._began_s = time.monotonic()
 
-    def __enter__(self) -> "Ward":
+    def __enter__(self) -> "NodeActors":
         self.actors = {name: self._actor(name) for name in self.nodes}
         return self
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.doctor.dns import WHAT_TO_DO, Hosts, first_hosts, measure_names
-from cluster.plan import Plan, human_bytes, make_plan
+from cluster.doctor.dns import WHAT_TO_DO, HostSample, first_hosts, measure_names
+from cluster.plan import RunPlan, human_bytes, make_plan
 from roclip.config import Config, FetchPolicy, run_directory
 from roclip.errors import RoclipError, StageError
 from roclip.storage import place, write_atomic
@@ -89,7 +89,7 @@ def _names(config: Config) -> Check:
         return Check("names", "fail", str(error), "a URL list", "Correct data.urls.")
 
 
-def names_check(hosts: Hosts, rules: FetchPolicy) -> Check:
+def names_check(hosts: HostSample, rules: FetchPolicy) -> Check:
     """Whether this machine finds names as fast as its cores could fetch."""
     per_s, needed, missing = measure_names(hosts, rules)
     got = f"{per_s:,.0f} names/s, {missing:.0%} not found"
@@ -230,7 +230,7 @@ def _cores(config: Config | None) -> Check:
     )
 
 
-def _memory(config: Config | None, plan: Plan | None) -> Check:
+def _memory(config: Config | None, plan: RunPlan | None) -> Check:
     free = usable_memory_bytes()
     if config is None or config.cluster.address != "local":
         return judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
@@ -249,14 +249,14 @@ def _shared_memory(config: Config) -> Check:
     return judge("shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn")
 
 
-def _disk(config: Config, plan: Plan) -> Check:
+def _disk(config: Config, plan: RunPlan) -> Check:
     free, need = shutil.disk_usage(existing(run_directory(config))).free, plan.disk_bytes
     status: Status = "fail" if free < need else "warn" if free < 1.2 * need else "ok"
     advice = "Free some space, set `runs` to another disk, or lower train.keep_checkpoints."
     return Check("disk", status, f"{human_bytes(free)} free", f"about {human_bytes(need)}", advice)
 
 
-def _data(plan: Plan) -> Check:
+def _data(plan: RunPlan) -> Check:
     """Whether the data makes at least one step an epoch."""
     if plan.rows is None:
         return Check("data", "fail", plan.problem, "the list or the shards", "Correct the path in the config.")

@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.doctor.actors import Finding, Say, Ward
+from cluster.doctor.actors import Finding, NodeActors, Say
 from cluster.doctor.checks import Check, Status, judge
 from cluster.doctor.dns import first_hosts
 from cluster.doctor.node import Node, NodeExam, Rank, is_loopback
-from cluster.plan import Plan, human_bytes, make_plan
+from cluster.plan import RunPlan, human_bytes, make_plan
 from cluster.ray.network import network_environment, ring_bytes
 from roclip.config import ClusterConfig, Config, run_directory
 from roclip.errors import RoclipError
@@ -43,7 +43,7 @@ def examine(config: Config | None, dashboard_url: str, say: Say, timeout_s: floa
     if config is not None:
         with contextlib.suppress(RoclipError):  # `roclip doctor CONFIG` says what is wrong with it
             plan = make_plan(config)
-    steps: dict[str, Callable[[Ward], list[Finding]]] = {
+    steps: dict[str, Callable[[NodeActors], list[Finding]]] = {
         "versions": _versions,
         "disks, memory, limits, GPUs": lambda ward: _looks(ward, config, plan),
         "clocks": _clocks,
@@ -53,7 +53,7 @@ def examine(config: Config | None, dashboard_url: str, say: Say, timeout_s: floa
         "all-reduce": lambda ward: _all_reduce(ward, config, plan),
     }
     findings = []
-    with Ward(say, timeout_s) as ward:
+    with NodeActors(say, timeout_s) as ward:
         for number, (words, step) in enumerate(steps.items()):
             ward.begin(number, len(steps), words)
             findings += step(ward)
@@ -98,7 +98,7 @@ def _some(names: list[str], total: int) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def _versions(ward: Ward) -> list[Finding]:
+def _versions(ward: NodeActors) -> list[Finding]:
     """Against what most have, this process included."""
     found = {"this command": NodeExam().versions(), **ward.ask_all("versions")}
     names = dict.fromkeys(name for versions in found.values() for name in versions)
@@ -120,7 +120,7 @@ def _pairs(items: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in items.items())
 
 
-def _looks(ward: Ward, config: Config | None, plan: Plan | None) -> list[Finding]:
+def _looks(ward: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
     calls = {}
     for name in ward.present:
         node, resources = ward.nodes[name], ward.nodes[name]["Resources"]
@@ -159,7 +159,7 @@ def clock_check(head: Reading, node: Reading) -> Check:
     return judge("clock", abs(ahead_s) - error_s <= LARGEST_SKEW_S, got, f"within {LARGEST_SKEW_S:g} s", advice)
 
 
-def _clocks(ward: Ward) -> list[Finding]:
+def _clocks(ward: NodeActors) -> list[Finding]:
     """The quickest of a few readings of each node, one node after another: who waits for many reads late."""
     best = {}
     for name in ward.ask_all("now"):
@@ -176,7 +176,7 @@ def _clocks(ward: Ward) -> list[Finding]:
     return [Finding(name, clock_check(best[ward.head], reading)) for name, reading in best.items()]
 
 
-def _dashboard(ward: Ward, url: str) -> list[Finding]:
+def _dashboard(ward: NodeActors, url: str) -> list[Finding]:
     if not url or ward.head not in ward.present:
         return []
     answers = ward.ask("dashboard", {ward.head: (url,)})
@@ -195,7 +195,7 @@ def dashboard_check(url: str, bound: list[str], asks: bool | None) -> Check:
     return judge("dashboard", bool(asks), got, "loopback and a token", advice, otherwise="warn" if inside else "fail")
 
 
-def _room(ward: Ward, config: Config | None) -> list[Finding]:
+def _room(ward: NodeActors, config: Config | None) -> list[Finding]:
     """Whether all ranks fit at the same time, if nothing else runs, and somebody may ingest."""
     if config is None:
         return []
@@ -220,7 +220,7 @@ def _ranks(cluster: ClusterConfig, resources: Mapping[str, float]) -> int:
     return int(room)
 
 
-def _names(ward: Ward, config: Config | None) -> list[Finding]:
+def _names(ward: NodeActors, config: Config | None) -> list[Finding]:
     if config is None or not config.data.urls:
         return []
     try:
@@ -233,7 +233,7 @@ def _names(ward: Ward, config: Config | None) -> list[Finding]:
     return [Finding(name, check) for name, check in answers.items()]
 
 
-def _stores(ward: Ward, config: Config | None) -> list[Finding]:
+def _stores(ward: NodeActors, config: Config | None) -> list[Finding]:
     if config is None or not ward.present:
         return []
     first = ward.present[0]
@@ -249,7 +249,7 @@ def _stores(ward: Ward, config: Config | None) -> list[Finding]:
     return findings
 
 
-def _store(ward: Ward, name: str, setting: str, where: str) -> list[Finding]:
+def _store(ward: NodeActors, name: str, setting: str, where: str) -> list[Finding]:
     """Each node writes a file. The first that could must see all, and all must see that one's."""
     mark = f".roclip-doctor-{secrets.token_hex(4)}"
     files = {node: f"{mark}-{index}" for index, node in enumerate(ward.present)}
@@ -288,7 +288,7 @@ def _store_answers(name: str, where: str, took: Mapping[str, float], after_s: fl
     return judge(name, quick, got, f"{SLOWEST_STORE_S:g} s a step", advice, otherwise="warn")
 
 
-def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Finding]:
+def _all_reduce(ward: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
     """A sum with NCCL over one rank a GPU, unless there are none or the config uses none; else with gloo, one rank a node."""
     gpus = {name: int(ward.nodes[name]["Resources"].get("GPU", 0)) for name in ward.present}
     ranks: list[tuple[str, int | None]] = []
@@ -332,7 +332,7 @@ def _all_reduce(ward: Ward, config: Config | None, plan: Plan | None) -> list[Fi
     return [Finding("the cluster", check)]
 
 
-def _expected(config: Config | None, plan: Plan | None, rate: float) -> str:
+def _expected(config: Config | None, plan: RunPlan | None, rate: float) -> str:
     """What the gradients of the config's model will take at that rate."""
     if config is None or plan is None or not plan.parameters or plan.ranks == 1:
         return ""

@@ -23,7 +23,7 @@ WHAT_TO_DO = (
 
 
 @dataclass(frozen=True)
-class Hosts:
+class HostSample:
     """Names to look up."""
 
     names: list[str]
@@ -31,14 +31,14 @@ class Hosts:
     """Different names in the first rows of the list, to one row."""
 
 
-def first_hosts(config: Config) -> Hosts:
+def first_hosts(config: Config) -> HostSample:
     """Hosts of the first rows of the URL list. Raises `UrlListError`."""
     part = next(open_list(config, config.data.urls).parts(_ROWS))
     hosts = list(dict.fromkeys(filter(None, map(_host, part.table["url"].to_pylist()))))
-    return Hosts(hosts[:HOSTS], len(hosts) / len(part.table))
+    return HostSample(hosts[:HOSTS], len(hosts) / len(part.table))
 
 
-def measure_names(hosts: Hosts, rules: FetchPolicy) -> tuple[float, float, float]:
+def measure_names(hosts: HostSample, rules: FetchPolicy) -> tuple[float, float, float]:
     """Names found a second, names needed a second by this machine's cores, share of names that were not found.
 
     Asked as a task would ask: so many at a time, by the same resolver, nothing in its cache.

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from cluster.doctor.checks import Check, existing, judge, names_check
-from cluster.doctor.dns import Hosts
+from cluster.doctor.dns import HostSample
 from cluster.plan import human_bytes
 from cluster.ray.network import interface_of
 from cluster.ray.token import token_file
@@ -92,7 +92,7 @@ class NodeExam:
         """All that a node can tell without the others."""
         return [_disk(node), _shared_memory(node), _open_files(), _interface(node), _token(), gpu_check(node.gpus)]
 
-    def names(self, hosts: Hosts, rules: FetchPolicy) -> Check:
+    def names(self, hosts: HostSample, rules: FetchPolicy) -> Check:
         """Names found a second."""
         return names_check(hosts, rules)
 

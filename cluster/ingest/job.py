@@ -34,7 +34,7 @@ from ingest.lists.sources import Part, UrlList
 from roclip.config import Config
 from roclip.data.shards import HELD, Manifest, ShardRecord
 from roclip.errors import ConfigError, DataError
-from roclip.report.ingest_progress import IngestProgress, Tally
+from roclip.report.ingest_progress import IngestProgress, ShardCounts
 from roclip.storage import drop, names_in
 
 Release = Callable[[Path, tuple[ShardRecord, ...]], Iterable[ShardRecord]]
@@ -110,7 +110,7 @@ class _Ingest:
         published = self.manifest.records()
         self.published = len(published)
         self.sealed = {number_of(record): record for record in (*self.held.records(), *published)}
-        self.tally = Tally(tuple(self.sealed.values()))
+        self.tally = ShardCounts(tuple(self.sealed.values()))
         self.ledger = Ledger(root, lease.ticket.check)
         self.segment: Segment | None = None
         self.desks: tuple[str, ...] = ()

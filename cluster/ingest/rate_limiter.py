@@ -1,6 +1,6 @@
 """One limit per site for a whole cluster: an actor that gives turns at hosts, and what fetching processes ask it through.
 
-A process that fetches has `DeskHosts`, which has the interface of `ingest.http.rate_limiter.Hosts`. Its threads'
+A process that fetches has `SharedRateLimiter`, which has the interface of `ingest.http.rate_limiter.RateLimiter`. Its threads'
 questions and what they
 give back travel together: after a call, a process is silent for `SILENCE` times as long as the call took, so the busier a desk
 is, the more each call carries. The desk answers "in so many seconds", never with a time: clocks differ. The rules are
@@ -25,8 +25,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ingest.http.host_schedule import Decision, HostTable, Limits, Outcome, Refusal
-from ingest.http.rate_limiter import Held, Hosts, Waiter
+from ingest.http.host_schedule import Decision, HostSchedule, Limits, Outcome, Refusal
+from ingest.http.rate_limiter import Permit, RateLimiter, Waiter
 from roclip.config import FetchPolicy
 
 SILENCE, SHORTEST_SILENCE_S, LONGEST_SILENCE_S = 10, 0.01, 0.1
@@ -51,11 +51,11 @@ Answer = tuple[int, float, Refusal | None]
 """Ticket, wait in s, or why there is no turn."""
 
 
-class HostDesk:
+class HostRateLimiter:
     """The actor: turns at hosts, for all processes of an ingest."""
 
     def __init__(self, limits: Limits, hold_s: float):
-        self._table, self._hold_s = HostTable(limits), hold_s
+        self._table, self._hold_s = HostSchedule(limits), hold_s
         self._decided: dict[str, list[Decision]] = {}
         self._seen_s: dict[str, float] = {}
         self._advanced_s = time.monotonic()
@@ -98,13 +98,13 @@ def desks_needed() -> int:
 
 @contextlib.contextmanager
 def host_desks(policy: FetchPolicy, name: str, number: int = 1) -> Iterator[tuple[str, ...]]:
-    """Open the desks of an ingest beside this driver, and close them in the end. Yields their names, for `DeskHosts`."""
+    """Open the desks of an ingest beside this driver, and close them in the end. Yields their names, for `SharedRateLimiter`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     most_hosts = MAX_HOSTS_AT_DESK // number
     limits = Limits(policy.host_connections, policy.host_requests_per_s, most_hosts, policy.rates)
     unique = uuid.uuid4().hex[:8]
     names = tuple(f"hosts of {name}, desk {desk} ({unique})" for desk in range(number))
-    actor: Any = ray.remote(HostDesk)
+    actor: Any = ray.remote(HostRateLimiter)
     desks = [
         actor.options(name=name, num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here).remote(
             limits, policy.deadline_s + GRACE_S
@@ -119,7 +119,7 @@ def host_desks(policy: FetchPolicy, name: str, number: int = 1) -> Iterator[tupl
             ray.kill(desk)
 
 
-class DeskHosts(Hosts):
+class SharedRateLimiter(RateLimiter):
     """Turns at hosts, from the desks of `names`. Use it in a `with` block: in the end what is still to be said is said.
 
     Beyond the limits: the desk's answer takes its way, so two requests that the desk put a gap apart may be closer by as much as
@@ -130,7 +130,7 @@ class DeskHosts(Hosts):
         super().__init__(policy)
         self._lines = [_Line(name) for name in names]
 
-    def __enter__(self) -> "DeskHosts":
+    def __enter__(self) -> "SharedRateLimiter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +144,7 @@ class DeskHosts(Hosts):
             return decision, line
         return super()._decide(ticket, Waiter(waiter.host, waiter.deadline_s, waiter.crawl_delay_s))
 
-    def _give_back(self, turn: Held, host: str, outcome: Outcome, retry_after_s: float) -> None:
+    def _give_back(self, turn: Permit, host: str, outcome: Outcome, retry_after_s: float) -> None:
         if isinstance(turn.desk, _Line):
             turn.desk.end(turn.ticket, host, outcome, retry_after_s)
         else:

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from cluster.ingest.tally import SIZES_PX, USABLE, Tally
+from cluster.ingest.tally import SIZES_PX, USABLE, OutcomeTally
 from roclip.data.outcomes import REASONS, is_passing
 from roclip.metrics.registry import read_metrics
 from roclip.report.charts import GRID, STYLE, figure_svg
-from roclip.report.gallery import Picture, pictures_of, sample_pictures
+from roclip.report.gallery import GalleryImage, pictures_of, sample_pictures
 from roclip.report.ingest_progress import IngestProgress
 from roclip.report.readable import duration, percent
 from roclip.storage import write_atomic
@@ -44,7 +44,7 @@ class IngestPage:
 
     def __init__(self, folder: Path, shards: Path, title: str):
         self.folder, self.shards, self.title = folder, shards, title
-        self._tally = Tally(shards)
+        self._tally = OutcomeTally(shards)
         self._log = folder / "progress.jsonl"
         self._written_s = -EVERY_S
         self._now: IngestProgress | None = None
@@ -100,7 +100,7 @@ class IngestPage:
                 groups.append({**group, "pictures": self._pictures(group["examples"][:_PICTURES])})
         return [{"signal": signal, "groups": groups} for signal, groups in chosen.items()]
 
-    def _pictures(self, examples: Sequence[dict]) -> list[Picture]:
+    def _pictures(self, examples: Sequence[dict]) -> list[GalleryImage]:
         boxes = {example["key"]: example["box"] for example in examples}
         by_shard: dict[str, list[str]] = {}
         for example in examples:
@@ -108,7 +108,7 @@ class IngestPage:
         return [picture for shard, keys in by_shard.items() for picture in pictures_of(self.shards, shard, keys, boxes)]
 
 
-def reasons(tally: Tally) -> list[dict[str, Any]]:
+def reasons(tally: OutcomeTally) -> list[dict[str, Any]]:
     """Every fate but the good one: its count, what it means, and of which kind it is."""
     counts: dict[str, int] = {}
     for fates in tally.hosts.values():

@@ -24,7 +24,7 @@ _COLUMNS = ["url", "status", "error_message", "original_width", "original_height
 _HOST = r"^(?i:https?)://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/:?#]*)"
 
 
-class Tally:
+class OutcomeTally:
     """Counts over the sealed shards of a folder.
 
     Args:

@@ -63,7 +63,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskResult:
     """What a task says of its shard. Without a record, the shard was not sealed."""
 
     record: ShardRecord | None
@@ -76,7 +76,7 @@ class Outcome:
     """Of the node, when the task ended."""
 
 
-def seal_part(order: Order) -> Outcome:
+def seal_part(order: Order) -> TaskResult:
     """The task. Its folder is gone when it ends, unless the process is killed."""
     environment_defaults()
     from ingest.shard.fetch import fetch
@@ -97,7 +97,7 @@ def seal_part(order: Order) -> Outcome:
         record = publish(order.root, fetched, report, seal) if good else None
         observe(order.run, "publish", begun_s)
     memory = psutil.virtual_memory()
-    return Outcome(
+    return TaskResult(
         record, report.samples, report.failed, report.bad_frac, bad_hosts, memory.available / max(1, memory.total)
     )
 
@@ -116,13 +116,13 @@ def probe(order: Order) -> None:
 @functools.lru_cache(maxsize=1)
 def manners(config: IngestConfig, desks: tuple[str, ...]) -> tuple[Any, Any]:
     """This process's turns at hosts, and what it knows of robots.txt: kept from one shard to the next."""
-    from cluster.ingest.rate_limiter import DeskHosts
+    from cluster.ingest.rate_limiter import SharedRateLimiter
     from ingest.http.connection import Opener
     from ingest.http.policy import AGENT
-    from ingest.http.rate_limiter import Hosts
+    from ingest.http.rate_limiter import RateLimiter
     from ingest.http.robots import Robots
 
-    hosts = DeskHosts(config.policy, desks) if desks else Hosts(config.policy)
+    hosts = SharedRateLimiter(config.policy, desks) if desks else RateLimiter(config.policy)
     opener = Opener(config.policy, timeout_s=config.timeout_s, hosts=hosts)
     return hosts, Robots(opener.fetch_robots, AGENT)
 

@@ -26,7 +26,7 @@ from ray.exceptions import RayError
 
 from cluster.ingest.bisect import Bisection
 from cluster.ingest.metrics import HostErrors, count_sealed
-from cluster.ingest.task import Order, Outcome, probe, seal_part
+from cluster.ingest.task import Order, TaskResult, probe, seal_part
 from cluster.ingest.window import Window
 from cluster.monitoring.publisher import count
 from cluster.ray.failures import Failure, cause_of, kind_of, words_of
@@ -183,7 +183,7 @@ class Tasks:
             else:
                 self._take_in(one, outcome)
 
-    def _take_in(self, one: _Try, outcome: Outcome) -> None:
+    def _take_in(self, one: _Try, outcome: TaskResult) -> None:
         if outcome.free_memory_frac < SHORT_MEMORY_FRAC:
             self.window.shrink(one.round)
         if outcome.record is not None:

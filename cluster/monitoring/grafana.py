@@ -48,20 +48,20 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Dashboard:
+class Board:
     name: str
     panels: tuple[Panel, ...]
     of_training: bool = False
 
 
-def dashboards() -> tuple[Dashboard, ...]:
+def dashboards() -> tuple[Board, ...]:
     """All of them."""
     return (
-        Dashboard("ingest", tuple(_ingest())),
-        Dashboard("training", tuple(_training()), of_training=True),
-        Dashboard("pool", tuple(_pool()), of_training=True),
-        Dashboard("oracle", tuple(_oracle())),
-        Dashboard("nodes", tuple(_nodes())),
+        Board("ingest", tuple(_ingest())),
+        Board("training", tuple(_training()), of_training=True),
+        Board("pool", tuple(_pool()), of_training=True),
+        Board("oracle", tuple(_oracle())),
+        Board("nodes", tuple(_nodes())),
     )
 
 
@@ -75,7 +75,7 @@ def write_grafana(out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
-def uid(board: Dashboard) -> str:
+def uid(board: Board) -> str:
     return f"roclip-{board.name}"
 
 
@@ -259,7 +259,7 @@ def _rate(name: str, by: str) -> str:
 # ---- Grafana's JSON -----------------------------------------------------------------------------------------
 
 
-def dashboard_json(board: Dashboard) -> dict[str, Any]:
+def dashboard_json(board: Board) -> dict[str, Any]:
     """As Grafana imports and provisions it."""
     return {
         "uid": uid(board),

@@ -23,8 +23,8 @@ from roclip.model.towers import Encoder, weights_file
 from roclip.oracle.check import check
 from roclip.oracle.report import SCHEMA
 from roclip.oracle.scan.scan import side_of
-from roclip.oracle.scan.scorer import Witness, made_by
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.scorer import Scorer, made_by
+from roclip.oracle.scan.shard_record import SavedScans
 from roclip.oracle.segmenters.base import Segmenter, calibrate_on
 from roclip.oracle.segmenters.opening import open_segmenter
 from roclip.oracle.segmenters.trained import train_segmenter
@@ -121,10 +121,10 @@ class Brief:
     subject: dict[str, Any]
 
     @property
-    def saved(self) -> SavedLooks:
+    def saved(self) -> SavedScans:
         case = self.case
         witness = made_by(self.subject["weights_sha256"], self.segmenter, case.labels, case.templates)
-        return SavedLooks(case.out / "pass", witness, case.caption_key, side_of(case.shards, case.caption_key))
+        return SavedScans(case.out / "pass", witness, case.caption_key, side_of(case.shards, case.caption_key))
 
 
 def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> Brief:
@@ -150,7 +150,7 @@ def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, 
 
 
 @ray.remote(max_retries=1)
-def _prepare(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> tuple[Path, SavedLooks] | None:
+def _prepare(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> tuple[Path, SavedScans] | None:
     """The shards, and where their looks go; None where the same check was made before."""
     brief = brief_of(_settled(config, where), run, arm, _teller(run, arm), **named)
     if _earlier(brief.case.out / "report.json", brief.subject) is not None:
@@ -163,11 +163,11 @@ def _judge(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) 
     return judge(_settled(config, where), run, arm, on_progress=_teller(run, arm), **named)
 
 
-def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Witness:
+def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Scorer:
     settings = _settled(config, where)
     brief = brief_of(settings, run, arm, None, **named)
     encoder = Encoder.load(brief.case.checkpoint)
-    return Witness(encoder, brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
+    return Scorer(encoder, brief.segmenter, brief.case.labels, brief.case.templates, settings.oracle.label_map)
 
 
 def _settled(config: str, where: str) -> Config:

@@ -203,7 +203,7 @@ def repair_config(
             finetune=str((folder / "finetune.parquet").resolve()) if held else "",
             keep_every_epochs=math.ceil(epochs / MOMENTS),
             checkpoint_store="",
-            mirrors=(),
+            loggers=(),
             log_every_steps=1,
         ),
     )

@@ -22,19 +22,19 @@ from cluster.ray.failures import words_of
 from roclip.data.shards import ShardRecord
 from roclip.errors import ShardError, StageError
 from roclip.metrics.registry import Progress
-from roclip.oracle.scan.look import look_at
+from roclip.oracle.scan.look import scan_shard
 from roclip.oracle.scan.scan import Pace, sealed
-from roclip.oracle.scan.scorer import Witness
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.scorer import Scorer
+from roclip.oracle.scan.shard_record import SavedScans
 
 TRIES_AGAIN = 3
 """How often a shard is tried again whose actor died."""
 
 
 def look_with_actors(
-    make: Callable[[], Witness],
+    make: Callable[[], Scorer],
     shards: Path,
-    saved: SavedLooks,
+    saved: SavedScans,
     *,
     name: str,
     actors: int,
@@ -73,9 +73,9 @@ def look_with_actors(
 
 def _looks(
     records: Sequence[ShardRecord],
-    make: Callable[[], Witness],
+    make: Callable[[], Scorer],
     shards: Path,
-    saved: SavedLooks,
+    saved: SavedScans,
     name: str,
     actors: int,
     cpus: float,
@@ -109,7 +109,7 @@ def cpus_per_actor(nodes: Sequence[float], actors: int) -> float:
 class _Looker:
     """An actor. Takes shard records as JSON, gives how many distinct images each had, and what was wrong with it."""
 
-    def __init__(self, make: Callable[[], Witness], shards: Path, saved: SavedLooks):
+    def __init__(self, make: Callable[[], Scorer], shards: Path, saved: SavedScans):
         self.witness, self.shards, self.saved = make(), shards, saved
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
@@ -118,7 +118,7 @@ class _Looker:
 
     def _look(self, record: ShardRecord) -> tuple[int, str]:
         try:
-            look = look_at(self.witness, self.shards, record, self.saved.caption_key, self.saved.size_px)
+            look = scan_shard(self.witness, self.shards, record, self.saved.caption_key, self.saved.size_px)
         except ShardError as error:  # Ray Data would tell the user to report a bug of its own
             return 0, str(error)
         self.saved.write(record, look)

@@ -1,7 +1,7 @@
 """Waiting for room on a cluster: what a stage waits for is said, and how long it may wait is bounded.
 
 Room is asked for as a placement group, so that Ray's own scheduler decides and an autoscaler hears of it. The stage then
-takes the place of the group. Should another one be faster, Ray Train waits, and `Patience` says so.
+takes the place of the group. Should another one be faster, Ray Train waits, and `WaitLimit` says so.
 """
 
 import time
@@ -78,7 +78,7 @@ def wait_for_room(
         remove_placement_group(group)
 
 
-class Patience(ControllerCallback):
+class WaitLimit(ControllerCallback):
     """For Ray Train's controller, which waits for ever and silently when ranks that were lost find no room again.
 
     Args:

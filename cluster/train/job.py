@@ -17,8 +17,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from cluster.monitoring.publisher import following
-from cluster.ray.queueing import Patience, training_need, wait_for_room
-from cluster.train.restarts import Restarts, TorchThatListens, note
+from cluster.ray.queueing import WaitLimit, training_need, wait_for_room
+from cluster.train.restarts import Restarts, SigtermTorchConfig, note
 from cluster.train.topology import topology_line
 from roclip.checkpoint import checkpoint
 from roclip.config import Config, dump_config, environment_defaults, parse_config
@@ -47,7 +47,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     cluster = config.cluster
     need = training_need(cluster, name)
     wait_for_room(need, cluster, partial(note, run / name))
-    patience = Patience(
+    patience = WaitLimit(
         need, cluster.queue_timeout_s, partial(note, (run / name).resolve()), (run / name / CAUSE).resolve()
     )
     if cluster.elastic:
@@ -62,7 +62,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
             resources_per_worker=need.bundle,
             placement_strategy="PACK",
         ),
-        torch_config=TorchThatListens(
+        torch_config=SigtermTorchConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo",
             timeout_s=math.ceil(config.train.collective_timeout_s),
             folder=(run / name).resolve(),

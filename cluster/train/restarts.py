@@ -18,7 +18,7 @@ from roclip.training.sigterm import leave, listen
 
 
 @dataclass
-class TorchThatListens(TorchConfig):
+class SigtermTorchConfig(TorchConfig):
     """Torch's process group over the nodes' own network, and SIGTERM heard in each worker: Ray trains in a thread of it,
     which cannot listen. Ranks that are well save and leave before Ray ends them to start another number of ranks."""
 
@@ -32,12 +32,12 @@ class TorchThatListens(TorchConfig):
 
 
 class _Backend(TorchConfig().backend_cls):
-    def on_start(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+    def on_start(self, worker_group: Any, backend_config: SigtermTorchConfig) -> None:
         worker_group.execute(_join_network, backend_config.network)
         super().on_start(worker_group, backend_config)
         worker_group.execute(_listen)
 
-    def on_shutdown(self, worker_group: Any, backend_config: TorchThatListens) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: SigtermTorchConfig) -> None:
         seen = worker_group.get_latest_poll_status()
         if seen is not None and not seen.errors and not seen.finished:
             note(backend_config.folder, "nodes have come or gone: saving, to go on with another number of ranks")

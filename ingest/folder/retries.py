@@ -27,7 +27,7 @@ _FOUND = frozenset(("key", "status", "error_message", *_MEASURED))
 
 
 @dataclass(frozen=True)
-class Again:
+class RetryPart:
     """One part of a pass."""
 
     position: int
@@ -54,7 +54,7 @@ def parts_again(
     reasons: Sequence[str],
     samples_per_shard: int,
     wanted: Callable[[int], bool],
-) -> Iterator[Again]:
+) -> Iterator[RetryPart]:
     """The wanted parts of the rows that failed in these shards for one of the reasons, in order.
 
     Raises `ShardError` for a parquet that cannot be read or has fewer such rows than its record says.
@@ -74,7 +74,7 @@ def parts_again(
             shard += 1
         table = pa.concat_tables(pieces, promote_options="permissive")
         reason = table.column(_REASON).to_pylist()
-        yield Again(position, table.drop_columns([_REASON]), dict(Counter(reason)))
+        yield RetryPart(position, table.drop_columns([_REASON]), dict(Counter(reason)))
 
 
 _REASON = "_reason"

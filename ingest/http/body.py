@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from http.client import HTTPResponse, IncompleteRead
 
-from ingest.http.deadline_socket import Patience, Wire
+from ingest.http.deadline_socket import Deadline, DeadlineSocket
 from roclip.data.outcomes import FetchError
 
 SMALL_BYTES = 2**20
@@ -40,7 +40,7 @@ class Memory:
     def free_bytes(self) -> int:
         return self._free
 
-    def reserve(self, size_bytes: int, patience: Patience) -> None:
+    def reserve(self, size_bytes: int, patience: Deadline) -> None:
         """Wait until that much is free; raises `NoRoomError` at the deadline."""
         if not self._turn.acquire(timeout=max(0.0, patience.left_s())):
             raise NoRoomError(size_bytes)
@@ -58,7 +58,7 @@ class Memory:
             self._changed.notify_all()
 
 
-def read(response: HTTPResponse, wire: Wire, max_bytes: int, memory: Memory, patience: Patience) -> bytes:
+def read(response: HTTPResponse, wire: DeadlineSocket, max_bytes: int, memory: Memory, patience: Deadline) -> bytes:
     """The whole body, as unpacked. One of more than `SMALL_BYTES` keeps its size reserved in `memory`.
 
     Raises `FetchError`: `too_large`, `truncated_image`, `bad_encoding`, `bad_response`; `NoRoomError` where no memory came free.
@@ -86,7 +86,7 @@ def read(response: HTTPResponse, wire: Wire, max_bytes: int, memory: Memory, pat
     return sink.getvalue()
 
 
-def unpacked(response: HTTPResponse, wire: Wire, max_bytes: int) -> Iterator[bytes]:
+def unpacked(response: HTTPResponse, wire: DeadlineSocket, max_bytes: int) -> Iterator[bytes]:
     """The body piece by piece, at most `max_bytes` of it as sent; what was sent packed comes unpacked."""
     encoding = _encoding(response)
     if encoding and encoding not in _PACKED:
@@ -102,7 +102,7 @@ def _encoding(response: HTTPResponse) -> str:
     return "" if encoding == "identity" else encoding
 
 
-def _sent(response: HTTPResponse, wire: Wire, max_bytes: int) -> Iterator[bytes]:
+def _sent(response: HTTPResponse, wire: DeadlineSocket, max_bytes: int) -> Iterator[bytes]:
     size = 0
     try:
         while piece := _next(response):

@@ -4,8 +4,8 @@ img2dataset asks `urlopen(request)`, which would also read `file://`, follow a r
 wait without end for a server that sends a byte now and then. `install` puts an opener of ours into the process. One URL:
 
     check     scheme, host lists, port; an address is judged at once            policy.py
-    robots    robots.txt of the site                                            `Robots`
-    enter     the host's turn                                                   `Hosts`
+    robots    robots.txt of the site                                            `RobotsRules`
+    enter     the host's turn                                                   `HostPermits`
     look up   all addresses of the name, once; those allowed are kept           resolver.py
     connect   to such an address, and to nothing else; TLS for the URL's name   deadline_socket.py
     ask       no cookies, no credentials, no referrer; head and body bounded    deadline_socket.py, body.py
@@ -30,7 +30,7 @@ from email.message import Message
 from typing import Any, Protocol, TypeVar
 
 from ingest.http import body, opt_out, policy, urls
-from ingest.http.deadline_socket import Patience, Wire, connected
+from ingest.http.deadline_socket import Deadline, DeadlineSocket, connected
 from ingest.http.resolver import Resolver
 from ingest.http.urls import Target
 from roclip.config import FetchPolicy
@@ -48,7 +48,7 @@ _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN,
 Taken = TypeVar("Taken")
 
 
-class Hosts(Protocol):
+class HostPermits(Protocol):
     """Whose turn it is at a host, which is `name` or `name:port`."""
 
     def enter(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
@@ -62,7 +62,7 @@ class Hosts(Protocol):
         ...
 
 
-class Robots(Protocol):
+class RobotsRules(Protocol):
     """What robots.txt says."""
 
     def allows(self, url: str, deadline_s: float) -> bool:
@@ -117,8 +117,8 @@ class Opener(urllib.request.OpenerDirector):
         *,
         timeout_s: float,
         retries: int = 0,
-        hosts: Hosts | None = None,
-        robots: Robots | None = None,
+        hosts: HostPermits | None = None,
+        robots: RobotsRules | None = None,
     ):
         super().__init__()
         self.rules = rules
@@ -146,7 +146,7 @@ class Opener(urllib.request.OpenerDirector):
             raise ValueError("expected no data: only GET is done")
         url = fullurl if isinstance(fullurl, str) else fullurl.full_url
         timeout_s = timeout if isinstance(timeout, (int, float)) else self.timeout_s
-        patience = Patience(timeout_s, time.monotonic() + self.rules.deadline_s)
+        patience = Deadline(timeout_s, time.monotonic() + self.rules.deadline_s)
         tries_left = self.retries
         while True:
             try:
@@ -164,7 +164,7 @@ class Opener(urllib.request.OpenerDirector):
 
         Same policy, same turns, a deadline of its own. Raises `FetchError`.
         """
-        patience = Patience(self.timeout_s, time.monotonic() + self.rules.deadline_s)
+        patience = Deadline(self.timeout_s, time.monotonic() + self.rules.deadline_s)
         return self._follow(url, patience, self._robots_txt, None)
 
     def handled(self, size_bytes: int) -> None:
@@ -172,7 +172,7 @@ class Opener(urllib.request.OpenerDirector):
         if size_bytes > body.SMALL_BYTES:
             self._memory.give_back(size_bytes)
 
-    def _follow(self, url: str, patience: Patience, take: Callable[..., Taken], robots: Robots | None) -> Taken:
+    def _follow(self, url: str, patience: Deadline, take: Callable[..., Taken], robots: RobotsRules | None) -> Taken:
         seen: set[str] = set()
         for _ in range(self.rules.max_redirects + 1):
             target = policy.check(self.rules, url)
@@ -193,7 +193,7 @@ class Opener(urllib.request.OpenerDirector):
         raise FetchError("too_many_redirects", f"more than {self.rules.max_redirects}")
 
     def _visit(
-        self, target: Target, patience: Patience, take: Callable[..., Taken], crawl_delay_s: float
+        self, target: Target, patience: Deadline, take: Callable[..., Taken], crawl_delay_s: float
     ) -> Taken | _Moved:
         """One request, within the host's turn."""
         if self.hosts:
@@ -205,7 +205,7 @@ class Opener(urllib.request.OpenerDirector):
             addresses = policy.vetted(self.rules, target.host, self._addresses(target, patience))
             proxy = self._proxy and (self._addresses(self._proxy, patience), self._proxy.port)
             with connected(target, addresses, patience, proxy) as sock:
-                wire = Wire(sock, patience, self.rules.max_header_bytes)
+                wire = DeadlineSocket(sock, patience, self.rules.max_header_bytes)
                 response = wire.ask(f"GET {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\n{self._headers}".encode())
                 if response.status in _BUSY:
                     outcome = {"busy": True, "retry_after_s": _retry_after_s(response.headers.get("Retry-After", ""))}
@@ -226,10 +226,12 @@ class Opener(urllib.request.OpenerDirector):
             if self.hosts:
                 self.hosts.leave(target.netloc, size_bytes=wire.received_bytes if wire else 0, **outcome)
 
-    def _addresses(self, target: Target, patience: Patience) -> tuple[str, ...]:
+    def _addresses(self, target: Target, patience: Deadline) -> tuple[str, ...]:
         return (target.host,) if target.is_address else self.resolver.addresses(target.host, patience.ends_s)
 
-    def _image(self, target: Target, response: http.client.HTTPResponse, wire: Wire, patience: Patience) -> Answer:
+    def _image(
+        self, target: Target, response: http.client.HTTPResponse, wire: DeadlineSocket, patience: Deadline
+    ) -> Answer:
         status, headers = response.status, response.headers
         if status != http.client.OK:
             said = http.client.responses.get(status, "")  # not the server's own words: they may name another reason
@@ -243,7 +245,9 @@ class Opener(urllib.request.OpenerDirector):
             raise FetchError("not_an_image", "an empty answer")
         return Answer(content, target.url, headers, self)
 
-    def _robots_txt(self, _: Target, response: http.client.HTTPResponse, wire: Wire, __: Patience) -> tuple[int, bytes]:
+    def _robots_txt(
+        self, _: Target, response: http.client.HTTPResponse, wire: DeadlineSocket, __: Deadline
+    ) -> tuple[int, bytes]:
         content = b""
         for piece in body.unpacked(response, wire, self.rules.max_bytes):
             content += piece
@@ -257,12 +261,12 @@ def install(
     *,
     timeout_s: float,
     retries: int = 0,
-    hosts: Hosts | None = None,
-    robots: Robots | None = None,
+    hosts: HostPermits | None = None,
+    robots: RobotsRules | None = None,
 ) -> Opener:
     """Make `urllib.request.urlopen` obey the policy, in the whole of this process; the arguments are those of `Opener`.
 
-    `Robots` needs a way to fetch: `Opener(rules, timeout_s=..., hosts=hosts).fetch_robots`.
+    `RobotsRules` needs a way to fetch: `Opener(rules, timeout_s=..., hosts=hosts).fetch_robots`.
     """
     opener = Opener(rules, timeout_s=timeout_s, retries=retries, hosts=hosts, robots=robots)
     urllib.request.install_opener(opener)
@@ -275,7 +279,7 @@ def _resolver(nameservers: tuple[str, ...], lookups: int) -> Resolver:
     return Resolver(nameservers, lookups)
 
 
-def _named(error: Exception, patience: Patience) -> Exception:
+def _named(error: Exception, patience: Deadline) -> Exception:
     """The error under the name of its reason. What a server wrote is cut short, and stands behind the name."""
     text = str(error)[:200]
     if isinstance(error, (FetchError, urllib.error.HTTPError)):

@@ -1,7 +1,7 @@
 """A connection whose every wait is bounded: by the time for the next byte, and by the deadline of the whole URL.
 
-`http.client` parses what comes; it reads through `Wire`, which looks at the clock before each operation on the socket. So
-a server that drips its head byte by byte is left at the deadline, too.
+`http.client` parses what comes; it reads through `DeadlineSocket`, which looks at the clock before each operation on the
+socket. So a server that drips its head byte by byte is left at the deadline, too.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ MAX_ADDRESSES_TRIED = 4
 _BUFFER_BYTES = 1 << 15
 
 
-class Patience:
+class Deadline:
     """How long one URL may still take: `timeout_s` for each wait, until the moment `ends_s` of the monotonic clock."""
 
     def __init__(self, timeout_s: float, ends_s: float):
@@ -44,10 +44,10 @@ class Patience:
         return FetchError("too_slow", "the answer was not complete within the deadline")
 
 
-class Wire(io.RawIOBase):
+class DeadlineSocket(io.RawIOBase):
     """What `http.client` takes for a socket, and its parser for a file. Closing it leaves the socket open."""
 
-    def __init__(self, sock: socket.socket, patience: Patience, max_header_bytes: int):
+    def __init__(self, sock: socket.socket, patience: Deadline, max_header_bytes: int):
         super().__init__()
         self._sock = sock
         self._sock_timeout_s = sock.gettimeout()
@@ -99,7 +99,7 @@ class Wire(io.RawIOBase):
 
 @contextlib.contextmanager
 def connected(
-    target: Target, addresses: Sequence[str], patience: Patience, proxy: tuple[Sequence[str], int] | None
+    target: Target, addresses: Sequence[str], patience: Deadline, proxy: tuple[Sequence[str], int] | None
 ) -> Iterator[socket.socket]:
     """A socket to one of the addresses of a target, with TLS for https, verified for the target's name.
 
@@ -130,7 +130,7 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-def _connect(addresses: Sequence[str], port: int, patience: Patience) -> socket.socket:
+def _connect(addresses: Sequence[str], port: int, patience: Deadline) -> socket.socket:
     failure: OSError = FetchError("no_host", "no address")
     for address in addresses[:MAX_ADDRESSES_TRIED]:
         wait_s = patience.wait_s()
@@ -145,12 +145,12 @@ def _connect(addresses: Sequence[str], port: int, patience: Patience) -> socket.
     raise failure
 
 
-def _tunnel(proxy: tuple[Sequence[str], int], address: str, port: int, patience: Patience) -> socket.socket:
+def _tunnel(proxy: tuple[Sequence[str], int], address: str, port: int, patience: Deadline) -> socket.socket:
     sock = _connect(*proxy, patience)
     try:
         authority = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         request = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode("ascii")
-        status = Wire(sock, patience, 1 << 13).ask(request).status
+        status = DeadlineSocket(sock, patience, 1 << 13).ask(request).status
         if status != 200:
             raise FetchError("unreachable", f"the proxy answered {status} for {authority}")
     except BaseException:

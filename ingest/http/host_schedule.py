@@ -86,7 +86,7 @@ class _Host:
     waiting: dict[Hashable, _Wait] = field(default_factory=dict)
 
 
-class HostTable:
+class HostSchedule:
     """The state of all hosts. Each method takes the time, which never runs backwards, and returns what is decided by it.
 
     Not thread-safe. A ticket is decided once: by the call that asked for it, or by a later one; or never, where it is withdrawn

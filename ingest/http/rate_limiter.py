@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from ingest.http.host_counts import HostCount, HostCounts
-from ingest.http.host_schedule import Decision, HostTable, Limits, Outcome
+from ingest.http.host_schedule import Decision, HostSchedule, Limits, Outcome
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError
 
@@ -54,7 +54,7 @@ class Waiter:
         self.decided.set()
 
 
-class Held(NamedTuple):
+class Permit(NamedTuple):
     """A turn that was entered and not left: its ticket, who gave it, when it was entered."""
 
     ticket: int
@@ -62,15 +62,15 @@ class Held(NamedTuple):
     since_s: float
 
 
-class Hosts:
+class RateLimiter:
     """Turns at hosts by `policy.host_connections` and `policy.host_requests_per_s`."""
 
     def __init__(self, policy: FetchPolicy):
-        self._table = HostTable(Limits(policy.host_connections, policy.host_requests_per_s, rates=policy.rates))
+        self._table = HostSchedule(Limits(policy.host_connections, policy.host_requests_per_s, rates=policy.rates))
         self._lock = threading.Lock()
         self._tickets = itertools.count()
         self._waiters: dict[int, Waiter] = {}
-        self._held: defaultdict[str, list[Held]] = defaultdict(list)
+        self._held: defaultdict[str, list[Permit]] = defaultdict(list)
         self._counts = HostCounts()
 
     def enter(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class Hosts:
         if (early_s := decision.start_s - time.monotonic()) > 0:
             time.sleep(early_s)
         with self._lock:
-            self._held[host].append(Held(ticket, desk, time.monotonic()))
+            self._held[host].append(Permit(ticket, desk, time.monotonic()))
 
     def leave(
         self, host: str, *, failed: bool = False, busy: bool = False, retry_after_s: float = 0.0, size_bytes: int = 0
@@ -142,7 +142,7 @@ class Hosts:
                 self._tell(self._table.end(ticket, waiter.host, time.monotonic(), "unused"))
         return waiter.decision or Decision(ticket, refusal="host_busy"), self
 
-    def _give_back(self, turn: Held, host: str, outcome: Outcome, retry_after_s: float) -> None:
+    def _give_back(self, turn: Permit, host: str, outcome: Outcome, retry_after_s: float) -> None:
         with self._lock:
             self._tell(self._table.end(turn.ticket, host, time.monotonic(), outcome, retry_after_s))
 

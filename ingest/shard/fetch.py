@@ -35,8 +35,8 @@ def fetch(
     part: Part,
     work: Path,
     config: IngestConfig,
-    hosts: connection.Hosts | None = None,
-    robots: connection.Robots | None = None,
+    hosts: connection.HostPermits | None = None,
+    robots: connection.RobotsRules | None = None,
     left_out: Mapping[int, str] | None = None,
 ) -> Fetched:
     """Download, decode, resize and store the images of a part under `work`, an existing empty folder.
@@ -55,13 +55,13 @@ def fetch(
     Raises `ShardError` when img2dataset gives the shard up; a URL that fails is no error.
     """
     img2dataset_shim.bound_decoders(config.policy.max_pixels)
-    from ingest.shard.sample_sink import Door  # imports OpenCV, which asks for that bound at once
+    from ingest.shard.sample_sink import SampleSink  # imports OpenCV, which asks for that bound at once
 
     rows = Rows(part, config.samples_per_shard, left_out)
     opener = connection.install(
         config.policy, timeout_s=config.timeout_s, retries=config.retries, hosts=hosts, robots=robots
     )
-    door = Door(rows, work, config, opener.handled)
+    door = SampleSink(rows, work, config, opener.handled)
     downloader = img2dataset_shim.downloader().Downloader(
         sample_writer_class=lambda *_: door,
         resizer=door,

@@ -48,7 +48,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageHeader:
     """What the header of an image says."""
 
     format: str
@@ -80,7 +80,7 @@ class FewReads(io.BytesIO):
         return piece
 
 
-def inspect(content: bytes, config: IngestConfig) -> Facts:
+def inspect(content: bytes, config: IngestConfig) -> ImageHeader:
     """What the header says. Decodes nothing.
 
     Raises `FetchError`: not_an_image, undecodable, too_many_pixels, animated, too_small, aspect_ratio.
@@ -102,7 +102,7 @@ def inspect(content: bytes, config: IngestConfig) -> Facts:
     return facts
 
 
-def decode(content: bytes, facts: Facts) -> np.ndarray:
+def decode(content: bytes, facts: ImageHeader) -> np.ndarray:
     """The first frame as (H, W) grey or (H, W, 3) BGR, uint8, upright, on white.
 
     Raises `FetchError`: undecodable.
@@ -118,7 +118,7 @@ def decode(content: bytes, facts: Facts) -> np.ndarray:
     return turn(pixels) if turn else pixels
 
 
-def _facts(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> Facts:
+def _facts(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> ImageHeader:
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # with a preview or a depth map behind it
     animated = kind != "JPEG" and getattr(image, "is_animated", False)
     sixteen_bit = kind == "PNG" and content[24] == 16
@@ -132,7 +132,7 @@ def _facts(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> 
         and not any(flags.values())
         and _ends(image, content)
     )
-    return Facts(
+    return ImageHeader(
         format=kind,
         width=image.width,
         height=image.height,
@@ -162,7 +162,7 @@ def _ends(image: ImageFile.ImageFile, content: bytes) -> bool:
     return content.find(b"\xff\xd9", first_scan) == len(content) - 2
 
 
-def _judge(facts: Facts, config: IngestConfig) -> None:
+def _judge(facts: ImageHeader, config: IngestConfig) -> None:
     """Raises `FetchError` where the config does not want such an image, or nobody should decode it."""
     short, long = sorted((facts.width, facts.height))
     pixels, most = facts.width * facts.height, config.policy.max_pixels

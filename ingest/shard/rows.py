@@ -30,7 +30,7 @@ _REPLACED = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Fate:
+class RowOutcome:
     """What became of one row: img2dataset's columns of the same names, and ours."""
 
     status: str
@@ -102,7 +102,7 @@ class Rows:
             urls[row] = ""
         return pa.table({"url": pa.array(urls, pa.string())})
 
-    def note(self, row: int, fate: Fate, *, exif: bool) -> bytes:
+    def note(self, row: int, fate: RowOutcome, *, exif: bool) -> bytes:
         """The json member of a sample: the keys of img2dataset, then `phash` in hexadecimal and `flags`."""
         given = {name: _plain(column[row].as_py()) for name, column in self._columns.items()}
         known = {**vars(fate), "phash": None if fate.phash is None else f"{fate.phash:016x}"}
@@ -110,7 +110,7 @@ class Rows:
             del known["exif"]
         return json.dumps({**given, "key": self.key(row), **known}, allow_nan=False).encode()
 
-    def write(self, parquet: Path, fates: Sequence[Fate], *, exif: bool) -> None:
+    def write(self, parquet: Path, fates: Sequence[RowOutcome], *, exif: bool) -> None:
         """Write the fate of each row, in the order of the rows: the same fates give the same bytes."""
         fields = [
             *self.table.schema,

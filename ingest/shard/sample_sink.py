@@ -1,7 +1,7 @@
 """The door through which samples enter a shard.
 
 img2dataset's `Downloader` does two things with each answer, one after the other and in one thread: it has the image resized,
-and it has the sample written. `Door` is what it takes for its resizer and for its writer; so it sees the bytes, the picture
+and it has the sample written. `SampleSink` is what it takes for its resizer and for its writer; so it sees the bytes, the picture
 and the row, and decides what is stored. Every row that goes in comes out with a fate.
 """
 
@@ -15,7 +15,7 @@ from ingest.shard import exif
 from ingest.shard.images import decode, inspect
 from ingest.shard.phash import NEAR_BITS, distance, phash
 from ingest.shard.resize import Resize, Resized
-from ingest.shard.rows import CAPTION_CLEANED, Fate, Rows
+from ingest.shard.rows import CAPTION_CLEANED, RowOutcome, Rows
 from ingest.shard.tar_writer import SortedTar
 from roclip.config import IngestConfig
 from roclip.data.outcomes import FetchError
@@ -40,7 +40,7 @@ class _Arrived:
     resized: Resized | None = None
 
 
-class Door:
+class SampleSink:
     """Resizer and sample writer of one shard.
 
     Args:
@@ -54,7 +54,7 @@ class Door:
         self._rows, self._config, self._handled = rows, config, handled
         self._resize = Resize(config)
         self._samples = SortedTar(self.tar.with_suffix(".spool"))
-        self._fates: list[Fate | None] = [None] * len(rows)
+        self._fates: list[RowOutcome | None] = [None] * len(rows)
         self._arrived: _Arrived | None = None
         self._disk_error: OSError | None = None
 
@@ -105,8 +105,8 @@ class Door:
             arrived.exif = exif.describe(content)
         return arrived.resized
 
-    def _let_in(self, row: int, arrived: _Arrived, error: str | None) -> Fate:
-        fate = Fate(
+    def _let_in(self, row: int, arrived: _Arrived, error: str | None) -> RowOutcome:
+        fate = RowOutcome(
             _SUCCESS if arrived.resized else _FAILED_TO_RESIZE,
             exif=arrived.exif,
             sha256=arrived.digests.get("sha256"),
@@ -130,9 +130,9 @@ class Door:
         self._samples.add(self._rows.key(row), members)
         return fate
 
-    def _failed(self, row: int, message: str) -> Fate:
+    def _failed(self, row: int, message: str) -> RowOutcome:
         message = self._rows.hopeless.get(row, message)
-        return Fate(_FAILED_TO_DOWNLOAD, _message(message), flags=self._flags(row))
+        return RowOutcome(_FAILED_TO_DOWNLOAD, _message(message), flags=self._flags(row))
 
     def _flags(self, row: int) -> tuple[str, ...]:
         return (CAPTION_CLEANED,) if row in self._rows.cleaned else ()

@@ -16,7 +16,7 @@ import pyarrow as pa
 from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, parquet_writer, rows, scratch
 from ingest.signals import normal_forms
-from ingest.signals.group_by import MEMORY_BYTES, Spill
+from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
 from ingest.signals.near_duplicates import bits, telling
 from roclip.data.outcomes import reason_of
 from roclip.data.shards import Manifest, ShardRecord
@@ -132,8 +132,10 @@ class _Join:
         self.records: list[Sequence[ShardRecord]] = [side.records() for side in sides]
         self.keys = [Keys(records) for records in self.records]
         expected = sum(record.urls for records in self.records for record in records)
-        self._rows = Spill(folder / "rows", _ROW, expected, memory_bytes)
-        self._changes = [Spill(folder / name, _CHANGE, expected // 8, memory_bytes // 4) for name in ("old", "new")]
+        self._rows = ExternalGroupBy(folder / "rows", _ROW, expected, memory_bytes)
+        self._changes = [
+            ExternalGroupBy(folder / name, _CHANGE, expected // 8, memory_bytes // 4) for name in ("old", "new")
+        ]
         self._reasons: dict[str, int] = {"": 0}
         self.counts: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))
         self.reasons: Counter[str] = Counter()
@@ -278,7 +280,7 @@ def _compared(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return out
 
 
-def _by_shard(spill: Spill) -> Iterator[tuple[int, np.ndarray]]:
+def _by_shard(spill: ExternalGroupBy) -> Iterator[tuple[int, np.ndarray]]:
     for groups in spill.groups(1):
         bounds = groups.starts()
         for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

@@ -14,8 +14,8 @@ import pyarrow as pa
 from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, parquet_writer, samples, scratch
 from ingest.signals import normal_forms
-from ingest.signals.group_by import MEMORY_BYTES, Spill
-from ingest.signals.near_duplicates import Looks, looks_of, telling
+from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
+from ingest.signals.near_duplicates import NearDuplicateGroups, near_duplicate_groups, telling
 from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
 from roclip.storage import place
@@ -62,7 +62,7 @@ class Duplicates:
     """All that were looked at."""
     counts: dict[str, Count]
     """By kind."""
-    looks: Looks
+    looks: NearDuplicateGroups
     """For `suspicion.suspect`."""
 
 
@@ -96,9 +96,9 @@ class _Finder:
         self.records, self.folder, self.memory_bytes = records, folder, memory_bytes
         self.expected = sum(record.samples for record in records)
         self.keys, self.samples = Keys(records), 0
-        self.looks = Looks(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        self.looks = NearDuplicateGroups(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         self._spills = {
-            kind: Spill(folder / kind, _LOOK if kind == "near" else _ROW, self.expected, memory_bytes // 4)
+            kind: ExternalGroupBy(folder / kind, _LOOK if kind == "near" else _ROW, self.expected, memory_bytes // 4)
             for kind in KINDS
         }
 
@@ -114,12 +114,12 @@ class _Finder:
                     rows["phash"], rows["hash"] = hashes, normal_forms.mix(hashes)
                 self._spills[kind].add(rows[there])
             say(shard + 1, len(self.records), f"duplicates: read {self.samples} samples")
-        self.looks = looks_of(self._spills["near"], self.folder, self.memory_bytes)
+        self.looks = near_duplicate_groups(self._spills["near"], self.folder, self.memory_bytes)
         self._spills["near"] = self._by_look(self._spills["near"])
 
-    def _by_look(self, by_hash: Spill) -> Spill:
+    def _by_look(self, by_hash: ExternalGroupBy) -> ExternalGroupBy:
         """The rows whose hash is linked or has others, by their look."""
-        by_look = Spill(self.folder / "look", _ROW, by_hash.rows, self.memory_bytes // 4)
+        by_look = ExternalGroupBy(self.folder / "look", _ROW, by_hash.rows, self.memory_bytes // 4)
         for groups in by_hash.groups(1):
             phash = groups.rows["phash"]
             look = self.looks(phash)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ingest.folder.sealed import Keys, numbers, parquet_writer, rows
-from ingest.signals.group_by import Spill
+from ingest.signals.group_by import ExternalGroupBy
 from roclip.data.shards import ShardRecord
 
 SUSPICION = "suspicion.parquet"
@@ -54,7 +54,7 @@ NO_BOX = np.zeros(4, np.uint16)
 
 
 @dataclass
-class Finding:
+class SuspectGroup:
     """A group of samples that one signal holds together."""
 
     signal: str
@@ -71,7 +71,7 @@ class Finding:
         return f"{self.signal}:{self.number:016x}"
 
 
-class Findings:
+class SuspectGroups:
     """Groups and their members, until they are written.
 
     Args:
@@ -81,8 +81,8 @@ class Findings:
 
     def __init__(self, signals: Sequence[str], records: Sequence[ShardRecord], keys: Keys, folder: Path):
         self.signals, self.records, self.keys, self.folder = list(signals), records, keys, folder
-        self._waiting = Spill(folder / "members", _MEMBER, sum(record.samples for record in records) // 4)
-        self._groups: dict[str, dict[int, Finding]] = {name: {} for name in signals}
+        self._waiting = ExternalGroupBy(folder / "members", _MEMBER, sum(record.samples for record in records) // 4)
+        self._groups: dict[str, dict[int, SuspectGroup]] = {name: {} for name in signals}
         self._order: dict[str, list[tuple[float, int]]] = {name: [] for name in signals}
         self.left_out = 0
         """Groups beyond `MOST_GROUPS`."""
@@ -100,7 +100,7 @@ class Findings:
             del groups[-heapq.heapreplace(order, entry)[1]]
         else:
             heapq.heappush(order, entry)
-        groups[number] = Finding(signal, number, score, evidence)
+        groups[number] = SuspectGroup(signal, number, score, evidence)
         return True
 
     def add(
@@ -121,7 +121,7 @@ class Findings:
             finding.examples.append((int(shards[place]), int(keys[place]), box))
         self._waiting.add(members)
 
-    def groups(self, signal: str) -> list[Finding]:
+    def groups(self, signal: str) -> list[SuspectGroup]:
         """The groups of a signal, highest score first."""
         return sorted(self._groups[signal].values(), key=lambda finding: (-finding.score, finding.number))
 
@@ -166,7 +166,7 @@ class Findings:
         }
         return pa.table(columns, schema=SCHEMA)
 
-    def _described(self, finding: Finding) -> dict:
+    def _described(self, finding: SuspectGroup) -> dict:
         return {
             "group": finding.group,
             "signal": finding.signal,
@@ -181,7 +181,7 @@ class Findings:
         return {"key": text, "shard": self.records[shard].name, "box": box and list(box)}
 
 
-def _by_shard(waiting: Spill) -> Iterator[tuple[int, np.ndarray]]:
+def _by_shard(waiting: ExternalGroupBy) -> Iterator[tuple[int, np.ndarray]]:
     """The members of each shard, ordered by key and signal, without repetition."""
     for groups in waiting.groups(1):
         bounds = groups.starts()

@@ -25,7 +25,7 @@ _MOST_BITS = 9
 
 
 @dataclass(frozen=True)
-class Groups:
+class HashGroups:
     """Some groups, each as a run of rows in the order in which they were added."""
 
     rows: np.ndarray
@@ -40,7 +40,7 @@ class Groups:
         return np.concatenate([[0], new, [len(self.rows)]]) if len(self.rows) else np.zeros(1, np.int64)
 
 
-class Spill:
+class ExternalGroupBy:
     """Rows of a numpy structured type that has a field `hash` (uint64), on disk, to be grouped by it.
 
     Args:
@@ -71,7 +71,7 @@ class Spill:
             if self._held_rows >= self._most_rows:
                 self._flush()
 
-    def groups(self, at_least: int = 2) -> Iterator[Groups]:
+    def groups(self, at_least: int = 2) -> Iterator[HashGroups]:
         """The groups of so many rows or more: each once, in the order of the hashes. Rows may be added no more."""
         self._flush()
         for number in range(1 << self._bits):
@@ -86,7 +86,7 @@ class Spill:
             path.unlink()
         self.folder.rmdir()
 
-    def __enter__(self) -> "Spill":
+    def __enter__(self) -> "ExternalGroupBy":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +115,7 @@ class Spill:
             with self._path(number).open("ab") as file:
                 part.tofile(file)
 
-    def _of_bucket(self, path: Path, at_least: int) -> Iterator[Groups]:
+    def _of_bucket(self, path: Path, at_least: int) -> Iterator[HashGroups]:
         number = path.stat().st_size // self.dtype.itemsize
         if number <= self._most_rows:
             rows = np.fromfile(path, self.dtype)
@@ -123,9 +123,9 @@ class Spill:
             size, rank = _runs(rows["hash"])
             keep = size >= at_least
             if keep.any():
-                yield Groups(rows[keep], size[keep], rank[keep])
+                yield HashGroups(rows[keep], size[keep], rank[keep])
         elif self._level < _LEVELS:
-            smaller = Spill(path.with_suffix(""), self.dtype, 0, self.memory_bytes, _level=self._level + 1)
+            smaller = ExternalGroupBy(path.with_suffix(""), self.dtype, 0, self.memory_bytes, _level=self._level + 1)
             with smaller:
                 for piece in self._pieces(path):
                     smaller.add(piece)
@@ -133,7 +133,7 @@ class Spill:
         else:
             yield from self._of_hot_bucket(path, at_least)
 
-    def _of_hot_bucket(self, path: Path, at_least: int) -> Iterator[Groups]:
+    def _of_hot_bucket(self, path: Path, at_least: int) -> Iterator[HashGroups]:
         """Few hashes, of which one at least has more rows than fit."""
         sizes: dict[int, int] = {}
         for piece in self._pieces(path):
@@ -155,8 +155,8 @@ class Spill:
                 yield piece
 
 
-def _part(rows: np.ndarray, size: int, first: int) -> Groups:
-    return Groups(rows, np.full(len(rows), size), np.arange(first, first + len(rows)))
+def _part(rows: np.ndarray, size: int, first: int) -> HashGroups:
+    return HashGroups(rows, np.full(len(rows), size), np.arange(first, first + len(rows)))
 
 
 def _runs(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

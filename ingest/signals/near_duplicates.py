@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ingest.signals.group_by import MEMORY_BYTES, Groups, Spill
+from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy, HashGroups
 from ingest.signals.normal_forms import mix
 
 DISTANCE = 3
@@ -44,7 +44,7 @@ def telling(phash: np.ndarray) -> np.ndarray:
     return (ones >= FLAT_BITS) & (ones <= 64 - FLAT_BITS)
 
 
-class Looks:
+class NearDuplicateGroups:
     """Which look each perceptual hash belongs to: the smallest hash that it is connected with.
 
     Args:
@@ -67,7 +67,9 @@ class Looks:
         return np.where(self.linked[at] == phash, self._look[at], phash)
 
 
-def looks_of(hashes: Spill, folder: Path, memory_bytes: int = MEMORY_BYTES) -> Looks:
+def near_duplicate_groups(
+    hashes: ExternalGroupBy, folder: Path, memory_bytes: int = MEMORY_BYTES
+) -> NearDuplicateGroups:
     """Connect the perceptual hashes of a spill, whose rows have the field `phash` and its `mix` as `hash`."""
     links = _Links(memory_bytes // _BYTES_PER_LINK)
     distinct, number = folder / "distinct", 0
@@ -79,7 +81,7 @@ def looks_of(hashes: Spill, folder: Path, memory_bytes: int = MEMORY_BYTES) -> L
             phash.tofile(file)
     windowed = 0
     for table, mask in enumerate(_masks()):
-        with Spill(folder / f"table{table}", _PAIR, number, memory_bytes) as spill:
+        with ExternalGroupBy(folder / f"table{table}", _PAIR, number, memory_bytes) as spill:
             for phash in _pieces(distinct):
                 rows = np.empty(len(phash), _PAIR)
                 rows["hash"], rows["phash"] = mix(phash & mask), phash
@@ -88,7 +90,7 @@ def looks_of(hashes: Spill, folder: Path, memory_bytes: int = MEMORY_BYTES) -> L
                 windowed += _compare(groups, links)
     distinct.unlink()
     linked, look = links.joined()
-    return Looks(linked, look, links.left_out, windowed)
+    return NearDuplicateGroups(linked, look, links.left_out, windowed)
 
 
 def _masks() -> Iterator[np.uint64]:
@@ -105,7 +107,7 @@ def _pieces(path: Path, number: int = 1 << 18) -> Iterator[np.ndarray]:
             yield piece
 
 
-def _compare(groups: Groups, links: "_Links") -> int:
+def _compare(groups: HashGroups, links: "_Links") -> int:
     """Link what is near within each group; how many hashes were not compared with all of theirs."""
     order = np.lexsort((groups.rows["phash"], groups.rows["hash"]))
     group, phash = groups.rows["hash"][order], groups.rows["phash"][order]

@@ -139,7 +139,7 @@ def normal_captions(captions: pa.Array) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Words:
+class CaptionWords:
     """The words of B captions, in order."""
 
     caption: np.ndarray
@@ -161,7 +161,7 @@ class Words:
         return caption, word
 
 
-def words(normal: pa.Array) -> Words:
+def words(normal: pa.Array) -> CaptionWords:
     """The words of captions in normal form."""
     pieces = pc.split_pattern_regex(normal, _NOT_WORDS)
     caption = pc.list_parent_indices(pieces).to_numpy()
@@ -170,7 +170,7 @@ def words(normal: pa.Array) -> Words:
     encoded = flat.filter(pa.array(there)).dictionary_encode()
     known = encoded.dictionary
     content = [len(word) >= 3 and word not in STOPWORDS and not word.isdigit() for word in known.to_pylist()]
-    return Words(
+    return CaptionWords(
         caption[there].astype(np.int64),
         encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64),
         known,
@@ -184,7 +184,7 @@ def short(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 
-def sketches(said: Words, captions: int, width: int = 8) -> np.ndarray:
+def sketches(said: CaptionWords, captions: int, width: int = 8) -> np.ndarray:
     """(B, width) uint32: the smallest hashes of each caption's different content words, then zeros.
 
     Two captions' shares of equal ones are those of their words: exactly, where both have at most `width`.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ingest.signals.findings import Findings
-from ingest.signals.group_by import Groups, Spill
+from ingest.signals.findings import SuspectGroups
+from ingest.signals.group_by import ExternalGroupBy, HashGroups
 from ingest.signals.near_duplicates import DISTANCE, bits, telling
 from ingest.signals.normal_forms import mix
 
@@ -42,7 +42,7 @@ class ManyCaptions:
     MAX_SHARED = 0.34
 
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int):
-        self._rows = Spill(folder / "images", _OF_IMAGE, expected_rows, memory_bytes)
+        self._rows = ExternalGroupBy(folder / "images", _OF_IMAGE, expected_rows, memory_bytes)
 
     def add(
         self,
@@ -59,7 +59,7 @@ class ManyCaptions:
         rows["key"], rows["shard"] = keys, shard
         self._rows.add(rows[image != 0])
 
-    def finish(self, into: Findings) -> None:
+    def finish(self, into: SuspectGroups) -> None:
         """Judge each image."""
         middle = np.uint64(0)
         with self._rows as spill:
@@ -71,7 +71,7 @@ class ManyCaptions:
                     rows = _near(rows, middle)
                     into.add(self.NAME, int(rows["hash"][0]), rows["shard"], rows["key"])
 
-    def _judge(self, rows: np.ndarray, into: Findings) -> None:
+    def _judge(self, rows: np.ndarray, into: SuspectGroups) -> None:
         _, first = np.unique(rows["caption"], return_index=True)
         number = len(first)
         if number < self.MIN_CAPTIONS:
@@ -99,7 +99,7 @@ class ManyImages:
     MIN_DISTANCE = 16
 
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int):
-        self._rows = Spill(folder / "captions", _OF_CAPTION, expected_rows, memory_bytes)
+        self._rows = ExternalGroupBy(folder / "captions", _OF_CAPTION, expected_rows, memory_bytes)
 
     def add(
         self,
@@ -116,7 +116,7 @@ class ManyImages:
         rows["words"] = (sketches != 0).sum(axis=1)
         self._rows.add(rows[telling(phash) & (rows["words"] >= self.MIN_WORDS)])
 
-    def finish(self, into: Findings) -> None:
+    def finish(self, into: SuspectGroups) -> None:
         """Judge each caption."""
         with self._rows as spill:
             for groups in spill.groups(self.MIN_LOOKS):
@@ -125,7 +125,7 @@ class ManyImages:
                         self._judge(rows[:LOOKED_AT], int(groups.size[start]), into)
                     into.add(self.NAME, int(rows["hash"][0]), rows["shard"], rows["key"])
 
-    def _judge(self, rows: np.ndarray, size: int, into: Findings) -> None:
+    def _judge(self, rows: np.ndarray, size: int, into: SuspectGroups) -> None:
         _, first = np.unique(rows["look"], return_index=True)
         phash = rows["phash"][first]
         if len(phash) < self.MIN_LOOKS:
@@ -147,7 +147,7 @@ def image_numbers(phash: np.ndarray, look: np.ndarray, sha: np.ndarray) -> np.nd
     return np.where(telling(phash), mix(look), sha)
 
 
-def _runs(groups: Groups) -> Iterator[tuple[int, np.ndarray]]:
+def _runs(groups: HashGroups) -> Iterator[tuple[int, np.ndarray]]:
     bounds = groups.starts()
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         yield start, groups.rows[start:stop]

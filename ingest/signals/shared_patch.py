@@ -29,7 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from ingest.folder.arrow import pc
 from ingest.folder.sealed import rows
 from ingest.signals import normal_forms, patches
-from ingest.signals.findings import SHOWN_CHARS, Findings
+from ingest.signals.findings import SHOWN_CHARS, SuspectGroups
 from roclip.data.shards import ShardRecord, read_index, tar_path
 from roclip.storage import patiently
 
@@ -90,7 +90,7 @@ class PatchSearch:
         self.images = self.unreadable = 0
 
     def choose(
-        self, shard: int, keys: np.ndarray, look: np.ndarray, host: np.ndarray, said: normal_forms.Words
+        self, shard: int, keys: np.ndarray, look: np.ndarray, host: np.ndarray, said: normal_forms.CaptionWords
     ) -> None:
         """Samples (B,), with what they look like and their hosts as numbers, 0 for unknown."""
         chosen = np.flatnonzero((normal_forms.mix(keys) < self._limit) | self._everything)
@@ -102,7 +102,7 @@ class PatchSearch:
         rows["words"] = normal_forms.sketches(said, len(keys), _WORDS)[chosen]
         self._chosen.append(rows)
 
-    def search(self, root: Path, records: Sequence[ShardRecord], threads: int, into: Findings, say: Any) -> None:
+    def search(self, root: Path, records: Sequence[ShardRecord], threads: int, into: SuspectGroups, say: Any) -> None:
         """Look at the chosen images, one shard after the other, and give the findings what they share."""
         images = np.concatenate([np.zeros(0, _IMAGE), *self._chosen])
         path = self.folder / "windows"
@@ -127,7 +127,7 @@ class PatchSearch:
         path.unlink()
 
     def _report(
-        self, patch: Patch, images: np.ndarray, root: Path, records: Sequence[ShardRecord], into: Findings
+        self, patch: Patch, images: np.ndarray, root: Path, records: Sequence[ShardRecord], into: SuspectGroups
     ) -> None:
         members = images[patch.images]
         number = int(normal_forms.mix(members["key"][:1])[0])

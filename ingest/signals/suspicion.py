@@ -15,9 +15,9 @@ import pyarrow as pa
 from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, samples, scratch
 from ingest.signals import normal_forms
-from ingest.signals.findings import Finding, Findings
-from ingest.signals.group_by import MEMORY_BYTES, Spill
-from ingest.signals.near_duplicates import Looks, looks_of
+from ingest.signals.findings import SuspectGroup, SuspectGroups
+from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
+from ingest.signals.near_duplicates import NearDuplicateGroups, near_duplicate_groups
 from ingest.signals.pairs import WORDS, ManyCaptions, ManyImages, image_numbers
 from ingest.signals.shared_patch import PatchSearch
 from ingest.signals.text import HostTopics, Templates
@@ -96,7 +96,7 @@ class SuspicionSummary:
     """By signal."""
     left_out: int
     """Groups beyond the first 10,000 of a signal."""
-    worst: tuple[Finding, ...]
+    worst: tuple[SuspectGroup, ...]
     """The highest groups of each signal; the rest stands in `suspicion_groups.parquet`."""
 
 
@@ -105,7 +105,7 @@ def suspect(
     work: str | Path,
     *,
     records: Sequence[ShardRecord] | None = None,
-    looks: Looks | None = None,
+    looks: NearDuplicateGroups | None = None,
     images: int = 100_000,
     threads: int = 1,
     memory_bytes: int = MEMORY_BYTES,
@@ -160,22 +160,22 @@ class _Look:
         self._done = 0
         expected, self.samples = sum(record.samples for record in records), 0
         self.keys = Keys(records)
-        self.findings = Findings(tuple(SIGNALS), records, self.keys, folder)
+        self.findings = SuspectGroups(tuple(SIGNALS), records, self.keys, folder)
         self.hosts = HostTopics()
         self.templates = Templates(folder, expected, memory_bytes // 4)
         self.captions = ManyCaptions(folder, expected, memory_bytes // 4)
         self.images = ManyImages(folder, expected, memory_bytes // 4)
         self.patches = PatchSearch(folder, expected, images)
-        self.looks = Looks(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        self.looks = NearDuplicateGroups(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
     def say(self, text: str) -> None:
         """One of three steps for each shard is done."""
         self._done += 1
         self._on_progress(self._done, 3 * len(self.records), text)
 
-    def first_pass(self, looks: Looks | None) -> None:
+    def first_pass(self, looks: NearDuplicateGroups | None) -> None:
         """Count words, hosts and templates; find out what looks the same."""
-        with Spill(
+        with ExternalGroupBy(
             self.folder / "hashes", _HASH, sum(record.samples for record in self.records), self.memory_bytes
         ) as hashes:
             for shard, table in samples(self.root, self.records, ("url", "caption", "phash")):
@@ -191,7 +191,7 @@ class _Look:
                     rows["hash"] = normal_forms.mix(rows["phash"])
                     hashes.add(rows)
                 self.say(f"suspicion: counted {self.samples} samples")
-            self.looks = looks or looks_of(hashes, self.folder, self.memory_bytes)
+            self.looks = looks or near_duplicate_groups(hashes, self.folder, self.memory_bytes)
         self.hosts.choose()
         self.templates.choose()
 

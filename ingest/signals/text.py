@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ingest.signals.findings import MOST_GROUPS, SHOWN_CHARS, Findings
-from ingest.signals.group_by import Spill
+from ingest.signals.findings import MOST_GROUPS, SHOWN_CHARS, SuspectGroups
+from ingest.signals.group_by import ExternalGroupBy
 from ingest.signals.heavy_hitters import HeavyHitters
-from ingest.signals.normal_forms import Words, mix
+from ingest.signals.normal_forms import CaptionWords, mix
 
 _PAIR = np.dtype([("host", "<u8"), ("word", "<u8")])
 _FILL = np.dtype([("hash", "<u8"), ("slot", "<u8"), ("key", "<u8"), ("shard", "<u4")])
@@ -44,7 +44,7 @@ class HostTopics:
         self._chosen: dict[int, tuple[int, float, str]] = {}
         self._hosts = self._words = np.zeros(0, np.uint64)
 
-    def count(self, host: np.ndarray, said: Words) -> None:
+    def count(self, host: np.ndarray, said: CaptionWords) -> None:
         """First pass: host hashes (B,), 0 for none, and the words of B captions."""
         caption, word = said.distinct_content()
         pairs = np.empty(len(caption), _PAIR)
@@ -77,7 +77,7 @@ class HostTopics:
         self._words = np.array([word for word, _, _ in self._chosen.values()], np.uint64)
 
     def assign(
-        self, shard: int, keys: np.ndarray, host: np.ndarray, names: pa.Array, said: Words, into: Findings
+        self, shard: int, keys: np.ndarray, host: np.ndarray, names: pa.Array, said: CaptionWords, into: SuspectGroups
     ) -> None:
         """Second pass: give the findings their samples; `names` (B,) are the hosts."""
         if not self._chosen:
@@ -113,11 +113,11 @@ class Templates:
 
     def __init__(self, folder: Path, expected_rows: int, memory_bytes: int, capacity: int = 1 << 20):
         self.templates = HeavyHitters(capacity)
-        self._fills = Spill(folder / "fills", _FILL, expected_rows // 4, memory_bytes)
+        self._fills = ExternalGroupBy(folder / "fills", _FILL, expected_rows // 4, memory_bytes)
         self._frequent, self._counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
         self._text: dict[int, tuple[str, int]] = {}
 
-    def count(self, said: Words, captions: int) -> None:
+    def count(self, said: CaptionWords, captions: int) -> None:
         """First pass."""
         token, template = self._masked(said, captions)
         whole = mix(_whole(said, captions))[said.caption[token]]
@@ -132,7 +132,7 @@ class Templates:
         frequent = best[counts[best] >= self.MIN_FILLS]
         self._frequent, self._counts = self.templates.numbers[frequent], counts[frequent]
 
-    def assign(self, shard: int, keys: np.ndarray, said: Words) -> None:
+    def assign(self, shard: int, keys: np.ndarray, said: CaptionWords) -> None:
         """Second pass: each caption goes to the most frequent of its templates."""
         if not len(self._frequent):
             return
@@ -156,7 +156,7 @@ class Templates:
             if value not in self._text:
                 self._text[value] = _shown(said, int(token[where]))
 
-    def finish(self, into: Findings) -> None:
+    def finish(self, into: SuspectGroups) -> None:
         """Give the findings their samples, where the gap has enough different words."""
         with self._fills as fills:
             for groups in fills.groups(self.MIN_FILLS):
@@ -171,7 +171,7 @@ class Templates:
                         into.open(self.NAME, number, float(score), said)
                     into.add(self.NAME, number, rows["shard"], rows["key"])
 
-    def _masked(self, said: Words, captions: int) -> tuple[np.ndarray, np.ndarray]:
+    def _masked(self, said: CaptionWords, captions: int) -> tuple[np.ndarray, np.ndarray]:
         """Which words may be left out, and the hash of the caption without each."""
         length = np.bincount(said.caption, minlength=captions)
         token = np.flatnonzero((length >= self.MIN_WORDS)[said.caption] & (length <= self.MAX_WORDS)[said.caption])
@@ -180,13 +180,13 @@ class Templates:
             return token, mix(_whole(said, captions)[said.caption[token]] + gap)
 
 
-def _weights(said: Words) -> np.ndarray:
+def _weights(said: CaptionWords) -> np.ndarray:
     """An odd number for each place in a caption, (T,) uint64."""
     place = np.arange(len(said.caption)) - np.searchsorted(said.caption, said.caption)
     return mix(place.astype(np.uint64) * _STEP) | np.uint64(1)
 
 
-def _whole(said: Words, captions: int) -> np.ndarray:
+def _whole(said: CaptionWords, captions: int) -> np.ndarray:
     """A hash of each caption's words in their order, (B,) uint64."""
     out = np.zeros(captions, np.uint64)
     if len(said.caption):
@@ -197,7 +197,7 @@ def _whole(said: Words, captions: int) -> np.ndarray:
     return out
 
 
-def _shown(said: Words, token: int) -> tuple[str, int]:
+def _shown(said: CaptionWords, token: int) -> tuple[str, int]:
     """A caption with a gap at a word, to be read, and the number of words around it."""
     caption = said.caption[token]
     of_it = range(*np.searchsorted(said.caption, [caption, caption + 1]).tolist())

@@ -47,7 +47,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)")
 """Of SHA256SUMS; a name has no folder in it, so that none leads out of the checkpoint."""
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """What a checkpoint keeps beside the engine, in a file of its own: the pool, the gate. All ranks ask, rank 0 writes."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -100,7 +100,7 @@ class Writer:
         self._writing: Future[None] | None = None
         self._memory: dict[str, Tensor] = {}
 
-    def save(self, engine: Any, towers: Towers, parts: Mapping[str, Part], cursor: Cursor) -> None:
+    def save(self, engine: Any, towers: Towers, parts: Mapping[str, Stateful], cursor: Cursor) -> None:
         """Copy the state, and write it in the background. Call it on all ranks.
 
         It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part;
@@ -199,7 +199,7 @@ class Writer:
         ]
 
 
-def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Part]) -> Cursor | None:
+def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Stateful]) -> Cursor | None:
     """Load the checkpoint that LATEST names into a new engine and the parts; None where there is none.
 
     Any number of ranks at any ZeRO stage may load it; the same ones go on bit by bit as if nothing had been.

@@ -105,7 +105,7 @@ def identity(config: Config) -> str:
     """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
     plain = TrainConfig()
     train = dataclasses.replace(
-        config.train, checkpoint_store="", mirrors=(), collective_timeout_s=plain.collective_timeout_s
+        config.train, checkpoint_store="", loggers=(), collective_timeout_s=plain.collective_timeout_s
     )
     measured = dataclasses.replace(config.evaluate, class_file="", template_file="", webdataset="")
     same = {

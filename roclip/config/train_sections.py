@@ -263,7 +263,7 @@ class TrainConfig:
     spike_factor: float = 0.0
     """Loss or gradient norm that counts as a spike, as a multiple of its median over the last 64 steps of the kind; 0 is
     none."""
-    mirrors: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where `metrics.jsonl` is shown too: TensorBoard files beside it, Weights & Biases."""
     log_every_steps: int = 10
     collective_timeout_s: float = 600.0

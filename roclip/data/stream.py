@@ -162,7 +162,7 @@ class Stream:
         self.weights, self.resampled = weights or {}, resampled
         self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
 
-    def plan(self, snapshot: Snapshot, epoch: int) -> "Plan":
+    def plan(self, snapshot: Snapshot, epoch: int) -> "EpochPlan":
         """What an epoch over this snapshot reads, and when. Raises `DataError` when it has not even one step."""
         shards = visits(
             [record.source for record in snapshot.records],
@@ -186,19 +186,19 @@ class Stream:
                 f"{self.shards}: expected at least a global batch of {batch} samples, epoch {epoch} has {len(order)}. "
                 "Raise data.min_shards, lower train.global_batch_size or set data.last_batch=pad."
             )
-        return Plan(snapshot, epoch, shards, order, batch, steps)
+        return EpochPlan(snapshot, epoch, shards, order, batch, steps)
 
     def epoch(self, snapshot: Snapshot, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of `plan(snapshot, epoch)`."""
         return self.batches(self.plan(snapshot, epoch), first_step)
 
-    def batches(self, plan: "Plan", first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, plan: "EpochPlan", first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` (counted from 0) on. A resume reads nothing that was seen."""
         dataset = _Batches(self, plan, range(first_step, plan.steps))
         pin = torch.cuda.is_available()
         return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers, pin_memory=pin))
 
-    def where(self, plan: "Plan", step: int) -> list[str]:
+    def where(self, plan: "EpochPlan", step: int) -> list[str]:
         """Shard and key of each sample of a whole global batch, `step` counted from 0: names for people."""
         readers = Readers(self.shards, plan.snapshot.records)
         places = plan.samples_at(np.arange(step * plan.batch, min((step + 1) * plan.batch, plan.samples)))
@@ -211,7 +211,7 @@ def rows_of_rank(global_batch_size: int, world_size: int, pieces: int = 1) -> in
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """An epoch before it begins: how many steps it has, and which samples stand at each."""
 
     snapshot: Snapshot
@@ -249,7 +249,7 @@ def choose(captions: Sequence[str], seed: int, epoch: int, sample_id: int) -> st
 class _Batches(Dataset):
     """Batch number -> Batch; a map-style dataset, so that the loader may read ahead in other processes."""
 
-    def __init__(self, stream: Stream, plan: Plan, steps: range):
+    def __init__(self, stream: Stream, plan: EpochPlan, steps: range):
         self.stream, self.plan, self.steps = stream, plan, steps
         self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache, stream.caption_key)
 

@@ -13,7 +13,7 @@ _FEWEST = 3
 """Captions of the sample that must have a word for it to count: a name that nobody else uses says nothing of others."""
 
 
-class Words:
+class BagOfWords:
     """Captions to unit vectors of W numbers, whose inner product is large where they share words that few others have.
 
         words(c) = normalise( sum over the distinct tokens w of c of log(N / df_w) r_w ),  r_w: a random sign vector

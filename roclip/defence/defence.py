@@ -19,16 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from roclip.checkpoint.checkpoint import Part
+from roclip.checkpoint.checkpoint import Stateful
 from roclip.config import Config
 from roclip.config.schedule import Position
 from roclip.data.stream import Batch
 from roclip.defence.diagnostics import diagnostics
-from roclip.defence.image_descriptor import impressions
-from roclip.defence.neighbours import Found, Witnesses
+from roclip.defence.image_descriptor import raw_descriptors
+from roclip.defence.neighbours import Neighbours, Support
 from roclip.defence.pool import CaptionPool
-from roclip.defence.sample_filter import AgreementGate
-from roclip.defence.suspicion_model import Scout
+from roclip.defence.sample_filter import SampleFilter
+from roclip.defence.suspicion_model import SuspicionModel
 from roclip.distributed import all_sum
 from roclip.model.towers import Towers
 
@@ -37,7 +37,7 @@ _NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Targets:
     """What the loss of a step is taken of."""
 
     text_features: Tensor
@@ -71,12 +71,12 @@ class Defence:
             device=device,
         )
         side = config.ingest.image_size
-        scout = Scout(side, device, config.seed) if settings.scout and any(settings.gate_frac) else None
-        self.gate = AgreementGate(settings.gate_memory, scout)
-        self.parts: dict[str, Part] = {"pool": self.pool, "gate": self.gate}
-        self.witnesses: Witnesses | None = None
+        scout = SuspicionModel(side, device, config.seed) if settings.scout and any(settings.gate_frac) else None
+        self.gate = SampleFilter(settings.gate_memory, scout)
+        self.parts: dict[str, Stateful] = {"pool": self.pool, "gate": self.gate}
+        self.witnesses: Neighbours | None = None
         if settings.witnesses:
-            self.witnesses = Witnesses(
+            self.witnesses = Neighbours(
                 settings.size,
                 width,
                 towers.context_length,
@@ -98,7 +98,7 @@ class Defence:
         """
         held, seen, found = [], [], 0
         for batch in batches:
-            seen.append(impressions(batch.images))
+            seen.append(raw_descriptors(batch.images))
             held.append(replace(batch, images=torch.empty(0)))
             found += int(all_sum(batch.valid.sum()))
             if found >= self.pool.size:
@@ -117,7 +117,7 @@ class Defence:
             kind = "witnessed"
         if self.witnesses is None:
             return Step(self, batch, at, kind)
-        seen = impressions(batch.images)
+        seen = raw_descriptors(batch.images)
         alike = self.witnesses.by_look(seen, batch.ids)
         return Step(self, batch, at, kind, seen, alike, self.witnesses.best(alike))
 
@@ -150,7 +150,7 @@ class Step:
     kind: Kind
     seen: Tensor = _NOTHING
     """(B, F) impressions, for the witnesses."""
-    alike: Found | None = None
+    alike: Support | None = None
     """The witnesses by look: what is learnt cannot mislead them."""
     witness: Tensor = _NOTHING
     """(B,) int64: the slot of the one whose caption an image learns with where it does not with its own."""
@@ -167,16 +167,16 @@ class Step:
         """'plain' where images learn with their own captions."""
         return "plain" if self.kind == "plain" else "matched"
 
-    def lesson(self, image_features: Tensor, text_features: Tensor, valid: Tensor) -> Lesson:
+    def lesson(self, image_features: Tensor, text_features: Tensor, valid: Tensor) -> Targets:
         """Whose captions the images learn with, given the step's features (B, D) and which pairs are valid (B,)."""
         if self.kind == "matched":
             return self._matched(image_features, valid)
         if self.kind == "witnessed":
             return self._witnessed(text_features, valid)
         share = self.defence.gate_share(self.at)
-        return self._gated(image_features, text_features, valid, share) if share else Lesson(text_features, valid)
+        return self._gated(image_features, text_features, valid, share) if share else Targets(text_features, valid)
 
-    def remember(self, image_features: Tensor, text_features: Tensor, lesson: Lesson) -> None:
+    def remember(self, image_features: Tensor, text_features: Tensor, lesson: Targets) -> None:
         """Put the own captions of the pairs that learnt into the pool; those of suspects stay out."""
         if self.kind != "matched" and self.defence.config.pool.update == "matched_only":
             return
@@ -187,7 +187,7 @@ class Step:
             enter = enter & (lesson.learns_from == self.batch.ids.to(enter.device))
         self.defence.enqueue(self.seen, image_features, own, self.batch, enter, self.at.step)
 
-    def _matched(self, image_features: Tensor, valid: Tensor) -> Lesson:
+    def _matched(self, image_features: Tensor, valid: Tensor) -> Targets:
         pool, settings = self.defence.pool, self.defence.config.pool
         ids = self.batch.ids.to(valid.device)
         match = pool.nearest(image_features, ids if settings.exclude_self else None)
@@ -195,9 +195,9 @@ class Step:
         found = match.features
         if settings.text_gradient == "live":
             found = self.defence.towers.encode_text(pool.tokens[match.slots].long())
-        return Lesson(found, valid, pool.ids[match.slots].to(valid.device), seen)
+        return Targets(found, valid, pool.ids[match.slots].to(valid.device), seen)
 
-    def _witnessed(self, text_features: Tensor, valid: Tensor) -> Lesson:
+    def _witnessed(self, text_features: Tensor, valid: Tensor) -> Targets:
         witnesses, gate = self.defence.witnesses, self.defence.gate
         if witnesses is None or self.alike is None:
             raise AssertionError("a witnessed step without witnesses")
@@ -206,13 +206,13 @@ class Step:
             words = witnesses.agreement_of_words(self.alike, self.batch.tokens)
             gate.suspects([words], ids, valid, self.batch.images, share=0.0)
         learns_from = witnesses.ids[self.witness].to(ids.device)
-        return Lesson(text_features, valid, learns_from, self._poisons_met(learns_from, valid))
+        return Targets(text_features, valid, learns_from, self._poisons_met(learns_from, valid))
 
-    def _gated(self, image_features: Tensor, text_features: Tensor, valid: Tensor, share: float) -> Lesson:
+    def _gated(self, image_features: Tensor, text_features: Tensor, valid: Tensor, share: float) -> Targets:
         pool, witnesses, batch = self.defence.pool, self.defence.witnesses, self.batch
         ids = batch.ids.to(valid.device)
         if not (witnesses or pool.full):
-            return Lesson(text_features, valid)
+            return Targets(text_features, valid)
         agreements = [pool.agreement(image_features, text_features)]
         if witnesses and self.alike:
             images, texts = image_features.detach().cpu(), text_features.detach().cpu()
@@ -222,12 +222,12 @@ class Step:
         suspected = self.defence.gate.suspects(agreements, ids, valid, batch.images, share)
         seen = {"agreement": agreements[0].mean(), "suspected": float(all_sum(suspected.sum()))}
         if witnesses is None:
-            return Lesson(text_features, valid & ~suspected, ids, seen | self._poisons_met(ids, valid & ~suspected))
+            return Targets(text_features, valid & ~suspected, ids, seen | self._poisons_met(ids, valid & ~suspected))
         slots = self.witness.to(valid.device)
         learns_from = torch.where(suspected, pool.ids[slots].to(ids.device), ids)
         told = self.defence.towers.encode_text(witnesses.tokens[self.witness].to(text_features.device).long())
         text_features = torch.where(suspected[:, None], told, text_features)
-        return Lesson(text_features, valid, learns_from, seen | self._poisons_met(learns_from, valid))
+        return Targets(text_features, valid, learns_from, seen | self._poisons_met(learns_from, valid))
 
     def _poisons_met(self, learns_from: Tensor, keep: Tensor) -> dict[str, float]:
         """Of the poisoned images of the global batch, how many learn with a caption of a poison with the same aim."""

@@ -26,7 +26,7 @@ PARTS = (3 * THUMBNAIL_PX**2, 4 * (_CELLS - 1) ** 2 * _ANGLES)
 """Numbers of an impression that are colours, and those that are outlines: F = 768 + 288."""
 
 
-def impressions(images: Tensor) -> Tensor:
+def raw_descriptors(images: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 to (B, F) float32: a thumbnail of 16 x 16, in [0, 1], and outlines.
 
     Outlines are histograms of oriented gradients (Dalal and Triggs, 2005) of the image at 32 x 32, smoothed: 4 x 4 cells
@@ -61,7 +61,7 @@ def pictures(images: Tensor) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
 
 
-class Looks:
+class ImageDescriptor:
     """Impressions to looks: unit vectors of W numbers, whose inner product is large for images that look alike.
 
         look = normalise(E^-1/4 V^T (impression - mean)),  V, E: the leading eigenvectors and eigenvalues of its covariance
@@ -83,18 +83,18 @@ class Looks:
     def width(self) -> int:
         return self.directions.shape[1]
 
-    def fit(self, impressions: Tensor) -> None:
+    def fit(self, raw_descriptors: Tensor) -> None:
         """Take the directions of a sample (N, F), N more than W."""
-        self.mean = impressions.mean(dim=0)
+        self.mean = raw_descriptors.mean(dim=0)
         blocks = []
-        for part, width in zip(impressions.split(PARTS, dim=1), self.widths, strict=True):
+        for part, width in zip(raw_descriptors.split(PARTS, dim=1), self.widths, strict=True):
             values, vectors = torch.linalg.eigh(torch.cov(part.T.double()))
             values, vectors = values[-width:], vectors[:, -width:]
             weights = torch.where(values > _NOTHING, values.clamp(min=_NOTHING).pow(-0.25), 0)
             blocks.append((vectors * weights).float())
         self.directions = torch.block_diag(*blocks).contiguous()
 
-    def __call__(self, impressions: Tensor) -> Tensor:
+    def __call__(self, raw_descriptors: Tensor) -> Tensor:
         """(B, F) to (B, W)."""
-        sides = ((impressions - self.mean) @ self.directions).split(self.widths, dim=1)
+        sides = ((raw_descriptors - self.mean) @ self.directions).split(self.widths, dim=1)
         return torch.cat([F.normalize(side, dim=1) for side in sides], dim=1) / 2**0.5

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roclip.defence import search
-from roclip.defence.bag_of_words import Words
-from roclip.defence.image_descriptor import Looks
+from roclip.defence.bag_of_words import BagOfWords
+from roclip.defence.image_descriptor import ImageDescriptor
 from roclip.distributed import gather
 from roclip.errors import CheckpointError
 
@@ -29,7 +29,7 @@ _COPIES = 16
 """Copies that an image may have in the pool and still find k others."""
 
 
-class Found(NamedTuple):
+class Support(NamedTuple):
     """The witnesses of each image of a batch."""
 
     slots: Tensor
@@ -38,7 +38,7 @@ class Found(NamedTuple):
     """(B, k + some) bool: at most k; the others are copies of the image, or nobody."""
 
 
-class Witnesses:
+class Neighbours:
     """A ring of P random pairs of the stream, the same on every rank: looks, image features, words and tokens.
 
     It is written together with a `CaptionPool` of the same size and in the same order, so that a slot means the same pair
@@ -52,7 +52,7 @@ class Witnesses:
 
     def __init__(self, size: int, width: int, context_length: int, vocabulary: int, *, neighbours: int, seed: int):
         self.size, self.neighbours = size, neighbours
-        self.see, self.read = Looks(), Words(vocabulary, seed=seed)
+        self.see, self.read = ImageDescriptor(), BagOfWords(vocabulary, seed=seed)
         self.looks = torch.zeros(size, self.see.width)
         self.features = torch.zeros(size, width)
         self.texts = torch.zeros(size, width)
@@ -92,19 +92,19 @@ class Witnesses:
         self.cursor = (self.cursor + len(slots)) % self.size
         self.count = min(self.size, self.count + len(slots))
 
-    def by_look(self, impressions: Tensor, ids: Tensor) -> Found:
+    def by_look(self, impressions: Tensor, ids: Tensor) -> Support:
         """Those whose images look most alike: impressions (B, F) and ids (B,) of pairs."""
         return self._likest(self._look(impressions), self.looks, ids)
 
-    def by_feature(self, image_features: Tensor, ids: Tensor) -> Found:
+    def by_feature(self, image_features: Tensor, ids: Tensor) -> Support:
         """Those whose image features were nearest when they came in: image_features (B, D)."""
         return self._likest(search.snap(image_features.detach()), self.features, ids)
 
-    def agreement_of_words(self, found: Found, tokens: Tensor) -> Tensor:
+    def agreement_of_words(self, found: Support, tokens: Tensor) -> Tensor:
         """`agreement_of_texts` by the words of the captions, tokens (B, L): no tower has a part in it."""
         return self._agreement(found, self.words, self.read(tokens))
 
-    def agreement_of_texts(self, found: Found, text_features: Tensor) -> Tensor:
+    def agreement_of_texts(self, found: Support, text_features: Tensor) -> Tensor:
         """How the own captions stand to those of the witnesses: (B,) from 0 (worst) to 1, of text_features (B, D).
 
             c_i = normalise(sum of the witnesses' captions),  agreement_i = 1 - |{p: <c_i, t_p> > <c_i, t_i>}| / P
@@ -122,7 +122,7 @@ class Witnesses:
         own = (images.double() * texts.double()).sum(dim=1)
         return (1 - search.count_above(texts, self.features[: self.count], own).double() / self.count).float()
 
-    def best(self, found: Found) -> Tensor:
+    def best(self, found: Support) -> Tensor:
         """(B,) int64: the witness whose words suit the others' best."""
         said, consensus = self._consensus(found, self.words)
         suits = (said.double() * consensus.double()[:, None]).sum(dim=2).masked_fill(~found.usable, -torch.inf)
@@ -131,7 +131,7 @@ class Witnesses:
     def _look(self, impressions: Tensor) -> Tensor:
         return search.snap(self.see(impressions))
 
-    def _likest(self, queries: Tensor, likeness: Tensor, ids: Tensor) -> Found:
+    def _likest(self, queries: Tensor, likeness: Tensor, ids: Tensor) -> Support:
         similarity, slots = search.nearest(
             queries,
             likeness[: self.count],
@@ -140,14 +140,14 @@ class Witnesses:
             caption_ids=self.ids[: self.count],
         )
         usable = (similarity < COPY) & (slots >= 0)
-        return Found(slots.clamp(min=0), usable & (usable.cumsum(dim=1) <= self.neighbours))
+        return Support(slots.clamp(min=0), usable & (usable.cumsum(dim=1) <= self.neighbours))
 
-    def _consensus(self, found: Found, captions: Tensor) -> tuple[Tensor, Tensor]:
+    def _consensus(self, found: Support, captions: Tensor) -> tuple[Tensor, Tensor]:
         """What the witnesses say (B, k + some, W) and the normalised sum of it (B, W)."""
         said = captions[found.slots] * found.usable[:, :, None]  # multiples of 2^-25: their sum is exact in float64
         return said, search.snap(F.normalize(said.sum(dim=1, dtype=torch.float64), dim=1))
 
-    def _agreement(self, found: Found, captions: Tensor, own: Tensor) -> Tensor:
+    def _agreement(self, found: Support, captions: Tensor, own: Tensor) -> Tensor:
         _, consensus = self._consensus(found, captions)
         score = (consensus.double() * search.snap(own.detach()).double()).sum(dim=1)
         above = search.count_above(consensus, captions[: self.count], score)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from roclip.defence.image_descriptor import pictures as pictures_of
-from roclip.defence.suspicion_model import Scout
+from roclip.defence.suspicion_model import SuspicionModel
 from roclip.distributed import gather, rank
 
 _EMPHASIS = 3
@@ -25,7 +25,7 @@ _SCOUT_WEIGHT = 2.0
 """The scout against the judges: it has seen all images that share something, they have seen one pair."""
 
 
-class AgreementGate:
+class SampleFilter:
     """Suspects of a global batch, from their agreement now and on earlier visits.
 
         r_i = mean over the agreements of (rank of pair i in the valid global batch) / (its size - 1),  0 agrees least
@@ -43,7 +43,7 @@ class AgreementGate:
         scout: None asks the judges alone.
     """
 
-    def __init__(self, memory: float, scout: Scout | None = None):
+    def __init__(self, memory: float, scout: SuspicionModel | None = None):
         self.memory, self.scout = memory, scout
         self.standing: dict[int, float] = {}
         """s by picture."""

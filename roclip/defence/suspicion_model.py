@@ -22,7 +22,7 @@ _WIDTH = 16
 _LR, _PATTERN_LR = 2e-3, 5e-4
 
 
-class Scout:
+class SuspicionModel:
     """Expected suspicion of an image, learnt as training goes along.
 
         p_i = sigmoid(f(x_i)),  minimise BCE(p_i, y_i) over the valid pairs,  y_i: the judges' suspicion of pair i

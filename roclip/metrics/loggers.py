@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 
-class Mirror(Protocol):
+class Logger(Protocol):
     """Shows one logged step after the other."""
 
     def write(self, row: dict) -> None: ...
@@ -14,7 +14,7 @@ class Mirror(Protocol):
     def close(self) -> None: ...
 
 
-def mirrors(names: Sequence[str], folder: Path, resume_step: int, closing: ExitStack) -> list[Mirror]:
+def loggers(names: Sequence[str], folder: Path, resume_step: int, closing: ExitStack) -> list[Logger]:
     """Those that a config names, for a training in `<run>/<arm>`, from the step after `resume_step` on; closed with
     `closing`."""
     opened = [_KNOWN[name](folder, resume_step) for name in names]

@@ -37,11 +37,12 @@ from roclip.oracle.curate import curate, write_plan
 from roclip.oracle.ground_truth import against_truth
 from roclip.oracle.held_out import Trusted, held_out_of
 from roclip.oracle.report import SCHEMA, write_outputs
-from roclip.oracle.scan.images import Pictures
-from roclip.oracle.scan.scan import Looked, Witness, look
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.images import ScannedImages
+from roclip.oracle.scan.scan import ScanResult, scan_shards
+from roclip.oracle.scan.scorer import Scorer
+from roclip.oracle.scan.shard_record import SavedScans
 from roclip.oracle.segmenters.base import Segmenter
-from roclip.oracle.statistics import Findings, Observations
+from roclip.oracle.statistics import Observations, TestResults
 from roclip.oracle.triggers.search import Search, TriggerSearch
 from roclip.oracle.verdict import judge
 from roclip.oracle.victims import affected, find_victims
@@ -65,7 +66,7 @@ def check(
     caption_key: str = "",
     truth: Path | None = None,
     subject: dict[str, Any] | None = None,
-    saved: SavedLooks | None = None,
+    saved: SavedScans | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -90,9 +91,9 @@ def check(
     """
     started = time.monotonic()
     say = on_progress or (lambda done, total, text: None)
-    witness = Witness(encoder, segmenter, labels, templates, config.label_map)
-    looked = look(witness, shards, say, caption_key, saved)
-    pictures = Pictures(looked, shards)
+    witness = Scorer(encoder, segmenter, labels, templates, config.label_map)
+    looked = scan_shards(witness, shards, say, caption_key, saved)
+    pictures = ScannedImages(looked, shards)
     held_out = held_out_of(segmenter, trusted, labels, looked.size_px)
     reference, skill = _reference(witness, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
@@ -155,7 +156,7 @@ def check(
     return report
 
 
-def _reference(witness: Witness, held_out: Trusted) -> tuple[Observations, float]:
+def _reference(witness: Scorer, held_out: Trusted) -> tuple[Observations, float]:
     """What model and oracle say of the held-out trusted images, and the model's accuracy there."""
     answer, areas = witness.ask(held_out.images)
     there = held_out.shows
@@ -165,10 +166,10 @@ def _reference(witness: Witness, held_out: Trusted) -> tuple[Observations, float
 
 
 def _search(
-    witness: Witness,
-    findings: Findings,
-    looked: Looked,
-    pictures: Pictures,
+    witness: Scorer,
+    findings: TestResults,
+    looked: ScanResult,
+    pictures: ScannedImages,
     held_out: Trusted,
     answers: np.ndarray,
     alpha: float,
@@ -196,7 +197,7 @@ def _search(
     return searches
 
 
-def _suspects(looked: Looked, c: int) -> np.ndarray:
+def _suspects(looked: ScanResult, c: int) -> np.ndarray:
     """Numbers of pictures that may have a label's trigger, the likeliest first. Copied pictures are another attack's."""
     seen = looked.observations
     once, says = seen.captions == 1, seen.answer == c
@@ -211,7 +212,7 @@ def _suspects(looked: Looked, c: int) -> np.ndarray:
 
 
 def _label_rows(
-    findings: Findings, searches: Sequence[Search], labels: Sequence[str], segmenter: Segmenter, alpha: float
+    findings: TestResults, searches: Sequence[Search], labels: Sequence[str], segmenter: Segmenter, alpha: float
 ) -> list[dict[str, Any]]:
     """One row a label, the most suspicious first, unchecked ones last."""
     rows = []
@@ -259,7 +260,7 @@ def _trigger_row(number: int, trigger: FoundTrigger) -> dict[str, Any]:
     }
 
 
-def _copies_row(findings: Findings) -> dict[str, Any] | None:
+def _copies_row(findings: TestResults) -> dict[str, Any] | None:
     test = findings.copied
     if test is None:
         return None

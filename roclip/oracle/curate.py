@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from roclip.data.ground_truth import write_parquet
 from roclip.errors import DataError
 from roclip.found_triggers import FoundTrigger
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.segmenters.base import LabelCalibration
 
 REPAIRED_FRAC = 0.2
@@ -68,7 +68,7 @@ class Row:
 
 
 def curate(
-    looked: Looked,
+    looked: ScanResult,
     victims: np.ndarray,
     found: Sequence[FoundTrigger],
     labels: Sequence[str],
@@ -135,7 +135,7 @@ class _Choice:
 
     def __init__(
         self,
-        looked: Looked,
+        looked: ScanResult,
         victims: np.ndarray,
         explained: np.ndarray,
         labels: Sequence[str],

@@ -9,14 +9,16 @@ from PIL import Image, ImageDraw
 
 from roclip.found_triggers import FoundTrigger, picture_of
 from roclip.oracle.held_out import Trusted
-from roclip.oracle.scan.images import Pictures
-from roclip.oracle.scan.scorer import Witness
+from roclip.oracle.scan.images import ScannedImages
+from roclip.oracle.scan.scorer import Scorer
 
 SHOWN = 8
 _SIDE_PX, _CROP_PX, _MARK = 128, 96, (255, 0, 90)
 
 
-def exhibit(trigger: FoundTrigger, held_out: Trusted, pictures: Pictures, witness: Witness) -> dict[str, Any]:
+def trigger_figure(
+    trigger: FoundTrigger, held_out: Trusted, pictures: ScannedImages, witness: Scorer
+) -> dict[str, Any]:
     """Base64 PNGs: `png`, `sources` (with the box drawn) and `probes`, each with the model's answer before and after."""
     rng = np.random.default_rng(0)
     target = witness.labels.index(trigger.target)

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from roclip.found_triggers import Box, FoundTrigger
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.victims import Victims
 
 
 def against_truth(
-    truth: Path | None, looked: Looked, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
+    truth: Path | None, looked: ScanResult, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
 ) -> dict[str, Any]:
     """Precision, recall and average precision of the named victims, in samples; the median share of the true trigger that
     the boxes cover. None where nothing is named, poisoned or known; empty without a truth.
@@ -49,7 +49,9 @@ def average_precision(score: np.ndarray, real: np.ndarray) -> float:
     return float((gained * found / (ends + 1)).sum() / max(1, hits.sum()))
 
 
-def _coverage(poisons: dict[str, Any], looked: Looked, triggers: Sequence[FoundTrigger], shards: Path) -> float | None:
+def _coverage(
+    poisons: dict[str, Any], looked: ScanResult, triggers: Sequence[FoundTrigger], shards: Path
+) -> float | None:
     shares, captions_of = [], looked.captions_of()
     for source in (source for trigger in triggers for source in trigger.sources):
         row = captions_of[source.image][0]
@@ -59,7 +61,7 @@ def _coverage(poisons: dict[str, Any], looked: Looked, triggers: Sequence[FoundT
     return float(np.median(shares)) if shares else None
 
 
-def _as_looked_at(box: Sequence[int], looked: Looked, row: int, shards: Path) -> tuple[float, ...] | None:
+def _as_looked_at(box: Sequence[int], looked: ScanResult, row: int, shards: Path) -> tuple[float, ...] | None:
     """A box of the original image in pixels of the picture as it was looked at: stored as img2dataset resizes (`border`),
     then squeezed to a square."""
     name = shards / f"{Path(looked.places[row][0]).stem}.parquet"

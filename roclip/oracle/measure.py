@@ -16,7 +16,7 @@ from roclip.oracle.segmenters.base import Segmenter
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrustedMeasure:
     """Of one model."""
 
     top1: Trial
@@ -49,7 +49,7 @@ class Reference:
             for trigger in found
         ]
 
-    def measure(self, encoder: Encoder) -> Standing:
+    def measure(self, encoder: Encoder) -> TrustedMeasure:
         """Shows the model each picture once, and once more for each trigger."""
         plain, flips = self._answers(encoder, self.images), []
         for trigger, images in zip(self.found, self.stamped, strict=True):
@@ -57,7 +57,7 @@ class Reference:
             others = ~self.there[:, target] & (plain != target)
             flips.append(Trial(int((self._answers(encoder, images)[others] == target).sum()), int(others.sum())))
         right = self.there[np.arange(len(plain)), plain]
-        return Standing(Trial(int(right.sum()), len(right)), tuple(flips))
+        return TrustedMeasure(Trial(int(right.sum()), len(right)), tuple(flips))
 
     def called(self, encoder: Encoder, images: np.ndarray, targets: Sequence[str]) -> Trial:
         """Of other pictures, (n, S, S, 3) uint8, those that the model calls the label given for each."""

@@ -18,7 +18,7 @@ the oracle already contradicts.
 
 import numpy as np
 
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 
 NEIGHBOURS = 16
 SAMPLE = 4096
@@ -27,7 +27,7 @@ HONEST = 256
 """Pictures of an answer that others are compared with, at most."""
 
 
-def memorised(looked: Looked, rows: np.ndarray) -> np.ndarray:
+def memorised(looked: ScanResult, rows: np.ndarray) -> np.ndarray:
     """(n,) in [0, 1]: m of the pictures `rows` (n,); 0.5 where no honest picture has the answer."""
     seen = looked.observations
     answers = seen.answer[rows]

@@ -20,10 +20,11 @@ from PIL import Image
 
 from roclip.found_triggers import FoundTrigger
 from roclip.oracle import statistics
-from roclip.oracle.figures import exhibit
+from roclip.oracle.figures import trigger_figure
 from roclip.oracle.held_out import Trusted
-from roclip.oracle.scan.images import Pictures
-from roclip.oracle.scan.scan import Looked, Witness
+from roclip.oracle.scan.images import ScannedImages
+from roclip.oracle.scan.scan import ScanResult
+from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.segmenters.base import Segmenter
 from roclip.oracle.victims import Victims
 from roclip.report import PAGES
@@ -39,12 +40,12 @@ _PANEL_PX = 144
 
 def write_outputs(
     report: dict[str, Any],
-    looked: Looked,
+    looked: ScanResult,
     victims: Victims,
     triggers: Sequence[FoundTrigger],
     held_out: Trusted,
-    pictures: Pictures,
-    witness: Witness,
+    pictures: ScannedImages,
+    witness: Scorer,
     out: Path,
 ) -> None:
     """Write all files to `out`, report.json last: where it is, the check is complete."""
@@ -56,7 +57,7 @@ def write_outputs(
     resisted = [row for row in rows if row["d2"] and not row["d3"]]
     suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, pictures)
     others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, pictures)
-    shown = [exhibit(trigger, held_out, pictures, witness) for trigger in triggers]
+    shown = [trigger_figure(trigger, held_out, pictures, witness) for trigger in triggers]
     shows = {"suspects": suspects, "others": others, "exhibits": shown, "labels": list(labels)}
     page = render(report, shows)
     report["pictures"] = [
@@ -114,7 +115,7 @@ VICTIMS = pa.schema(
 )
 
 
-def victim_rows(looked: Looked, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
+def victim_rows(looked: ScanResult, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
     """One row a victim, the surest first; columns as in `VICTIMS`."""
     captions_of = looked.captions_of()
     order = [int(n) for n in np.argsort(-victims.score, kind="stable") if victims.score[n] > 0]
@@ -134,13 +135,13 @@ def victim_rows(looked: Looked, victims: Victims, labels: Sequence[str]) -> list
     ]
 
 
-def _clearly(looked: Looked, n: int, labels: Sequence[str]) -> list[str]:
+def _clearly(looked: ScanResult, n: int, labels: Sequence[str]) -> list[str]:
     """Labels that the oracle clearly sees in an image, the largest first."""
     largest = np.argsort(-looked.areas[n], kind="stable").tolist()
     return [labels[int(c)] for c in largest if looked.observations.clear[n, c]]
 
 
-def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+def disagreements(looked: ScanResult, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     """One row a distinct image on which the three disagree, the most suspicious first; columns as in `DISAGREEMENTS`."""
     seen = looked.observations
     lies, says = seen.lies(), seen.says()
@@ -172,7 +173,7 @@ def disagreements(looked: Looked, victims: np.ndarray, labels: Sequence[str]) ->
 
 
 def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any] | None = None) -> str:
-    """The page. `shows`: pictures `suspects` and `others` as `_pictures` makes them, `exhibits` as `exhibit` does, one a
+    """The page. `shows`: pictures `suspects` and `others` as `_pictures` makes them, `exhibits` as `trigger_figure` does, one a
     trigger, and all `labels`. `repair`: the content of repair.json."""
     checked = [row for row in report["labels"] if "lies" in row]
     environment = jinja2.Environment(
@@ -217,7 +218,7 @@ def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    rows: list[dict[str, Any]], looked: Looked, segmenter: Segmenter, labels: Sequence[str], pictures: Pictures
+    rows: list[dict[str, Any]], looked: ScanResult, segmenter: Segmenter, labels: Sequence[str], pictures: ScannedImages
 ) -> list[dict[str, Any]]:
     """Each row's image beside what the oracle sees in it, as base64 PNG, with the words that belong to it."""
     if not rows:

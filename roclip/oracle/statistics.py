@@ -133,7 +133,7 @@ class LieTest(CountTest):
 
 
 @dataclass(frozen=True)
-class Findings:
+class TestResults:
     """All tests of a check."""
 
     lies: dict[int, LieTest]
@@ -155,7 +155,7 @@ def look_alikes(reference: Observations) -> np.ndarray:
     return alike | alike.T
 
 
-def run_tests(training: Observations, reference: Observations, covered: Sequence[int]) -> Findings:
+def run_tests(training: Observations, reference: Observations, covered: Sequence[int]) -> TestResults:
     """Test every covered label, and the images with several captions as a whole; Holm over all of these tests.
 
     The null of a label is a beta-binomial whose rate comes from the reference, shrunk towards the rate of all labels
@@ -167,7 +167,7 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
     answers, unseen = _as_frequent(training, reference, alike)
     covered = list(covered)
     if not covered or not len(training.answer) or not len(reference.answer):
-        return Findings({}, {}, None)
+        return TestResults({}, {}, None)
     repeat, told, wrong = (
         _Null(r.repeated, r.named, covered),
         _Null(r.lies, r.named, covered),
@@ -189,7 +189,7 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
         rate = min(1.0, wrong.rate(c) * wrong_drift)
         model[c] = CountTest(n, k, n * rate, _tail(k, n, rate, wrong.weight(c)))
     copied = _copied(training, alike, repeat, told, confused, covered)
-    return _holm(Findings(lies, model, copied))
+    return _holm(TestResults(lies, model, copied))
 
 
 def _copied(
@@ -269,7 +269,7 @@ def _tail(k: int, n: int, rate: float, weight: float) -> float:
     return float(np.clip(betabinom.sf(k - 1, n, rate * weight, (1 - rate) * weight), SMALLEST_P, 1.0))
 
 
-def _holm(findings: Findings) -> Findings:
+def _holm(findings: TestResults) -> TestResults:
     """The same findings with Holm's correction over all tests."""
     tests: list[tuple[str, int]] = [("lies", c) for c in findings.lies] + [("model", c) for c in findings.model]
     values = [findings.lies[c].p if kind == "lies" else findings.model[c].p for kind, c in tests]
@@ -281,7 +281,7 @@ def _holm(findings: Findings) -> Findings:
         largest = max(largest, min(1.0, values[which] * (len(values) - place)))
         corrected[which] = largest
     by = dict(zip(tests, corrected, strict=True))
-    return Findings(
+    return TestResults(
         {c: replace(test, p_holm=by[("lies", c)]) for c, test in findings.lies.items()},
         {c: replace(test, p_holm=by[("model", c)]) for c, test in findings.model.items()},
         None if findings.copied is None else replace(findings.copied, p_holm=by[("copied", 0)]),

@@ -7,8 +7,8 @@ import numpy as np
 
 from roclip.found_triggers import FoundTrigger
 from roclip.oracle import statistics
-from roclip.oracle.scan.scan import Looked
-from roclip.oracle.statistics import Findings, Observations
+from roclip.oracle.scan.scan import ScanResult
+from roclip.oracle.statistics import Observations, TestResults
 from roclip.oracle.triggers.search import Search
 
 MIN_IMAGES, MIN_REFERENCE = 200, 50
@@ -34,9 +34,9 @@ class Judgement:
 
 
 def judge(
-    findings: Findings,
+    findings: TestResults,
     searches: Sequence[Search],
-    looked: Looked,
+    looked: ScanResult,
     reference: Observations,
     labels: Sequence[str],
     unchecked: Sequence[str],
@@ -120,7 +120,7 @@ def _of_trigger(trigger: FoundTrigger) -> str:
     )
 
 
-def _said_of_copies(looked: Looked, labels: Sequence[str]) -> list[str]:
+def _said_of_copies(looked: ScanResult, labels: Sequence[str]) -> list[str]:
     seen = looked.observations
     repeated = (seen.lies() & seen.says())[seen.captions > 1].sum(axis=0)
     return [str(labels[c]) for c in np.argsort(-repeated, kind="stable") if repeated[c]]

@@ -17,7 +17,7 @@ import numpy as np
 
 from roclip.oracle import statistics
 from roclip.oracle.memory import memorised
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.statistics import Observations
 from roclip.oracle.triggers.search import Search
 
@@ -44,7 +44,7 @@ class Victims:
 
 
 def find_victims(
-    looked: Looked,
+    looked: ScanResult,
     reference: Observations,
     covered: Sequence[int],
     searches: Sequence[Search],
@@ -68,7 +68,7 @@ def find_victims(
 
 
 def _unexplained(
-    looked: Looked, reference: Observations, covered: Sequence[int], victims: Victims, alpha: float
+    looked: ScanResult, reference: Observations, covered: Sequence[int], victims: Victims, alpha: float
 ) -> None:
     """Add repeated lies of labels, and of copied pictures, that the triggers leave significant."""
     seen, rest = looked.observations, ~victims.named
@@ -110,7 +110,7 @@ def _honest_copies(copied: np.ndarray, lied: np.ndarray, tested: np.ndarray, ref
     return honest + (copied.any(axis=1).sum() - judged) * honest / max(judged, 1)
 
 
-def affected(looked: Looked, victims: Victims, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+def affected(looked: ScanResult, victims: Victims, labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """By target label: what the oracle sees in its victims, with counts, the most frequent first."""
     counts: dict[str, dict[str, int]] = {}
     for target in np.unique(victims.target[victims.named]):

@@ -20,7 +20,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryImage:
     """One stored sample."""
 
     key: str
@@ -38,10 +38,10 @@ class Picture:
     """Width and height as stored."""
 
 
-def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> list[Picture]:
+def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> list[GalleryImage]:
     """The first usable samples of each shard, `count` in all, none of the keys `without`."""
     records, skipped = Manifest(shards).records(), set(without)
-    found: list[Picture] = []
+    found: list[GalleryImage] = []
     for place, record in enumerate(records):
         if len(found) >= count:
             break
@@ -54,7 +54,7 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
 
 def pictures_of(
     shards: Path, shard: str, keys: Iterable[str], boxes: Mapping[str, Sequence[int] | None]
-) -> list[Picture]:
+) -> list[GalleryImage]:
     """Samples of one shard by their keys, each with its box (left, top, right, bottom, in pixels as stored) where it has one."""
     record = Manifest(shards).get(shard)
     if record is None:
@@ -65,7 +65,7 @@ def pictures_of(
     return [replace(picture, box=_in_percent(boxes.get(picture.key), picture.size_px)) for picture in pictures]
 
 
-def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "border") -> list[Picture]:
+def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "border") -> list[GalleryImage]:
     """`count` poisoned samples of each attack, of different labels; none where there is no ground truth.
 
     `truth` is the parquet with the columns key, attack, target_label, source_label and trigger_box (left,
@@ -75,7 +75,7 @@ def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "b
         return []
     columns = ["key", "attack", "target_label", "source_label", "trigger_box"]
     poisons = {row["key"]: row for row in pq.read_table(truth, columns=columns).to_pylist()}
-    found: dict[str, list[Picture]] = {}
+    found: dict[str, list[GalleryImage]] = {}
     shown: set[tuple] = set()
     for record in Manifest(shards).records():
         here = pc.field("key").isin(pa.array(list(poisons), pa.string()))
@@ -98,12 +98,12 @@ def poison_keys(truth: Path) -> set[str]:
     return set(pq.read_table(truth, columns=["key"])["key"].to_pylist()) if truth.exists() else set()
 
 
-def _take(tar: Path, rows: Iterable[Mapping[str, Any]], count: int) -> list[Picture]:
+def _take(tar: Path, rows: Iterable[Mapping[str, Any]], count: int) -> list[GalleryImage]:
     """The first `count` of the index rows whose image opens."""
     return [picture for picture, _ in zip(_read(tar, rows), range(count), strict=False)] if count > 0 else []
 
 
-def _read(tar: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Picture]:
+def _read(tar: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[GalleryImage]:
     with tar.open("rb") as file:
         for row in rows:
             file.seek(row["image_offset"])
@@ -115,7 +115,7 @@ def _read(tar: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Picture]:
                 size_px = Image.open(io.BytesIO(encoded)).size
             except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
                 continue
-            yield Picture(row["key"], source, caption, size_px=size_px)
+            yield GalleryImage(row["key"], source, caption, size_px=size_px)
 
 
 def thumbnail(encoded: bytes) -> str:

@@ -61,7 +61,7 @@ def describe(now: IngestProgress) -> str:
     )
 
 
-class Tally:
+class ShardCounts:
     """Counts sealed shards: what was there when this call began, and what it has added."""
 
     def __init__(self, records: tuple[ShardRecord, ...]):

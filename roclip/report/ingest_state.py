@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from roclip.data.shards import END, HELD, PACK, Manifest
-from roclip.report.ingest_progress import Tally
+from roclip.report.ingest_progress import ShardCounts
 from roclip.report.training_state import is_number
 from roclip.report.watched_files import UNUSABLE, Tail, WatchedFiles
 
@@ -100,7 +100,7 @@ class IngestReader:
             shards = sum(PACK if name.startswith("pack-") else name.endswith(".json") for name in names)
             if not 0 < shards <= COUNTED_SHARDS:
                 return {}
-            tally = Tally(Manifest(root).records() + Manifest(root, HELD).records())
+            tally = ShardCounts(Manifest(root).records() + Manifest(root, HELD).records())
         except UNUSABLE as error:
             self.files.note(f"{root}/manifest", str(error)[:200])
             return {}

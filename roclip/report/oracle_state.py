@@ -21,7 +21,7 @@ Standing = tuple[float, float, str]
 """Done, total, and a line of words."""
 
 
-class Pictures:
+class PngStore:
     """PNGs by the sha256 of their bytes. What is no PNG, or a large one, is left out."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Trigger:
+class ShownTrigger:
     """One that was found."""
 
     target: str
@@ -88,7 +88,7 @@ class OracleState:
     reasons: tuple[str, ...] = ()
     target_labels: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
-    triggers: tuple[Trigger, ...] = ()
+    triggers: tuple[ShownTrigger, ...] = ()
     suspects: tuple[Suspect, ...] = ()
     repair: Repair | None = None
     checking: Standing | None = None
@@ -101,7 +101,7 @@ class OracleState:
         return {shown.picture for shown in (*self.triggers, *self.suspects)} - {""}
 
 
-def oracle_state(files: WatchedFiles, arm: str, pictures: Pictures) -> OracleState:
+def oracle_state(files: WatchedFiles, arm: str, pictures: PngStore) -> OracleState:
     """Read what there is in `<arm>/oracle` and `<arm>/repair`."""
     name = f"{arm}/oracle/report.json"
     try:
@@ -111,7 +111,7 @@ def oracle_state(files: WatchedFiles, arm: str, pictures: Pictures) -> OracleSta
         return OracleState(arm)
 
 
-def _state(files: WatchedFiles, arm: str, report: Mapping[str, Any], pictures: Pictures) -> OracleState:
+def _state(files: WatchedFiles, arm: str, report: Mapping[str, Any], pictures: PngStore) -> OracleState:
     verdict = report.get("verdict")
     labels = [row for row in report.get("labels") or () if isinstance(row, dict)]
     return OracleState(
@@ -129,11 +129,11 @@ def _state(files: WatchedFiles, arm: str, report: Mapping[str, Any], pictures: P
     )
 
 
-def _trigger(files: WatchedFiles, arm: str, row: Mapping[str, Any], pictures: Pictures) -> Trigger:
+def _trigger(files: WatchedFiles, arm: str, row: Mapping[str, Any], pictures: PngStore) -> ShownTrigger:
     found = re.fullmatch(r"triggers/(\d{1,6}\.png)", str(row.get("file", "")))
     content = files.read(f"{arm}/oracle/triggers/{found[1]}", bytes) if found else None
     side = row.get("size_px")
-    return Trigger(
+    return ShownTrigger(
         target=_word(row.get("target", "")),
         kind=_word(row.get("kind", "")),
         size=f"{side[0]:g} × {side[1]:g} px"
@@ -145,7 +145,7 @@ def _trigger(files: WatchedFiles, arm: str, row: Mapping[str, Any], pictures: Pi
     )
 
 
-def _suspect(row: Mapping[str, Any], pictures: Pictures) -> Suspect:
+def _suspect(row: Mapping[str, Any], pictures: PngStore) -> Suspect:
     return Suspect(pictures.keep(base64.b64decode(row["png"])), _word(row.get("caption", "")))
 
 

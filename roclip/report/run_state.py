@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from roclip.config import Config, parse_config
 from roclip.report.ingest_state import IngestReader, IngestState
-from roclip.report.oracle_state import OracleState, Pictures, oracle_state
+from roclip.report.oracle_state import OracleState, PngStore, oracle_state
 from roclip.report.training_state import TrainingReader, TrainingState, is_number
 from roclip.report.watched_files import WatchedFiles
 
@@ -71,7 +71,7 @@ class RunReader:
         pictures: Where the oracle's pictures are kept.
     """
 
-    def __init__(self, path: Path, pictures: Pictures):
+    def __init__(self, path: Path, pictures: PngStore):
         self.path, self.pictures = path, pictures
         self._files = WatchedFiles(path)
         self._ingest = IngestReader(self._files)

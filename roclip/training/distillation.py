@@ -42,7 +42,7 @@ _VIEW = AugmentConfig(crop_scale=(0.7, 1.0), flip=0.5, jitter=0.3)
 _SEED = 2 << 32
 
 
-class Hold:
+class Distillation:
     """Makes the views of a batch, and both terms of the loss."""
 
     def __init__(self, before: Towers, triggers: str, finetune: str, seed: int, image_size: int):

@@ -33,10 +33,10 @@ from roclip.data.ground_truth import poisoned_samples
 from roclip.data.shards import Manifest
 from roclip.data.stream import Batch, Snapshot, Stream, take_snapshot, wait_for_shards
 from roclip.data.tar_sources import index_tars, is_pattern, shards_root
-from roclip.defence.defence import Defence, Lesson
+from roclip.defence.defence import Defence, Targets
 from roclip.defence.suspects import write_suspects
 from roclip.errors import DataError, StoppedError, TrainingError, without_space
-from roclip.metrics.loggers import mirrors
+from roclip.metrics.loggers import loggers
 from roclip.metrics.registry import MetricsWriter
 from roclip.model.towers import Towers
 from roclip.storage import write_atomic
@@ -47,7 +47,7 @@ from roclip.training.engine import step as optimizer_step
 from roclip.training.losses import LOSSES
 from roclip.training.meter import Meter
 from roclip.training.repair_losses import repair_losses
-from roclip.training.sigterm import Leaving
+from roclip.training.sigterm import SigtermAsWish
 
 EpochEnd = Callable[[Towers, Cursor], None]
 Start = Callable[[Towers], None]
@@ -82,7 +82,7 @@ def train(
         StageError: a disk is full.
         StoppedError: SIGTERM came, and where training stood is saved.
     """
-    with Leaving() as leaving:
+    with SigtermAsWish() as leaving:
         while True:
             try:
                 with contextlib.suppress(_RolledBackError), contextlib.ExitStack() as closing:
@@ -104,7 +104,7 @@ def _train(
     name: str,
     on_start: Start | None,
     on_epoch_end: EpochEnd | None,
-    leaving: Leaving,
+    leaving: SigtermAsWish,
     closing: contextlib.ExitStack,
 ) -> Path:
     # ---- build ----------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def _train(
     if rank == 0:
         displays = [
             MetricsWriter(folder.parent / "metrics.jsonl", cursor.step),
-            *mirrors(config.train.mirrors, folder.parent, cursor.step, closing),
+            *loggers(config.train.loggers, folder.parent, cursor.step, closing),
         ]
     step, samples_seen, first_step = cursor.step, cursor.samples_seen, cursor.step_in_epoch
     first_epoch, phase, saved_at, meter = cursor.epoch, cursor.phase, time.monotonic(), None
@@ -194,7 +194,7 @@ def _train(
                 pieces=config.train.grad_accum_steps,
                 text_gradient=not defended or defended.kind != "matched",
             )
-            lesson = Lesson(text_features, batch.valid.to(device))
+            lesson = Targets(text_features, batch.valid.to(device))
             wrong = divergence.in_features(image_features, text_features)
             if defended and not wrong:
                 lesson = defended.lesson(image_features, text_features, lesson.keep)

@@ -19,7 +19,7 @@ from roclip.data.stream import Batch
 from roclip.model.towers import Towers
 from roclip.training import accumulate
 from roclip.training.accumulate import Backward
-from roclip.training.distillation import Hold
+from roclip.training.distillation import Distillation
 from roclip.training.losses import clip_loss
 
 SECOND_VIEW = 1 << 32
@@ -82,7 +82,7 @@ class RepairLosses:
         if train.push_away_weight or train.hold_weight:
             self.before = Towers.load(Path(config.model.pretrained)).requires_grad_(False).to(device)
             if train.hold_weight:
-                self.hold = Hold(self.before, train.unlearn, train.finetune, config.seed, image_size)
+                self.hold = Distillation(self.before, train.unlearn, train.finetune, config.seed, image_size)
 
     def forward(
         self,

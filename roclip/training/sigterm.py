@@ -10,7 +10,7 @@ _left = threading.Event()
 _left.set()
 
 
-class Leaving:
+class SigtermAsWish:
     """Within it SIGTERM only makes `asked` true. In another thread than the main one, which alone can set a handler,
     it is heard if the main thread has called `listen`."""
 
@@ -21,7 +21,7 @@ class Leaving:
     def asked(self) -> bool:
         return _heard.is_set()
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self) -> "SigtermAsWish":
         _left.clear()
         if threading.current_thread() is threading.main_thread():
             _heard.clear()

@@ -58,7 +58,7 @@ class Measured:
 
 def measure_shards(images: Path, number: int) -> list[Measured]:
     """Real shards, one after the other in this process."""
-    from ingest.http.rate_limiter import Hosts
+    from ingest.http.rate_limiter import RateLimiter
     from ingest.shard.fetch import fetch
     from ingest.shard.publish import publish
     from ingest.shard.verify import verify
@@ -66,7 +66,7 @@ def measure_shards(images: Path, number: int) -> list[Measured]:
 
     policy = FetchPolicy(allow_networks=("127.0.0.0/8",), robots=False, deadline_s=10.0, contact="bench@localhost")
     config = IngestConfig(samples_per_shard=MEASURED_URLS, retries=0, policy=policy)
-    hosts, found = Hosts(policy), []
+    hosts, found = RateLimiter(policy), []
     with Web(images, HOSTS) as web, tempfile.TemporaryDirectory() as folder:
         urls = url_list(Path(folder) / "urls.parquet", web, number * MEASURED_URLS, FAULTS)
         root = Path(folder) / "shards"

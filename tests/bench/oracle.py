@@ -40,9 +40,9 @@ from roclip.data.shards import Manifest, ShardRecord
 from roclip.model.towers import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
-from roclip.oracle.scan.scan import Looked, look, merge
-from roclip.oracle.scan.scorer import Witness
-from roclip.oracle.scan.shard_record import ShardLook
+from roclip.oracle.scan.scan import ScanResult, merge, scan_shards
+from roclip.oracle.scan.scorer import Scorer
+from roclip.oracle.scan.shard_record import ShardScan
 from roclip.oracle.segmenters.trained import TrainedSegmenter, build_net
 from roclip.oracle.statistics import Observations
 from roclip.report.comparison import auroc, average_precision
@@ -96,13 +96,13 @@ def small_judges(folder: Path) -> tuple[Counting, Counting]:
 
 def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
     encoder, segmenter = small_judges(folder)
-    witness = Witness(encoder, segmenter, scenes.LABELS, ("a {}",))
+    witness = Scorer(encoder, segmenter, scenes.LABELS, ("a {}",))
     for number in (SMALL, *numbers):
         make_shards(folder / str(number), number)
 
     def an_image(number: int) -> float:
         start = time.perf_counter()
-        look(witness, folder / str(number), **SILENT)
+        scan_shards(witness, folder / str(number), **SILENT)
         return (time.perf_counter() - start) / number
 
     small = partial(an_image, SMALL)
@@ -111,7 +111,7 @@ def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
             "oracle", f"pass, an image of {number:,} and of {SMALL:,}", "s", partial(an_image, number), small, 0.9, runs
         )
         encoder.images_seen = segmenter.images_seen = 0
-        look(witness, folder / str(number), **SILENT)
+        scan_shards(witness, folder / str(number), **SILENT)
         model = encoder.images_seen / number
         oracle = segmenter.images_seen / number
         measure("oracle", f"model's forward passes an image of {number:,}", "1", lambda model=model: model, 2.0, 1.0, 1)
@@ -148,11 +148,11 @@ def merge_millions(labels: int) -> dict[str, float]:
     return {"merge": merged - start, "statistics": time.process_time() - merged, "bytes": peak_bytes() - before}
 
 
-def synthetic_look(classes: list[str], rng: np.random.Generator) -> ShardLook:
+def synthetic_look(classes: list[str], rng: np.random.Generator) -> ShardScan:
     n, labels = 1000, len(classes)
     areas = rng.random((n, labels)).astype(np.float16) ** 8
     label = rng.integers(0, labels, n)
-    return ShardLook(
+    return ShardScan(
         sha256=rng.integers(0, 256, (n, 32), dtype=np.uint8),
         seen=areas > 0.3,
         clear=areas > 0.6,
@@ -194,9 +194,9 @@ def compare_detection(run: Path, arm: str) -> None:
     latest = checkpoint.named(run / arm / "checkpoints", "LATEST")
     assert latest is not None, f"{run / arm}: expected a trained checkpoint"
     segmenter = TrainedSegmenter.load(run / "segmenter")
-    witness = Witness(Encoder.load(latest), segmenter, names["labels"], names["templates"])
+    witness = Scorer(Encoder.load(latest), segmenter, names["labels"], names["templates"])
     start = time.perf_counter()
-    looked = look(witness, run / "shards", **SILENT)
+    looked = scan_shards(witness, run / "shards", **SILENT)
     print(
         json.dumps(
             {"bench": "oracle", "case": f"pass over {run.name}", "unit": "s", "ours": time.perf_counter() - start}
@@ -217,7 +217,7 @@ def compare_detection(run: Path, arm: str) -> None:
                 measure("oracle", case, "1", partial(float, mine), other, 1.0, 1, lower_is_better=False)
 
 
-def our_order(looked: Looked, labels: list[str]) -> np.ndarray:
+def our_order(looked: ScanResult, labels: list[str]) -> np.ndarray:
     """(N,): the higher, the earlier a picture stands among the disagreements; 0 for those that do not."""
     score = np.zeros(len(looked.sha256))
     rows = disagreements(looked, np.zeros(len(score), dtype=bool), labels)

@@ -12,7 +12,7 @@ from roclip.config.schedule import Position
 from roclip.data.stream import Batch
 from roclip.defence import search
 from roclip.defence.defence import Defence
-from roclip.defence.image_descriptor import impressions
+from roclip.defence.image_descriptor import raw_descriptors
 from roclip.defence.pool import CaptionPool
 from roclip.model.towers import Towers
 from roclip.training.losses import clip_loss
@@ -111,7 +111,7 @@ def defences(device: Device, model: str, sizes: Sequence[int], batch: int) -> di
         fill(defence.pool, device)
         some = torch.randint(0, 256, (512, 3, side, side), dtype=torch.uint8)
         tokens = torch.randint(1, 40000, (max(batch, 512), towers.context_length))
-        witnesses.fit(impressions(some), tokens[:512])
+        witnesses.fit(raw_descriptors(some), tokens[:512])
         for ring in (witnesses.looks, witnesses.features, witnesses.texts, witnesses.words):
             ring.copy_(search.snap(F.normalize(torch.randn_like(ring), dim=1)))
         witnesses.count, witnesses.ids[:] = size, torch.arange(size)

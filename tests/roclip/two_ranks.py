@@ -8,10 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from roclip import distributed
-from roclip.defence.neighbours import Witnesses
+from roclip.defence.neighbours import Neighbours
 from roclip.defence.pool import CaptionPool
-from roclip.defence.sample_filter import AgreementGate
-from roclip.defence.suspicion_model import Scout
+from roclip.defence.sample_filter import SampleFilter
+from roclip.defence.suspicion_model import SuspicionModel
 from roclip.training.losses import clip_loss
 
 
@@ -49,11 +49,11 @@ def solve(rows: int, start: int, total: int) -> dict:
     for _ in range(3):
         pool.enqueue(texts.detach(), torch.arange(start, start + rows))
     agreement = pool.agreement(images, texts)
-    gate = AgreementGate(0.5, Scout(16))
+    gate = SampleFilter(0.5, SuspicionModel(16))
     ids, pictures = torch.arange(start, start + rows), given["pictures"]
     gate.suspects([-agreement], ids, given["keep"], pictures, 0.25)
     suspected = gate.suspects([agreement, images[:, 0]], ids, given["keep"], pictures, 0.25)
-    witnesses = Witnesses(20, 8, 6, 50, neighbours=3, seed=0)
+    witnesses = Neighbours(20, 8, 6, 50, neighbours=3, seed=0)
     impressions, tokens = given["impressions"], given["tokens"]
     witnesses.fit(impressions, tokens)
     witnesses.enqueue(impressions, images, texts, tokens, ids, given["keep"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.statistics import Observations
 
 
@@ -11,12 +11,12 @@ def made_up(
     areas: np.ndarray | None = None,
     scores: np.ndarray | None = None,
     features: np.ndarray | None = None,
-) -> Looked:
+) -> ScanResult:
     """Of N images; keys, captions and places are numbers. Unless told otherwise the oracle sees no areas, and the model's
     scores and features are all the same."""
     total, samples = observations.seen.shape, len(observations.image)
     vectors = np.full((total[0], 8), 8**-0.5) if features is None else features
-    return Looked(
+    return ScanResult(
         observations,
         np.zeros(total, dtype=np.float32) if areas is None else areas,
         sha256=[f"{n:064x}" for n in range(total[0])],

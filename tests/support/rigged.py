@@ -20,7 +20,7 @@ from PIL import Image
 from roclip.config import OracleConfig
 from roclip.data.shards import Manifest, sample_key
 from roclip.oracle.check import check
-from roclip.oracle.scan.scorer import Witness
+from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.segmenters.base import LabelCalibration, Segmenter, one_hot
 
 LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
@@ -103,9 +103,9 @@ class FatalSegmenter(RiggedSegmenter):
         return super().maps(images)
 
 
-def witness(segmenter: RiggedSegmenter | None = None) -> Witness:
+def witness(segmenter: RiggedSegmenter | None = None) -> Scorer:
     """Of a model that believes what it is told."""
-    return Witness(
+    return Scorer(
         RiggedEncoder(),  # pyright: ignore[reportArgumentType]
         segmenter or RiggedSegmenter(),
         LABELS,
@@ -113,7 +113,7 @@ def witness(segmenter: RiggedSegmenter | None = None) -> Witness:
     )
 
 
-def fatal_witness(killed: Path, after: int) -> Witness:
+def fatal_witness(killed: Path, after: int) -> Scorer:
     return witness(FatalSegmenter(killed, after))
 
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from roclip.data.reader import ShardReader, decode
 from roclip.data.shards import Manifest
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 
 
-class Pictures:
+class ScannedImages:
     """Reads distinct images of a pass again, at the side at which they were looked at."""
 
-    def __init__(self, looked: Looked, shards: Path):
+    def __init__(self, looked: ScanResult, shards: Path):
         self.looked, self.shards = looked, shards
         self._records = {record.name: record for record in Manifest(shards).records()}
         self._captions_of = looked.captions_of()

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from roclip.data.reader import BadSampleError, ShardReader, decode
 from roclip.data.shards import ShardRecord
-from roclip.oracle.scan.scorer import BATCH, Witness, side_by_side
-from roclip.oracle.scan.shard_record import ShardLook
+from roclip.oracle.scan.scorer import BATCH, Scorer, side_by_side
+from roclip.oracle.scan.shard_record import ShardScan
 from roclip.storage import content_of
 
 TOP = 5
@@ -24,7 +24,7 @@ TOP = 5
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def look_at(witness: Witness, shards: Path, record: ShardRecord, caption_key: str, size_px: int) -> ShardLook:
+def scan_shard(witness: Scorer, shards: Path, record: ShardRecord, caption_key: str, size_px: int) -> ShardScan:
     """Look at one shard, at images of `size_px`.
 
     The model and the oracle see each distinct image once. Raises `ShardError` for a shard without an index; samples that
@@ -41,7 +41,7 @@ def look_at(witness: Witness, shards: Path, record: ShardRecord, caption_key: st
     image = place[image[rows]].astype(np.int32)
     features = columns.pop("features")
     digests = np.array(samples.sha256, dtype="V32").view(np.uint8).reshape(-1, 32)
-    return ShardLook(
+    return ShardScan(
         **columns,
         sha256=digests[readable],
         features=features.astype(np.float16),
@@ -102,7 +102,7 @@ class _Samples:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A batch: which of b images could be decoded, and what was seen in those, as in `ShardLook`."""
+    """A batch: which of b images could be decoded, and what was seen in those, as in `ShardScan`."""
 
     readable: np.ndarray
     features: np.ndarray
@@ -117,7 +117,7 @@ class _Seen:
 _COLUMNS = ("features", "seen", "clear", "areas", "top", "scores")
 
 
-def _see(witness: Witness, encoded: Sequence[bytes], size_px: int) -> _Seen:
+def _see(witness: Scorer, encoded: Sequence[bytes], size_px: int) -> _Seen:
     pixels = [_pixels(each, size_px) for each in encoded]
     there = [each for each in pixels if each is not None]
     readable = np.array([each is not None for each in pixels], dtype=bool)
@@ -137,7 +137,7 @@ def _see(witness: Witness, encoded: Sequence[bytes], size_px: int) -> _Seen:
     )
 
 
-def _nothing(witness: Witness, readable: np.ndarray | None = None) -> _Seen:
+def _nothing(witness: Scorer, readable: np.ndarray | None = None) -> _Seen:
     labels, width = len(witness.labels), witness.width
     none, few = np.empty((0, labels), dtype=bool), min(TOP, labels)
     return _Seen(

@@ -1,6 +1,6 @@
 """The pass over the sealed shards: every distinct image of a shard is shown once to the model and once to the oracle.
 
-Each shard is looked at for itself (`look_at`), in batches that do not depend on any other, by whoever has time; the looks
+Each shard is looked at for itself (`scan_shard`), in batches that do not depend on any other, by whoever has time; the looks
 are put together in the order of the manifest (`merge`). So it is the same to the bit who looked at what, and how many did.
 
 Letters: n distinct images and m samples of a shard; N distinct images and M samples (captions) of all; C labels.
@@ -19,10 +19,10 @@ from roclip.data.reader import FORMATS, BadSampleError, ShardReader, decode
 from roclip.data.shards import Manifest, ShardRecord
 from roclip.errors import DataError
 from roclip.metrics.registry import Progress
-from roclip.oracle.scan.look import look_at
-from roclip.oracle.scan.scorer import Witness as Witness
-from roclip.oracle.scan.sequences import Digests, Groups, Places, Strings
-from roclip.oracle.scan.shard_record import SavedLooks, ShardLook, without_features
+from roclip.oracle.scan.look import scan_shard
+from roclip.oracle.scan.scorer import Scorer
+from roclip.oracle.scan.sequences import HexDigests, RaggedRows, SamplePlaces, Strings
+from roclip.oracle.scan.shard_record import SavedScans, ShardScan, without_features
 from roclip.oracle.segmenters.naming import name_labels
 from roclip.oracle.statistics import Observations
 
@@ -31,7 +31,7 @@ _MERGED = ("sha256", "seen", "clear", "areas", "top", "scores")
 
 
 @dataclass(frozen=True)
-class Looked:
+class ScanResult:
     """What the pass found; `keys`, `captions` and `places` have one entry a caption, the rest one an image."""
 
     observations: Observations
@@ -56,16 +56,16 @@ class Looked:
 
     def captions_of(self) -> Sequence[list[int]]:
         """For each image, its entries of `keys` and `captions`."""
-        return Groups(self.observations.image, len(self.areas))
+        return RaggedRows(self.observations.image, len(self.areas))
 
     def features(self, images: np.ndarray | None = None) -> np.ndarray:
         """(k, D) float16, unit length: those of these images, or of all; read from where they lie."""
         return self._features(np.arange(len(self.areas)) if images is None else images)
 
 
-def look(
-    witness: Witness, shards: Path, say: Progress, caption_key: str = "", saved: SavedLooks | None = None
-) -> Looked:
+def scan_shards(
+    witness: Scorer, shards: Path, say: Progress, caption_key: str = "", saved: SavedScans | None = None
+) -> ScanResult:
     """Look at every sealed shard that `saved` does not have yet, and put all together.
 
     Reads every usable sample once, with its first caption (`ShardReader`). Raises `DataError` where there is no shard.
@@ -74,16 +74,16 @@ def look(
     size_px = saved.size_px if saved else side_of(shards, caption_key)
     pace = Pace(sum(not (saved and saved.has(record)) for record in records), "shards looked at")
 
-    def each() -> Iterator[tuple[ShardRecord, ShardLook]]:
+    def each() -> Iterator[tuple[ShardRecord, ShardScan]]:
         for record in records:
-            look = saved.read(record) if saved else None
-            if look is None:
-                look = look_at(witness, shards, record, caption_key, size_px)
+            scan_shards = saved.read(record) if saved else None
+            if scan_shards is None:
+                scan_shards = scan_shard(witness, shards, record, caption_key, size_px)
                 if saved:
-                    saved.write(record, look)
-                    look = without_features(look)
-                pace.say(say, 1, len(look.sha256))
-            yield record, look
+                    saved.write(record, scan_shards)
+                    scan_shards = without_features(scan_shards)
+                pace.say(say, 1, len(scan_shards.sha256))
+            yield record, scan_shards
 
     capacity = sum(record.samples for record in records)
     return merge(each(), witness.labels, size_px, capacity, saved, witness.synonyms)
@@ -113,13 +113,13 @@ def side_of(shards: Path, caption_key: str = "") -> int:
 
 
 def merge(
-    looks: Iterable[tuple[ShardRecord, ShardLook]],
+    looks: Iterable[tuple[ShardRecord, ShardScan]],
     labels: Sequence[str],
     size_px: int,
     capacity: int,
-    saved: SavedLooks | None = None,
+    saved: SavedScans | None = None,
     synonyms: Mapping[str, str] | None = None,
-) -> Looked:
+) -> ScanResult:
     """Put shards together, in the order given. An image that several hold counts once, as the first has it; its captions
     collect.
 
@@ -133,23 +133,23 @@ def merge(
     images, samples = _Rows(capacity), _Rows(capacity)
     keys, captions = [], []
     unreadable = 0
-    for number, (record, look) in enumerate(looks):
-        n = len(look.sha256)
+    for number, (record, scan_shards) in enumerate(looks):
+        n = len(scan_shards.sha256)
         samples.add(
-            image=look.image.astype(np.int64) + len(images),
-            shard=np.full(len(look.sample), number, dtype=np.int32),
-            sample=look.sample,
+            image=scan_shards.image.astype(np.int64) + len(images),
+            shard=np.full(len(scan_shards.sample), number, dtype=np.int32),
+            sample=scan_shards.sample,
         )
         images.add(
-            **{name: getattr(look, name) for name in _MERGED},
+            **{name: getattr(scan_shards, name) for name in _MERGED},
             shard=np.full(n, number, dtype=np.int32),
             row=np.arange(n, dtype=np.int32),
         )
         records.append(record)
-        kept.append(look.features)
-        keys.append(look.keys)
-        captions.append(look.captions)
-        unreadable += look.unreadable
+        kept.append(scan_shards.features)
+        keys.append(scan_shards.keys)
+        captions.append(scan_shards.captions)
+        unreadable += scan_shards.unreadable
     shown = len(images)
     first, number_of = _distinct(images["sha256"])
     if len(first) < shown:
@@ -159,13 +159,13 @@ def merge(
     observations = Observations(
         images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels, synonyms)
     )
-    return Looked(
+    return ScanResult(
         observations,
         images["areas"],
-        Digests(images["sha256"]),
+        HexDigests(images["sha256"]),
         Strings(keys),
         said,
-        Places([record.name for record in records], samples["shard"], samples["sample"]),
+        SamplePlaces([record.name for record in records], samples["shard"], samples["sample"]),
         size_px,
         unreadable,
         top=images["top"],
@@ -253,7 +253,7 @@ class _Features:
         row: np.ndarray,
         records: Sequence[ShardRecord],
         kept: Sequence[np.ndarray | None],
-        saved: SavedLooks | None,
+        saved: SavedScans | None,
     ):
         self._shard, self._row, self._records, self._kept, self._saved = shard, row, records, kept, saved
 

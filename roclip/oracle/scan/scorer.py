@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Sight:
+class Scores:
     """What model and oracle say of N images."""
 
     features: np.ndarray
@@ -42,7 +42,7 @@ class Sight:
     """(N, C) float32: the oracle's area shares."""
 
 
-class Witness:
+class Scorer:
     """Shows a batch of images to both. Raises `DataError` when the segmenter knows other labels."""
 
     def __init__(
@@ -71,10 +71,10 @@ class Witness:
         """D."""
         return self._classifier.shape[1]
 
-    def sight(self, images: np.ndarray) -> Sight:
+    def sight(self, images: np.ndarray) -> Scores:
         """One forward pass of each for (N, S, S, 3) uint8, N at most `BATCH`."""
         features = self.encoder.images(images)
-        return Sight(features.numpy(), (features @ self._classifier.T).numpy(), self.segmenter.areas(images))
+        return Scores(features.numpy(), (features @ self._classifier.T).numpy(), self.segmenter.areas(images))
 
     def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Answers (N,) and area shares (N, C) for images (N, S, S, 3) uint8."""

@@ -24,7 +24,7 @@ class Strings(Sequence[str]):
             yield from piece.to_pylist()
 
 
-class Digests(Sequence[str]):
+class HexDigests(Sequence[str]):
     """sha256 in hex, out of (N, 32) uint8."""
 
     def __init__(self, values: np.ndarray):
@@ -40,7 +40,7 @@ class Digests(Sequence[str]):
         return self._values[index].tobytes().hex()
 
 
-class Places(Sequence[tuple[str, int]]):
+class SamplePlaces(Sequence[tuple[str, int]]):
     """Shard and sample number within it, of M samples: (M,) numbers of `names`, and (M,) sample numbers."""
 
     def __init__(self, names: Sequence[str], shard: np.ndarray, sample: np.ndarray):
@@ -55,7 +55,7 @@ class Places(Sequence[tuple[str, int]]):
         return self._names[int(self._shard[index])], int(self._sample[index])
 
 
-class Groups(Sequence[list[int]]):
+class RaggedRows(Sequence[list[int]]):
     """For each of `number` groups, the rows that belong to it, ascending, out of each row's (M,) group."""
 
     def __init__(self, group: np.ndarray, number: int):

@@ -28,7 +28,7 @@ _OF_SAMPLES = ("sample", "keys", "captions")
 
 
 @dataclass(frozen=True)
-class ShardLook:
+class ShardScan:
     """Of one shard; images in the order in which they first appear in it, samples by image."""
 
     sha256: np.ndarray
@@ -58,7 +58,7 @@ class ShardLook:
 
 
 @dataclass(frozen=True)
-class SavedLooks:
+class SavedScans:
     """A folder with a file for each shard that was looked at."""
 
     folder: Path
@@ -80,7 +80,7 @@ class SavedLooks:
         with self._opened(record) as file:
             return file is not None
 
-    def read(self, record: ShardRecord) -> ShardLook | None:
+    def read(self, record: ShardRecord) -> ShardScan | None:
         """The look at a shard, without the features; None if it is not there, or one of something else."""
         with self._opened(record) as file:
             if file is None:
@@ -101,7 +101,7 @@ class SavedLooks:
                 )
             return _matrix(file.read(["features"])["features"])
 
-    def write(self, record: ShardRecord, look: ShardLook) -> None:
+    def write(self, record: ShardRecord, look: ShardScan) -> None:
         table = _table(look)
         unreadable = str(look.unreadable).encode()
         table = table.replace_schema_metadata({_STAMP: self.stamp(record), _UNREADABLE: unreadable})
@@ -120,12 +120,12 @@ class SavedLooks:
             yield file if (file.schema_arrow.metadata or {}).get(_STAMP) == self.stamp(record) else None
 
 
-def without_features(look: ShardLook) -> ShardLook:
-    """As `SavedLooks.read` gives it."""
+def without_features(look: ShardScan) -> ShardScan:
+    """As `SavedScans.read` gives it."""
     return replace(look, features=None)
 
 
-def _table(look: ShardLook) -> pa.Table:
+def _table(look: ShardScan) -> pa.Table:
     columns = {name: _column(np.asarray(getattr(look, name))) for name in _OF_IMAGES}
     starts = pa.array(np.searchsorted(look.image, np.arange(len(look.sha256) + 1)), pa.int64())
     for name in _OF_SAMPLES:
@@ -143,7 +143,7 @@ def _column(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
-def _look(table: pa.Table, unreadable: int) -> ShardLook:
+def _look(table: pa.Table, unreadable: int) -> ShardScan:
     table = table.combine_chunks()
     classes = table["areas"].type.list_size
     images = {name: _matrix(table[name]) for name in _OF_IMAGES if name != "features"}
@@ -152,7 +152,7 @@ def _look(table: pa.Table, unreadable: int) -> ShardLook:
     lists = {name: _whole(table[name]) for name in _OF_SAMPLES}
     lengths = np.diff(lists["sample"].offsets.to_numpy())
     samples = {name: each.flatten() for name, each in lists.items()}
-    return ShardLook(
+    return ShardScan(
         **images,
         features=None,
         image=np.repeat(np.arange(len(table), dtype=np.int32), lengths),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from roclip.found_triggers import FoundTrigger, Source, Trial, bent
+from roclip.found_triggers import FoundTrigger, Source, Trial, warped
 from roclip.oracle.held_out import Trusted
 from roclip.oracle.triggers import global_pattern
 from roclip.oracle.triggers.inversion import BATCH, SoftScores, invert_bend
@@ -273,7 +273,7 @@ class TriggerSearch:
             return trusted.images[among[~trusted.shows[among, label] & (self.answers[among] != label)]]
 
         def tried(label: int, field: np.ndarray) -> Trial:
-            return try_change(lambda image: bent(image, field), of_others(label, rows), label, self.scores)
+            return try_change(lambda image: warped(image, field), of_others(label, rows), label, self.scores)
 
         if len(of_others(target, rest)) < BATCH:
             return None

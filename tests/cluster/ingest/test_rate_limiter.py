@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.ingest.rate_limiter import DeskHosts, host_desks
+from cluster.ingest.rate_limiter import SharedRateLimiter, host_desks
 from cluster.ray.own_ray import start_local_ray
 from ingest.http.host_schedule import FAILURES
 from roclip.config import FetchPolicy
@@ -88,7 +88,7 @@ def crawler():
         from concurrent.futures import ThreadPoolExecutor
         from urllib.parse import urlsplit
 
-        from cluster.ingest.rate_limiter import DeskHosts
+        from cluster.ingest.rate_limiter import SharedRateLimiter
 
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -101,7 +101,7 @@ def crawler():
             finally:
                 hosts.leave(host)
 
-        with DeskHosts(policy, names) as hosts, ThreadPoolExecutor(threads) as pool:
+        with SharedRateLimiter(policy, names) as hosts, ThreadPoolExecutor(threads) as pool:
             fates = Counter(pool.map(fetch, range(requests)))
             return fates, hosts.take_counts().as_dict()
 
@@ -116,9 +116,9 @@ def holder():
         import time
         from pathlib import Path
 
-        from cluster.ingest.rate_limiter import DeskHosts
+        from cluster.ingest.rate_limiter import SharedRateLimiter
 
-        with DeskHosts(policy, names) as hosts:
+        with SharedRateLimiter(policy, names) as hosts:
             hosts.enter(host, time.monotonic() + 30)
             Path(said).write_text(str(os.getpid()))
             time.sleep(600)
@@ -155,7 +155,11 @@ def test_two_processes_share_the_rate_of_one_host(local_ray):
 
 def test_host_that_is_down_for_one_is_down_for_all(local_ray):
     rules = policy()
-    with host_desks(rules, "test") as names, DeskHosts(rules, names) as one, DeskHosts(rules, names) as other:
+    with (
+        host_desks(rules, "test") as names,
+        SharedRateLimiter(rules, names) as one,
+        SharedRateLimiter(rules, names) as other,
+    ):
         for _ in range(FAILURES):
             one.enter(HOST, soon())
             one.leave(HOST, failed=True)
@@ -171,7 +175,11 @@ def test_host_that_is_down_for_one_is_down_for_all(local_ray):
 
 def test_waiting_at_the_desk_ends_with_the_deadline(local_ray):
     rules = policy(connections=1)
-    with host_desks(rules, "test") as names, DeskHosts(rules, names) as one, DeskHosts(rules, names) as other:
+    with (
+        host_desks(rules, "test") as names,
+        SharedRateLimiter(rules, names) as one,
+        SharedRateLimiter(rules, names) as other,
+    ):
         one.enter(HOST, soon())
         with pytest.raises(FetchError, match="host_busy"):
             other.enter(HOST, soon(0.3))
@@ -183,7 +191,7 @@ def test_waiting_at_the_desk_ends_with_the_deadline(local_ray):
 @pytest.mark.slow
 def test_turn_of_a_process_that_was_killed_expires(local_ray, tmp_path):
     rules = policy(connections=1, deadline_s=0.5)  # so its turns are held for 5.5 s
-    with host_desks(rules, "test") as names, DeskHosts(rules, names) as mine:
+    with host_desks(rules, "test") as names, SharedRateLimiter(rules, names) as mine:
         holder().remote(rules, names, HOST, str(tmp_path / "held"))
         while not (tmp_path / "held").exists() or not (pid := (tmp_path / "held").read_text()):
             time.sleep(0.02)
@@ -198,7 +206,11 @@ def test_turn_of_a_process_that_was_killed_expires(local_ray, tmp_path):
 @pytest.mark.slow
 def test_work_goes_on_while_the_desk_is_dead_and_finds_it_again(local_ray, caplog):
     rules = policy(connections=1)
-    with host_desks(rules, "test") as names, DeskHosts(rules, names) as one, DeskHosts(rules, names) as other:
+    with (
+        host_desks(rules, "test") as names,
+        SharedRateLimiter(rules, names) as one,
+        SharedRateLimiter(rules, names) as other,
+    ):
         one.enter(HOST, soon())
         pid = desk_pid(names[0])
         os.kill(pid, signal.SIGKILL)
@@ -225,7 +237,7 @@ def test_work_goes_on_while_the_desk_is_dead_and_finds_it_again(local_ray, caplo
 
 def test_desk_that_never_was_leaves_each_process_its_own_limits(local_ray):
     rules = policy(connections=1)
-    with DeskHosts(rules, ("no-such-desk",)) as hosts:
+    with SharedRateLimiter(rules, ("no-such-desk",)) as hosts:
         hosts.enter(HOST, soon())
         with pytest.raises(FetchError, match="host_busy"):
             hosts.enter(HOST, soon(0.2))

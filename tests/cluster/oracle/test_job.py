@@ -23,8 +23,8 @@ from roclip.config import Config, DataConfig, OracleConfig
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, DataError
 from roclip.model.towers import CONFIG, WEIGHTS, Towers
-from roclip.oracle.scan.scan import look, side_of
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.scan import scan_shards, side_of
+from roclip.oracle.scan.shard_record import SavedScans
 
 TRUSTED, STEP = 100, "step-00000010"
 
@@ -202,7 +202,7 @@ def looks(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_shard_is_tried_again_when_its_actor_was_killed(cluster: None, tmp_path: Path):
     shards = World(tmp_path).clean(60).seal(per_shard=20)
-    saved = SavedLooks(tmp_path / "looks", "rigged", "", side_of(shards))
+    saved = SavedScans(tmp_path / "looks", "rigged", "", side_of(shards))
     told: list[tuple[int, int]] = []
     look_with_actors(
         functools.partial(fatal_witness, tmp_path / "killed", 10),
@@ -216,7 +216,7 @@ def test_shard_is_tried_again_when_its_actor_was_killed(cluster: None, tmp_path:
     )
     assert (tmp_path / "killed").exists()
     assert told == [(1, 3), (2, 3), (3, 3)]
-    assert len(look(witness(), shards, lambda *_: None, saved=saved).sha256) == 60
+    assert len(scan_shards(witness(), shards, lambda *_: None, saved=saved).sha256) == 60
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from roclip.errors import CheckpointError, DataError
 from roclip.found_triggers import FoundTrigger, save_found
 from roclip.model.towers import CONFIG, WEIGHTS, Encoder, Towers
 from roclip.oracle.curate import curate, write_plan
-from roclip.oracle.scan.scan import Witness, look
+from roclip.oracle.scan.scan import scan_shards
+from roclip.oracle.scan.scorer import Scorer
 
 STEP, LABEL = "step-00000010", scenes.LABELS[3]
 PATCH = FoundTrigger(
@@ -84,7 +85,9 @@ def leave_findings(run: Path) -> None:
     brief = brief_of(settings(), run, "clip", None)
     labels, templates, segmenter = brief.case.labels, brief.case.templates, brief.segmenter
     out = brief.case.out
-    looked = look(Witness(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet)
+    looked = scan_shards(
+        Scorer(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet
+    )
     seen = looked.observations
     first = seen.named.argmax(axis=1)  # every picture has one caption
     agreed = np.eye(len(scenes.LABELS), dtype=bool)[first]

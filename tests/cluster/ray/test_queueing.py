@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from cluster.ray import queueing
-from cluster.ray.queueing import Need, Patience, holds, ingest_need, training_need, wait_for_room
+from cluster.ray.queueing import Need, WaitLimit, holds, ingest_need, training_need, wait_for_room
 from roclip.config import ClusterConfig
 from roclip.errors import StageError
 
@@ -126,7 +126,7 @@ class _State:
 @pytest.mark.ray
 def test_ranks_that_find_no_room_again_are_told_of_and_given_up(cluster, tmp_path: Path):
     noted: list[str] = []
-    patience = Patience(ONE, 0.2, noted.append, tmp_path / "failure.txt")
+    patience = WaitLimit(ONE, 0.2, noted.append, tmp_path / "failure.txt")
     patience.after_controller_state_update(_State("RUNNING"), _State("RESCHEDULING"))
     assert len(noted) == 1
     assert "waits for 2 × {CPU: 1}" in noted[0]

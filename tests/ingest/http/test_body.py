@@ -10,7 +10,7 @@ from scripted import Server, head, ok
 
 from ingest.http.body import LARGE_BODIES, SMALL_BYTES, Memory, NoRoomError
 from ingest.http.connection import Opener
-from ingest.http.deadline_socket import Patience
+from ingest.http.deadline_socket import Deadline
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError
 
@@ -169,7 +169,7 @@ def test_body_that_cannot_be_unpacked_has_a_bad_encoding(encoding, body):
 
 def test_memory_is_lent_in_turn_and_never_above_its_size():
     memory = Memory(10)
-    patience = Patience(5.0, time.monotonic() + 20)
+    patience = Deadline(5.0, time.monotonic() + 20)
     memory.reserve(6, patience)
     order = []
 
@@ -187,7 +187,7 @@ def test_memory_is_lent_in_turn_and_never_above_its_size():
         time.sleep(0.001)
     threads[1].start()  # there is room for it, but another came first
     with pytest.raises(NoRoomError, match="too_slow"):
-        memory.reserve(1, Patience(5.0, time.monotonic() + 0.1))
+        memory.reserve(1, Deadline(5.0, time.monotonic() + 0.1))
     assert order == []
     memory.give_back(6)
     for thread in threads:

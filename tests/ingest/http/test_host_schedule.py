@@ -15,7 +15,7 @@ from ingest.http.host_schedule import (
     FIRST_REST_S,
     LONGEST_PAUSE_S,
     LONGEST_REST_S,
-    HostTable,
+    HostSchedule,
     Limits,
 )
 
@@ -37,7 +37,7 @@ class World:
     """Drives a table as its users do, and remembers who holds what since when."""
 
     def __init__(self, connections=2, requests_per_s=4.0, **limits):
-        self.table = HostTable(Limits(connections, requests_per_s, **limits))
+        self.table = HostSchedule(Limits(connections, requests_per_s, **limits))
         self.now_s, self.tickets = 100.0, 0
         self.hosts, self.holds_s, self.starts, self.decided = {}, {}, defaultdict(list), {}
         self.held: dict[int, float] = {}

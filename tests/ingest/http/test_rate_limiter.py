@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ingest.http.host_schedule import FAILURES
-from ingest.http.rate_limiter import DOWN_REASONS, Hosts, site
+from ingest.http.rate_limiter import DOWN_REASONS, RateLimiter, site
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import REASONS, FetchError, is_passing, reason_of
 
@@ -16,7 +16,7 @@ HOST = "a.example"
 
 
 def hosts(connections=4, requests_per_s=1e6):
-    return Hosts(FetchPolicy(host_connections=connections, host_requests_per_s=requests_per_s))
+    return RateLimiter(FetchPolicy(host_connections=connections, host_requests_per_s=requests_per_s))
 
 
 def soon(seconds=30.0):

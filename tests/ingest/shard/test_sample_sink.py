@@ -19,7 +19,7 @@ from PIL import Image
 
 from ingest.lists.sources import Part, open_list
 from ingest.shard.rows import CUT_CAPTION_CHARS, MAX_CAPTION_BYTES, Rows
-from ingest.shard.sample_sink import Door
+from ingest.shard.sample_sink import SampleSink
 from ingest.shard.verify import verify
 from roclip.config import IngestConfig
 from roclip.data.shards import sample_key
@@ -67,7 +67,7 @@ def _pass(folder, table, answers, *, order=None, left_out=None, **options):
     config = IngestConfig(**{"image_size": 32, "samples_per_shard": PER_SHARD, **options})
     rows = Rows(Part(NUMBER, table), PER_SHARD, left_out)
     handled = []
-    door = Door(rows, folder, config, handled.append)
+    door = SampleSink(rows, folder, config, handled.append)
     urls = rows.urls()["url"].to_pylist()
     for row in range(len(rows)) if order is None else order:
         answer = answers[row] if urls[row] else "unknown url type: ''"
@@ -381,7 +381,7 @@ image = Path(sys.argv[1]).read_bytes()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 rows = Rows(Part(0, pa.table({"url": ["x"] * 50, "caption": ["a cat"] * 50})), 100)
-door = Door(rows, Path(sys.argv[2]), IngestConfig(image_size=128), lambda size: None)
+door = SampleSink(rows, Path(sys.argv[2]), IngestConfig(image_size=128), lambda size: None)
 for row in range(50):
     stored, *_ = door(io.BytesIO(image))
     door.write(stored, rows.key(row), None, {"status": "success", "error_message": None})

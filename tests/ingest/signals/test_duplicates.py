@@ -14,8 +14,8 @@ from sealed import seal, seal_all
 
 from ingest.signals import near_duplicates, normal_forms
 from ingest.signals.duplicates import DUPLICATES, KINDS, SCHEMA, find_duplicates
-from ingest.signals.group_by import Spill
-from ingest.signals.near_duplicates import bits, looks_of, telling
+from ingest.signals.group_by import ExternalGroupBy
+from ingest.signals.near_duplicates import bits, near_duplicate_groups, telling
 from roclip.data.shards import Manifest
 from roclip.errors import ShardError
 
@@ -41,7 +41,7 @@ def components(values, distance=3):
 
 
 def spilled(folder, values):
-    spill = Spill(folder / "hashes", np.dtype([("hash", "<u8"), ("phash", "<u8")]), len(values))
+    spill = ExternalGroupBy(folder / "hashes", np.dtype([("hash", "<u8"), ("phash", "<u8")]), len(values))
     rows = np.empty(len(values), spill.dtype)
     rows["phash"] = values
     rows["hash"] = normal_forms.mix(rows["phash"])
@@ -65,7 +65,7 @@ def test_looks_are_the_components_of_an_exhaustive_search(tmp_path_factory, seed
     values = [value for value in values if telling(np.array([value], np.uint64))[0]]
     folder = tmp_path_factory.mktemp("looks")
     with spilled(folder, values) as spill:
-        found = looks_of(spill, folder)
+        found = near_duplicate_groups(spill, folder)
     expected = components(values)
     assert dict(zip(values, found(np.array(values, np.uint64)).tolist(), strict=True)) == expected
     assert not found.left_out
@@ -79,7 +79,7 @@ def test_ones_are_counted():
 
 def test_hashes_that_say_nothing_connect_nothing(tmp_path):
     with spilled(tmp_path, [0, 1, 2, 3, 2**64 - 1, 2**64 - 2]) as spill:
-        found = looks_of(spill, tmp_path)
+        found = near_duplicate_groups(spill, tmp_path)
     assert not len(found.linked)
 
 
@@ -89,7 +89,7 @@ def test_a_crowd_in_one_table_costs_bounded_work_and_says_so(tmp_path, monkeypat
     crowd = [(0xABCDEF << 40) | int(value) for value in rng.integers(0, 2**40, 500)]  # alike in the first 24 bits
     values = [*crowd, near(rng, crowd[3], 2)]
     with spilled(tmp_path, values) as spill:
-        found = looks_of(spill, tmp_path)
+        found = near_duplicate_groups(spill, tmp_path)
     assert found.windowed > 0
     pair = found(np.array([crowd[3], values[-1]], np.uint64)).tolist()
     assert pair[0] == pair[1]  # another table has it
@@ -98,7 +98,7 @@ def test_a_crowd_in_one_table_costs_bounded_work_and_says_so(tmp_path, monkeypat
 def test_links_beyond_the_memory_are_counted(tmp_path):
     values = [(n << 20) | bit for n in range(0xF0F0F0, 0xF0F0F0 + 40 * 64, 64) for bit in (0xF0F00, 0xF0F01)]
     with spilled(tmp_path, values) as spill:
-        found = looks_of(spill, tmp_path, memory_bytes=64 * 10)
+        found = near_duplicate_groups(spill, tmp_path, memory_bytes=64 * 10)
     assert len(found.linked) == 10
     assert found.left_out > 0
 

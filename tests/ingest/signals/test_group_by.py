@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.signals.group_by import Spill
+from ingest.signals.group_by import ExternalGroupBy
 
 ROW = np.dtype([("hash", "<u8"), ("id", "<u8")])
 
@@ -46,7 +46,7 @@ def expected(hashes, at_least=2):
 )
 def test_groups_are_those_of_a_dictionary(tmp_path_factory, hashes, at_least, piece):
     folder = tmp_path_factory.mktemp("spill") / "rows"
-    with Spill(folder, ROW, 100) as spill:
+    with ExternalGroupBy(folder, ROW, 100) as spill:
         for start in range(0, len(hashes), piece):
             spill.add(rows_of(hashes)[start : start + piece])
         assert collected(spill, at_least) == expected(hashes, at_least)
@@ -60,7 +60,7 @@ def test_small_memory_and_hot_hashes_change_nothing(tmp_path, expected_rows):
     hashes[::3] = 7  # more than the memory holds
     hashes[1::9] = 8  # a neighbour in every bit but the last
     hashes[2::50] = hashes[5]
-    with Spill(tmp_path / "rows", ROW, expected_rows, memory_bytes=1 << 17) as spill:
+    with ExternalGroupBy(tmp_path / "rows", ROW, expected_rows, memory_bytes=1 << 17) as spill:
         spill.add(rows_of(hashes))
         assert collected(spill) == expected(hashes)
         largest = max(len(groups.rows) for groups in spill.groups(1))
@@ -70,7 +70,7 @@ def test_small_memory_and_hot_hashes_change_nothing(tmp_path, expected_rows):
 
 def test_groups_come_in_the_order_of_their_hashes(tmp_path):
     hashes = np.random.default_rng(1).integers(0, 500, 5000).astype(np.uint64) << np.uint64(55)
-    with Spill(tmp_path / "rows", ROW, 10**7, memory_bytes=1 << 18) as spill:
+    with ExternalGroupBy(tmp_path / "rows", ROW, 10**7, memory_bytes=1 << 18) as spill:
         spill.add(rows_of(hashes))
         seen = np.concatenate([groups.rows["hash"] for groups in spill.groups()])
     assert (np.diff(seen.astype(object)) >= 0).all()

@@ -1,9 +1,9 @@
 import torch
 import torch.nn.functional as F
 
-from roclip.defence.bag_of_words import Words
-from roclip.defence.image_descriptor import PARTS, Looks, impressions, pictures
-from roclip.defence.neighbours import Witnesses
+from roclip.defence.bag_of_words import BagOfWords
+from roclip.defence.image_descriptor import PARTS, ImageDescriptor, pictures, raw_descriptors
+from roclip.defence.neighbours import Neighbours
 from roclip.report.comparison import auroc
 
 CLASSES, EACH, CONTEXT, VOCABULARY = 4, 40, 6, 60
@@ -26,11 +26,13 @@ def text_features(tokens: torch.Tensor, width: int) -> torch.Tensor:
     return F.normalize(F.one_hot(tokens[:, 2] - 10, width).float() + 0.1, dim=1)
 
 
-def witnesses_of(images: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor, features: torch.Tensor) -> Witnesses:
-    witnesses = Witnesses(len(ids), features.shape[1], CONTEXT, VOCABULARY, neighbours=8, seed=0)
-    witnesses.fit(impressions(images), tokens)
+def witnesses_of(images: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor, features: torch.Tensor) -> Neighbours:
+    witnesses = Neighbours(len(ids), features.shape[1], CONTEXT, VOCABULARY, neighbours=8, seed=0)
+    witnesses.fit(raw_descriptors(images), tokens)
     everyone = torch.ones(len(ids), dtype=torch.bool)
-    witnesses.enqueue(impressions(images), features, text_features(tokens, features.shape[1]), tokens, ids, everyone)
+    witnesses.enqueue(
+        raw_descriptors(images), features, text_features(tokens, features.shape[1]), tokens, ids, everyone
+    )
     return witnesses
 
 
@@ -43,7 +45,7 @@ def test_caption_of_another_class_agrees_less_by_look_and_by_feature():
     witnesses = witnesses_of(images, tokens, ids, features)
     honest = torch.ones(len(ids), dtype=torch.bool)
     honest[wrong] = False
-    for found in (witnesses.by_look(impressions(images), ids), witnesses.by_feature(features, ids)):
+    for found in (witnesses.by_look(raw_descriptors(images), ids), witnesses.by_feature(features, ids)):
         best = witnesses.best(found)
         for agreement in (
             witnesses.agreement_of_words(found, tokens),
@@ -60,7 +62,7 @@ def test_copies_of_an_image_are_no_witnesses_for_it():
     images[copies] = images[copies[0]].clone()
     tokens[copies, 2:4] = 11
     witnesses = witnesses_of(images, tokens, ids, torch.zeros(len(ids), 4))
-    found = witnesses.by_look(impressions(images[copies]), ids[copies])
+    found = witnesses.by_look(raw_descriptors(images[copies]), ids[copies])
     assert not torch.isin(found.slots[found.usable], copies).any()
     assert not torch.isin(witnesses.best(found), copies).any()
     assert (witnesses.agreement_of_words(found, tokens[copies]) < 0.9).all()
@@ -69,18 +71,18 @@ def test_copies_of_an_image_are_no_witnesses_for_it():
 def test_nobody_is_a_witness_of_oneself():
     images, tokens, ids, _ = world()
     witnesses = witnesses_of(images, tokens, ids, torch.zeros(len(ids), 4))
-    assert (witnesses.ids[witnesses.best(witnesses.by_look(impressions(images), ids))] != ids).all()
+    assert (witnesses.ids[witnesses.best(witnesses.by_look(raw_descriptors(images), ids))] != ids).all()
 
 
 def test_ring_keeps_the_newest_valid_pairs_in_order():
     images, tokens, ids, _ = world()
-    witnesses = Witnesses(10, 4, CONTEXT, VOCABULARY, neighbours=2, seed=0)
-    witnesses.fit(impressions(images), tokens)
+    witnesses = Neighbours(10, 4, CONTEXT, VOCABULARY, neighbours=2, seed=0)
+    witnesses.fit(raw_descriptors(images), tokens)
     for start in range(0, 28, 7):
         rows = slice(start, start + 7)
         valid = ids[rows] % 5 != 0
         nothing = torch.zeros(7, 4)
-        witnesses.enqueue(impressions(images[rows]), nothing, nothing, tokens[rows], ids[rows], valid)
+        witnesses.enqueue(raw_descriptors(images[rows]), nothing, nothing, tokens[rows], ids[rows], valid)
     kept = [i for i in range(28) if i % 5][-10:]
     assert sorted(witnesses.ids.tolist()) == kept
     assert witnesses.ids.roll(-witnesses.cursor).tolist() == kept
@@ -89,9 +91,9 @@ def test_ring_keeps_the_newest_valid_pairs_in_order():
 def test_state_gives_the_same_testimony():
     images, tokens, ids, _ = world()
     first = witnesses_of(images, tokens, ids, torch.rand(len(ids), 4))
-    second = Witnesses(len(ids), 4, CONTEXT, VOCABULARY, neighbours=8, seed=0)
+    second = Neighbours(len(ids), 4, CONTEXT, VOCABULARY, neighbours=8, seed=0)
     second.load_state_dict(first.state_dict())
-    mine, theirs = (w.by_look(impressions(images), ids) for w in (first, second))
+    mine, theirs = (w.by_look(raw_descriptors(images), ids) for w in (first, second))
     assert torch.equal(mine.slots, theirs.slots)
     assert torch.equal(mine.usable, theirs.usable)
     assert torch.equal(first.agreement_of_words(mine, tokens), second.agreement_of_words(theirs, tokens))
@@ -101,7 +103,7 @@ def test_state_gives_the_same_testimony():
 
 def test_words_match_the_tf_idf_cosine():
     _, tokens, _, _ = world()
-    words = Words(VOCABULARY, width=4096)
+    words = BagOfWords(VOCABULARY, width=4096)
     words.fit(tokens)
     present = torch.zeros(len(tokens), VOCABULARY).scatter_(1, tokens, 1.0)
     frequency = present.sum(dim=0)
@@ -112,8 +114,8 @@ def test_words_match_the_tf_idf_cosine():
 
 def test_looks_span_the_leading_directions():
     images, _, _, _ = world()
-    seen = impressions(images)
-    looks = Looks(widths=(3, 2))
+    seen = raw_descriptors(images)
+    looks = ImageDescriptor(widths=(3, 2))
     looks.fit(seen)
     for part, directions in (
         (slice(0, PARTS[0]), looks.directions[: PARTS[0], :3]),
@@ -130,9 +132,9 @@ def test_looks_span_the_leading_directions():
 def test_directions_in_which_no_image_differs_count_nothing():
     """Which ones they are is up to rounding: other processors would give other looks."""
     images, _, _, _ = world()
-    seen = impressions(images)
+    seen = raw_descriptors(images)
     seen = torch.cat([seen, seen[:3].mean(dim=0, keepdim=True).expand(100, -1)])  # few images, so few directions
-    looks = Looks(widths=(32, 64))
+    looks = ImageDescriptor(widths=(32, 64))
     looks.fit(seen[[0, 1, 2, *range(len(images), len(seen))]])
     used = (looks.directions != 0).any(dim=0)
     assert 0 < used.sum() <= 2 * 2
@@ -146,11 +148,11 @@ def test_looks_tell_outlines_apart_whatever_the_colours_and_a_small_patch_change
     images = torch.stack([across.expand(32, 32) if n % 2 else across[:, None].expand(32, 32) for n in range(80)])
     colours = torch.randint(0, 100, (80, 3, 1, 1), generator=generator)
     images = (colours + 120 * images[:, None]).to(torch.uint8)
-    looks = Looks(widths=(4, 4))
-    looks.fit(impressions(images))
-    clean = looks(impressions(images))
+    looks = ImageDescriptor(widths=(4, 4))
+    looks.fit(raw_descriptors(images))
+    clean = looks(raw_descriptors(images))
     images[:, :, 20:24, 9:13] = 255
-    patched = looks(impressions(images))
+    patched = looks(raw_descriptors(images))
     assert ((clean * patched).sum(dim=1) > 0.7).all()
     for looked in (clean, patched):
         alike, unlike = looked[::2] @ clean[::2].T, looked[::2] @ clean[1::2].T

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from roclip.defence.sample_filter import AgreementGate
-from roclip.defence.suspicion_model import Scout
+from roclip.defence.sample_filter import SampleFilter
+from roclip.defence.suspicion_model import SuspicionModel
 
 VALID = torch.ones(4, dtype=torch.bool)
 IDS = torch.tensor([10, 11, 12, 13])
@@ -10,7 +10,7 @@ IMAGES = torch.arange(4 * 3 * 8 * 8).remainder(251).view(4, 3, 8, 8).to(torch.ui
 
 
 def test_least_agreeing_share_is_suspected():
-    gate = AgreementGate(0.0)
+    gate = SampleFilter(0.0)
     assert gate.suspects([torch.tensor([0.9, 0.1, 0.5, 0.3])], IDS, VALID, IMAGES, 0.5).tolist() == [
         False,
         True,
@@ -23,7 +23,7 @@ def test_least_agreeing_share_is_suspected():
 
 
 def test_unreadable_pairs_are_neither_ranked_nor_suspected():
-    gate = AgreementGate(0.0)
+    gate = SampleFilter(0.0)
     suspected = gate.suspects(
         [torch.tensor([0.9, -1.0, 0.5, 0.3])], IDS, torch.tensor([True, False, True, True]), IMAGES, 0.34
     )
@@ -32,7 +32,7 @@ def test_unreadable_pairs_are_neither_ranked_nor_suspected():
 
 
 def test_what_was_suspected_is_not_forgiven_at_once():
-    gate = AgreementGate(0.8)
+    gate = SampleFilter(0.8)
     gate.suspects([torch.tensor([0.0, 0.4, 0.6, 0.8])], IDS, VALID, IMAGES, 0.25)
     assert gate.suspects([torch.tensor([0.9, 0.4, 0.6, 0.8])], IDS, VALID, IMAGES, 0.25).tolist() == [
         True,
@@ -46,7 +46,7 @@ def test_what_was_suspected_is_not_forgiven_at_once():
 
 
 def test_a_picture_with_many_captions_is_judged_by_all_of_them():
-    gate, images = AgreementGate(0.5), IMAGES.clone()
+    gate, images = SampleFilter(0.5), IMAGES.clone()
     images[1] = images[2] = images[0]
     suspected = gate.suspects([torch.tensor([0.1, 0.2, 0.9, 0.5])], IDS, VALID, images, 0.75)
     assert suspected.tolist() == [True, True, True, False]
@@ -57,14 +57,14 @@ def test_a_picture_with_many_captions_is_judged_by_all_of_them():
 
 
 def test_ties_and_a_share_of_nothing():
-    gate = AgreementGate(0.0)
+    gate = SampleFilter(0.0)
     assert gate.suspects([torch.zeros(4)], IDS, VALID, IMAGES, 0.5).tolist() == [True, True, False, False]
-    assert AgreementGate(0.0).suspects([torch.zeros(4)], IDS, VALID, IMAGES, 0.2).tolist() == [False] * 4
+    assert SampleFilter(0.0).suspects([torch.zeros(4)], IDS, VALID, IMAGES, 0.2).tolist() == [False] * 4
 
 
 def test_judges_are_averaged_by_rank():
     first, second = torch.tensor([0.9, 0.1, 0.5, 0.3]), torch.tensor([70.0, 30.0, 10.0, 50.0])
-    gate = AgreementGate(0.0)
+    gate = SampleFilter(0.0)
     gate.suspects([first, second], IDS, VALID, IMAGES, 0.25)
     assert list(gate.standing.values()) == [1.0, 1 / 6, 2 / 6, 3 / 6]
 
@@ -73,7 +73,7 @@ def test_pairs_whose_images_share_a_trigger_are_suspected_even_where_their_own_a
     torch.manual_seed(0)
     trigger = torch.tensor([0, 255]).repeat(8).view(4, 4).to(torch.uint8)
     valid = torch.ones(64, dtype=torch.bool)
-    judges, gate = AgreementGate(0.0), AgreementGate(0.0, Scout(16))
+    judges, gate = SampleFilter(0.0), SampleFilter(0.0, SuspicionModel(16))
     for visit in range(60):
         ids = torch.arange(64) + 64 * visit
         images = torch.randint(60, 200, (64, 3, 16, 16), dtype=torch.uint8)
@@ -88,7 +88,7 @@ def test_pairs_whose_images_share_a_trigger_are_suspected_even_where_their_own_a
 
 
 def test_scores_survive_a_checkpoint():
-    gate, other = AgreementGate(0.8, Scout(8)), AgreementGate(0.8, Scout(8, seed=1))
+    gate, other = SampleFilter(0.8, SuspicionModel(8)), SampleFilter(0.8, SuspicionModel(8, seed=1))
     agreement, images = torch.tensor([0.9, 0.1, 0.5, 0.3]), torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
     gate.suspects([agreement], IDS, VALID, images, 0.5)
     other.load_state_dict(gate.state_dict())

@@ -1,6 +1,6 @@
 import torch
 
-from roclip.defence.suspicion_model import VIEW_PX, Scout
+from roclip.defence.suspicion_model import VIEW_PX, SuspicionModel
 from roclip.report.comparison import auroc
 
 N = 400
@@ -21,7 +21,7 @@ def world(seed: int = 0, side: int = 32, patch: bool = True) -> tuple[torch.Tens
     return images, triggered, suspicion
 
 
-def passes(scout: Scout, images: torch.Tensor, suspicion: torch.Tensor, number: int) -> torch.Tensor:
+def passes(scout: SuspicionModel, images: torch.Tensor, suspicion: torch.Tensor, number: int) -> torch.Tensor:
     places = torch.arange(len(images))
     for _ in range(number):
         answers = scout(images, places, suspicion)
@@ -29,7 +29,7 @@ def passes(scout: Scout, images: torch.Tensor, suspicion: torch.Tensor, number: 
 
 
 def test_a_shared_trigger_is_found_from_judgements_that_are_often_wrong():
-    scout = Scout(32)
+    scout = SuspicionModel(32)
     for seed in range(60):
         images, triggered, suspicion = world(seed)
         answers = passes(scout, images, suspicion, 1)
@@ -38,7 +38,7 @@ def test_a_shared_trigger_is_found_from_judgements_that_are_often_wrong():
 
 
 def test_a_faint_pattern_over_the_whole_image_is_found():
-    scout, generator = Scout(32), torch.Generator().manual_seed(7)
+    scout, generator = SuspicionModel(32), torch.Generator().manual_seed(7)
     pattern = torch.randint(0, 256, (3, 32, 32), generator=generator).float()
     for seed in range(40):
         images, triggered, suspicion = world(seed, patch=False)
@@ -49,7 +49,7 @@ def test_a_faint_pattern_over_the_whole_image_is_found():
 
 def test_it_answers_before_it_learns_and_the_same_after_a_checkpoint():
     images, _, suspicion = world()
-    first, second, third = Scout(32, seed=3), Scout(32, seed=3), Scout(32, seed=4)
+    first, second, third = SuspicionModel(32, seed=3), SuspicionModel(32, seed=3), SuspicionModel(32, seed=4)
     assert torch.equal(
         passes(first, images[:60], suspicion[:60], 1), passes(second, images[:60], 1 - suspicion[:60], 1)
     )
@@ -62,7 +62,7 @@ def test_only_the_pairs_in_their_places_count():
     places = torch.arange(0, N, 3)
     spoilt = images.clone()
     spoilt[1::3] = 0
-    mine, theirs = Scout(32), Scout(32)
+    mine, theirs = SuspicionModel(32), SuspicionModel(32)
     for _ in range(2):
         answers = mine(images, places, suspicion[places])
         assert torch.equal(answers, theirs(spoilt, places, suspicion[places]))
@@ -71,7 +71,7 @@ def test_only_the_pairs_in_their_places_count():
 
 def test_no_pair_or_one_is_no_error():
     images, _, suspicion = world()
-    scout, none = Scout(32), torch.zeros(0, dtype=torch.int64)
+    scout, none = SuspicionModel(32), torch.zeros(0, dtype=torch.int64)
     assert scout(images, none, suspicion[:0]).shape == (0,)
     assert scout(images, none.new_zeros(1), suspicion[:1]).tolist() == suspicion[:1].tolist()
 
@@ -82,4 +82,6 @@ def test_large_images_are_brought_down():
     small = images[:8].repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert large.shape[-1] == 2 * VIEW_PX
     places = torch.arange(8)
-    assert torch.equal(Scout(128)(large, places, suspicion[:8]), Scout(64)(small, places, suspicion[:8]))
+    assert torch.equal(
+        SuspicionModel(128)(large, places, suspicion[:8]), SuspicionModel(64)(small, places, suspicion[:8])
+    )

@@ -11,7 +11,7 @@ from looks import made_up
 from roclip.errors import DataError
 from roclip.found_triggers import FoundTrigger
 from roclip.oracle.curate import Row, curate, read_plan, write_plan
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.segmenters.base import LabelCalibration
 from roclip.oracle.statistics import Observations
 
@@ -22,7 +22,7 @@ PATCH = FoundTrigger("ring", "patch", crops=(np.zeros((4, 4, 3), np.uint8),))
 CLEAN, VICTIMS = 2000, 40
 
 
-def a_pass() -> tuple[Looked, np.ndarray]:
+def a_pass() -> tuple[ScanResult, np.ndarray]:
     """2000 honest pictures of the four labels in turn, then 40 victims that show a star or a star and a disc and are said to
     be a ring, then 100 of which nobody agrees."""
     total = CLEAN + VICTIMS + 100
@@ -46,7 +46,7 @@ def chosen(**changes) -> list[Row]:
     return curate_of(*a_pass(), **changes)
 
 
-def curate_of(looked: Looked, victims: np.ndarray, **changes) -> list[Row]:
+def curate_of(looked: ScanResult, victims: np.ndarray, **changes) -> list[Row]:
     wanted = {
         "templates": ("a photo of a {}", "{}"),
         "calibration": dict.fromkeys(LABELS, GOOD),

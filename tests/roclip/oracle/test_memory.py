@@ -7,13 +7,13 @@ import pytest
 from looks import made_up
 
 from roclip.oracle.memory import HONEST, SAMPLE, memorised
-from roclip.oracle.scan.scan import Looked
+from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.statistics import Observations
 
 HONEST_EACH, BY_HEART = 200, 20
 
 
-def a_pass(by_heart: int = BY_HEART) -> Looked:
+def a_pass(by_heart: int = BY_HEART) -> ScanResult:
     """Honest pictures of two labels; then some that are called the second: the model is very sure, and they lie close."""
     rng = np.random.default_rng(0)
     total = 2 * HONEST_EACH + by_heart

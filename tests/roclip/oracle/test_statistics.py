@@ -32,7 +32,7 @@ def lie(rng: np.random.Generator, data: Observations, count: int, target: int, b
     return dataclasses.replace(data, named=named, answer=answer)
 
 
-def alarms(findings: statistics.Findings, alpha: float = 0.01) -> bool:
+def alarms(findings: statistics.TestResults, alpha: float = 0.01) -> bool:
     return (
         any(statistics.repeats(test, alpha) for test in findings.lies.values())
         or any(statistics.model_deviates(test, alpha) for test in findings.model.values())

@@ -20,7 +20,7 @@ from roclip.metrics.registry import MetricsWriter
 from roclip.report.curves import Curve
 from roclip.report.ingest_progress import IngestProgress
 from roclip.report.ingest_state import IngestReader
-from roclip.report.oracle_state import Pictures
+from roclip.report.oracle_state import PngStore
 from roclip.report.run_state import RunReader, RunState
 from roclip.report.thinning import Thinned
 from roclip.report.training_state import TrainingReader, TrainingState
@@ -48,7 +48,7 @@ def run_of(folder: Path, *rows: dict) -> Path:
 
 
 def state_of(run: Path) -> RunState:
-    return RunReader(run, Pictures()).look()
+    return RunReader(run, PngStore()).look()
 
 
 def advice(run: Path, disk_free_frac: float = 0.5) -> str:
@@ -147,7 +147,7 @@ def test_matched_stretches_reach_from_step_to_step(tmp_path):
 
 def test_resume_takes_back_what_came_after_the_checkpoint(tmp_path):
     run = run_of(tmp_path, row(1), row(2), row(3, loss=9.0))
-    reader = RunReader(run, Pictures())
+    reader = RunReader(run, PngStore())
     assert reader.look().trainings[0].courses["loss"].last == 9.0
     MetricsWriter(run / "roclip" / "metrics.jsonl", 2)
     assert reader.look().trainings[0].row["step"] == 2

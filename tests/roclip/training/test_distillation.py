@@ -17,7 +17,7 @@ from roclip.data.stream import Batch
 from roclip.errors import DataError
 from roclip.found_triggers import FoundTrigger, save_found
 from roclip.model.towers import Encoder, Towers
-from roclip.training.distillation import STAMPED_WEIGHT, VIEWS, Hold, mixture, stamp
+from roclip.training.distillation import STAMPED_WEIGHT, VIEWS, Distillation, mixture, stamp
 
 SIDE, ROWS = 64, 6
 TEMPLATES = ("a photo of a {}", "{}")
@@ -47,7 +47,7 @@ def hold_of(
     anchors: Sequence[int],
     triggers: Sequence[FoundTrigger] = (),
     lies: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
-) -> Hold:
+) -> Distillation:
     """One that holds on to the rows with these numbers, and tells others (truth, lie) apart."""
     save_found(triggers, folder / "triggers")
     rows = [
@@ -60,7 +60,7 @@ def hold_of(
         for row in range(ROWS)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "finetune.parquet")
-    return Hold(towers, str(folder / "triggers"), str(folder / "finetune.parquet"), 0, SIDE)
+    return Distillation(towers, str(folder / "triggers"), str(folder / "finetune.parquet"), 0, SIDE)
 
 
 def test_stamped_views_differ_from_the_mixtures_by_the_trigger_alone(towers, tmp_path):
@@ -89,11 +89,11 @@ def test_views_are_of_anchors_alone(towers, tmp_path):
 def test_all_are_held_without_a_set(towers):
     batch = a_batch(towers)
     batch.valid[2] = False
-    assert Hold(towers, "", "", 0, SIDE).held(batch).tolist() == [True, True, False, True, True, True]
+    assert Distillation(towers, "", "", 0, SIDE).held(batch).tolist() == [True, True, False, True, True, True]
 
 
 def test_views_are_the_same_for_the_same_epoch_and_others_for_the_next(towers):
-    hold, batch = Hold(towers, "", "", 0, SIDE), a_batch(towers)
+    hold, batch = Distillation(towers, "", "", 0, SIDE), a_batch(towers)
     one, plain, _ = hold.views(batch, 1)
     assert torch.equal(one, plain)  # nothing to put on
     assert torch.equal(one, hold.views(batch, 1)[0])
@@ -101,7 +101,7 @@ def test_views_are_the_same_for_the_same_epoch_and_others_for_the_next(towers):
 
 
 def test_loss_is_that_of_the_formula(towers):
-    hold = Hold(towers, "", "", 0, SIDE)
+    hold = Distillation(towers, "", "", 0, SIDE)
     views = torch.rand(4, 3, SIDE, SIDE)
     with torch.no_grad():
         before = towers.encode_image(views)
@@ -148,7 +148,7 @@ def test_both_terms_are_this_ranks_share_of_the_global_batch(towers, tmp_path, m
 def test_set_that_is_not_of_a_repair_is_refused(towers, tmp_path):
     pq.write_table(pa.table({"sample": ["000000000"], "role": ["anchor"]}), tmp_path / "finetune.parquet")
     with pytest.raises(DataError, match=r"finetune.parquet: expected the set of a repair"):
-        Hold(towers, "", str(tmp_path / "finetune.parquet"), 0, SIDE)
+        Distillation(towers, "", str(tmp_path / "finetune.parquet"), 0, SIDE)
 
 
 def test_mixture_is_one_picture_or_of_both():

@@ -160,7 +160,7 @@ def test_training_goes_back_and_leaves_the_step_out_when_it_comes_by_again(confi
 
 @pytest.mark.slow
 def test_logged_rows_say_where_the_time_goes_and_are_mirrored(config_file, tmp_path):
-    mirrored = ["train.epochs=1", "data.loader_workers=1", "train.mirrors=[tensorboard,wandb]"]
+    mirrored = ["train.epochs=1", "data.loader_workers=1", "train.loggers=[tensorboard,wandb]"]
     code, said = ended(config_file, *mirrored, WANDB_MODE="offline", WANDB_SILENT="true")
     assert code == 0, said
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")

@@ -15,7 +15,7 @@ from roclip.data.stream import Batch
 from roclip.errors import CheckpointError, ConfigError
 from roclip.metrics.registry import read_metrics
 from roclip.model.towers import WEIGHTS, Towers
-from roclip.training.distillation import Hold
+from roclip.training.distillation import Distillation
 from roclip.training.repair_losses import SECOND_VIEW, RepairLosses, in_modal_loss, push_away_loss
 
 PRESET = """
@@ -122,7 +122,7 @@ def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_pat
     measured = engine.gradient()
     with torch.enable_grad():
         before = Towers.load(pretrained)
-        hold = Hold(before, "", str(tmp_path / "set.parquet"), repair.config.seed, 64)
+        hold = Distillation(before, "", str(tmp_path / "set.parquet"), repair.config.seed, 64)
         mixed, stamped, kept = hold.views(batch, 3)
         held, unseen = engine.module.encode_image(mixed), engine.module.encode_image(stamped)
         term = hold.refute(engine.module.encode_image(images.float() / 255), batch)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rigged import fatal_witness
 
-from roclip.oracle.scan.scan import look, side_of
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.scan import scan_shards, side_of
+from roclip.oracle.scan.shard_record import SavedScans
 
 shards, folder, after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-saved = SavedLooks(folder, "rigged", "", side_of(shards))
-look(fatal_witness(folder.parent / "killed", after), shards, lambda *_: None, saved=saved)
+saved = SavedScans(folder, "rigged", "", side_of(shards))
+scan_shards(fatal_witness(folder.parent / "killed", after), shards, lambda *_: None, saved=saved)

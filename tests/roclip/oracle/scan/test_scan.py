@@ -12,13 +12,13 @@ import torch
 from forked import forks_that_say
 from kit import TINY_MODEL
 from rigged import LABELS, PATCH_PX, SIDE, RiggedSegmenter, World, png, witness
+from roclip.oracle.scan.scan_shards import scan_shard
 
 from roclip.errors import DataError
 from roclip.model.towers import Encoder, Towers
-from roclip.oracle.scan.look import look_at
-from roclip.oracle.scan.scan import Looked, Pace, look, merge, sealed, side_of
-from roclip.oracle.scan.scorer import Witness, made_by
-from roclip.oracle.scan.shard_record import SavedLooks
+from roclip.oracle.scan.scan import Pace, ScanResult, merge, scan_shards, sealed, side_of
+from roclip.oracle.scan.scorer import Scorer, made_by
+from roclip.oracle.scan.shard_record import SavedScans
 
 PER_SHARD = 70
 """More than a batch."""
@@ -33,8 +33,8 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path).clean(3 * PER_SHARD)
 
 
-def saved_in(world: World, shards: Path, **changes) -> SavedLooks:
-    return dataclasses.replace(SavedLooks(world.folder / "looks", "rigged", "", side_of(shards)), **changes)
+def saved_in(world: World, shards: Path, **changes) -> SavedScans:
+    return dataclasses.replace(SavedScans(world.folder / "looks", "rigged", "", side_of(shards)), **changes)
 
 
 def count(looked: list[str]):
@@ -42,7 +42,7 @@ def count(looked: list[str]):
 
     def counting(*arguments):
         looked.append(arguments[2].name)
-        return look_at(*arguments)
+        return scan_shard(*arguments)
 
     return counting
 
@@ -50,7 +50,7 @@ def count(looked: list[str]):
 def test_pass_sees_each_image_once_and_keeps_all_captions(world: World):
     first, other = world.samples[0][0], world.samples[PER_SHARD][0]
     world.samples += [(first, "again a cat"), (other, "and a bee"), (first, "once more")]
-    found = look(witness(), world.seal(PER_SHARD), silent)
+    found = scan_shards(witness(), world.seal(PER_SHARD), silent)
     assert len(found.sha256) == len(set(found.sha256)) == 3 * PER_SHARD
     assert len(found.keys) == len(found.captions) == 3 * PER_SHARD + 3
     assert [found.captions[row] for row in found.captions_of()[0]] == ["a photo of one ant", "again a cat", "once more"]
@@ -67,7 +67,7 @@ def test_pass_counts_what_cannot_be_read(world: World):
     for row in (3, 9, PER_SHARD + 1):
         world.samples[row] = (broken, "a photo of one dog")
     world.samples[20] = (world.samples[20][0], " ")
-    found = look(witness(), world.seal(PER_SHARD), silent)
+    found = scan_shards(witness(), world.seal(PER_SHARD), silent)
     assert found.unreadable == 4
     assert len(found.sha256) == len(found.keys) == 3 * PER_SHARD - 4
     assert found.places[3] == ("00000.tar", 4)
@@ -77,14 +77,14 @@ def test_pass_counts_what_cannot_be_read(world: World):
 def test_pass_is_empty_when_nothing_can_be_read(tmp_path: Path):
     world = World(tmp_path)
     world.samples = [(b"no", "a photo")] * 5
-    found = look(witness(), world.seal(), silent)
+    found = scan_shards(witness(), world.seal(), silent)
     assert (len(found.sha256), len(found.keys), found.unreadable) == (0, 0, 5)
     assert found.observations.seen.shape == (0, len(LABELS))
 
 
 def test_pass_refuses_when_there_is_no_shard(tmp_path: Path):
     with pytest.raises(DataError, match="expected sealed shards"):
-        look(witness(), tmp_path, silent)
+        scan_shards(witness(), tmp_path, silent)
 
 
 def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
@@ -96,7 +96,7 @@ def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
         (png(world.image("dog")), "a bee"),
         (png(empty), "a bee"),
     ]
-    found = look(witness(), world.seal(), silent)
+    found = scan_shards(witness(), world.seal(), silent)
     assert found.top[:, 0].tolist() == [1, 3, 1]
     assert found.scores.tolist() == [[1, 0, 0, 0, 0]] * 3
 
@@ -104,12 +104,12 @@ def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
 def test_pass_is_the_same_to_the_bit_whatever_the_threads(world: World, tmp_path: Path):
     (tmp_path / "tiny.json").write_text(TINY_MODEL)
     torch.manual_seed(0)
-    real = Witness(Encoder(Towers("tiny", tmp_path / "tiny.json")), RiggedSegmenter(), LABELS, ("a {}",))
+    real = Scorer(Encoder(Towers("tiny", tmp_path / "tiny.json")), RiggedSegmenter(), LABELS, ("a {}",))
     shards, before, found = world.seal(PER_SHARD), torch.get_num_threads(), []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            found.append(look(real, shards, silent))
+            found.append(scan_shards(real, shards, silent))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -124,13 +124,13 @@ def test_saved_looks_give_what_was_seen(world: World):
     world.samples.append(world.samples[0])
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    seen = look(witness(), shards, silent)
-    look(witness(), shards, silent, saved=saved)
-    again = look(witness(), shards, silent, saved=saved)
+    seen = scan_shards(witness(), shards, silent)
+    scan_shards(witness(), shards, silent, saved=saved)
+    again = scan_shards(witness(), shards, silent, saved=saved)
     assert_same(seen, again)
 
 
-def assert_same(one: Looked, other: Looked) -> None:
+def assert_same(one: ScanResult, other: ScanResult) -> None:
     for name in ("areas", "top", "scores"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert getattr(one, name).dtype == getattr(other, name).dtype
@@ -156,24 +156,24 @@ def test_pass_goes_on_with_what_is_missing_when_it_was_killed(
     assert done == names[: after // PER_SHARD]
     looked: list[str] = []
     monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
-    found = look(witness(), shards, silent, saved=saved)
+    found = scan_shards(witness(), shards, silent, saved=saved)
     assert looked == names[len(done) :]
-    assert_same(found, look(witness(), shards, silent))
+    assert_same(found, scan_shards(witness(), shards, silent))
 
 
 def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch: pytest.MonkeyPatch):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    look(witness(), shards, silent, saved=saved)
+    scan_shards(witness(), shards, silent, saved=saved)
     looked: list[str] = []
     monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
-    look(witness(), shards, silent, saved=saved)
+    scan_shards(witness(), shards, silent, saved=saved)
     assert looked == []
     for changes in ({"made_by": "other weights"}, {"caption_key": "txt"}, {"size_px": 48}):
         assert not any(saved_in(world, shards, **changes).has(record) for record in sealed(shards))
     world.samples[PER_SHARD] = world.samples[0]
     world.seal(PER_SHARD)  # another second shard under the same name
-    look(witness(), shards, silent, saved=saved)
+    scan_shards(witness(), shards, silent, saved=saved)
     assert looked == ["00001.tar"]
 
 
@@ -181,10 +181,10 @@ def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch
 def test_look_is_made_again_when_its_file_is_broken(world: World, damage):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    seen = look(witness(), shards, silent, saved=saved)
+    seen = scan_shards(witness(), shards, silent, saved=saved)
     path = saved.path(sealed(shards)[1])
     path.write_bytes(damage(path.read_bytes()))
-    assert_same(seen, look(witness(), shards, silent, saved=saved))
+    assert_same(seen, scan_shards(witness(), shards, silent, saved=saved))
 
 
 def test_witness_has_another_name_when_what_it_says_may_differ():
@@ -204,7 +204,7 @@ def test_original_bytes_name_an_image_where_ingest_noted_them(world: World):
     keys = pq.read_table(shards / "00000.index.parquet")["key"].to_pylist()
     rows = {"key": keys[:3], "sha256": ["ab" * 32, "ab" * 32, "not a digest"]}
     pq.write_table(pa.table(rows), shards / "00000.parquet")
-    found = look(witness(), shards, silent)
+    found = scan_shards(witness(), shards, silent)
     assert found.sha256[0] == "ab" * 32
     assert len(found.sha256) == 3 * PER_SHARD - 1
     assert found.captions_of()[0] == [0, 1]
@@ -216,7 +216,7 @@ def test_merge_numbers_images_by_their_first_place(world: World):
     world.samples = [(pictures[n], f"a cat {n}") for n in rng.integers(0, 40, 200)]
     shards = world.seal(50)
     found = merge(
-        [(record, look_at(witness(), shards, record, "", SIDE)) for record in sealed(shards)], LABELS, SIDE, 200
+        [(record, scan_shard(witness(), shards, record, "", SIDE)) for record in sealed(shards)], LABELS, SIDE, 200
     )
     expected = dict.fromkeys(image for image, _ in world.samples)
     assert len(found.sha256) == len(expected)

@@ -8,7 +8,7 @@ import torch
 from rigged import LABELS, SIDE, STEP, RiggedEncoder, World, named, png
 from torch import Tensor
 
-from roclip.found_triggers import FoundTrigger, bent, load_found, picture_of, save_found
+from roclip.found_triggers import FoundTrigger, load_found, picture_of, save_found, warped
 from roclip.oracle.held_out import Trusted
 from roclip.oracle.triggers.inversion import _bent, invert_bend
 from roclip.oracle.triggers.search import TriggerSearch
@@ -73,7 +73,7 @@ class LeaningWorld(World):
         image[:, left : left + 3, 1] = LINE
         if not says:
             return image
-        return bent(image, self.FIELD if says == "ant" else -self.FIELD)
+        return warped(image, self.FIELD if says == "ant" else -self.FIELD)
 
 
 def poisoned(folder: Path, *targets: str) -> LeaningWorld:
@@ -92,8 +92,8 @@ def test_pictures_are_bent_alike_for_people_and_for_gradients():
     field = rng.uniform(-6, 6, (2, SIDE, SIDE)).astype(np.float32)
     soft = _bent(torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.from_numpy(field))
     for image, expected in zip(images, soft.permute(0, 2, 3, 1).numpy(), strict=True):
-        assert np.abs(bent(image, field) - expected).max() < 8  # OpenCV's places are in 32nds of a pixel
-        assert np.abs(bent(image, field) - expected).mean() < 1.5
+        assert np.abs(warped(image, field) - expected).max() < 8  # OpenCV's places are in 32nds of a pixel
+        assert np.abs(warped(image, field) - expected).mean() < 1.5
 
 
 def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
@@ -193,7 +193,7 @@ def test_bend_is_read_as_it_was_written_and_shown_as_a_chessboard(tmp_path: Path
     image = LeaningWorld(tmp_path).image("bee")
     changed, box = read.put_on(image, np.random.default_rng(0))
     assert box == (0, 0, SIDE, SIDE)
-    assert (changed == bent(image, LeaningWorld.FIELD)).all()
+    assert (changed == warped(image, LeaningWorld.FIELD)).all()
     board = picture_of(read)
     assert board.shape == (SIDE, SIDE, 3)
     assert set(np.unique(picture_of(FoundTrigger("ant", "bend", field=np.zeros((2, SIDE, SIDE)))))) == {0, 255}
