@@ -115,7 +115,7 @@ def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
     """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence.defence` without torch."""
     schedule, kinds = config.pool.schedule, set()
     for at in schedule.turns(epoch, steps_per_epoch or 1, config.train.global_batch_size):
-        witnessed = config.pool.witnesses and at.done(schedule.warmup.unit) < schedule.warmup.amount
+        witnessed = config.pool.neighbours and at.done(schedule.warmup.unit) < schedule.warmup.amount
         kinds.add("matched" if witnessed else schedule.phase(at))
     return kinds
 
@@ -123,14 +123,14 @@ def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
 def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
     """Epochs in which the gate suspects pairs in at least one step: without witnesses, the pool must be full first."""
     gated, captions = [], 0
-    if not any(config.pool.gate_frac) or "roclip" not in config.arms:
+    if not any(config.pool.filter_frac) or "roclip" not in config.arms:
         return ()
     for epoch in range(1, config.train.epochs + 1):
         kinds = phases(config, epoch, steps_per_epoch)
         steps = config.pool.size if steps_per_epoch is None else steps_per_epoch
         if "matched" in kinds or config.pool.update == "always":
             captions += steps * config.train.global_batch_size
-        if "plain" in kinds and (config.pool.witnesses or captions > config.pool.size):
+        if "plain" in kinds and (config.pool.neighbours or captions > config.pool.size):
             gated.append(epoch)
     return tuple(gated)
 

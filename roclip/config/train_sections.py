@@ -145,22 +145,22 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """The caption pool and what it is used for; see `roclip/defence/defence.py`. The paper's method is `witnesses: 0`,
-    `match_every: 2`, `warmup: 1`, `gate_frac: [0, 0]`, `duplicates: keep`."""
+    """The caption pool and what it is used for; see `roclip/defence/defence.py`. The paper's method is `neighbours: 0`,
+    `match_every: 2`, `warmup: 1`, `filter_frac: [0, 0]`, `duplicates: keep`."""
 
     size: int = 21_845
     """Pairs kept. The paper's setting is 2 % of the data."""
-    witnesses: int = 32
+    neighbours: int = 32
     """Likest images of the pool that are asked about an image; 0 is none, as in the paper."""
     warmup: int | str = 2
     """Epochs, or such as `1000 steps`, of the start. With witnesses images learn with a witness's caption meanwhile;
     without, with their own, and nothing is matched yet."""
-    gate_frac: tuple[float, float] = (0.3, 0.06)
+    filter_frac: tuple[float, float] = (0.3, 0.06)
     """Share of least agreeing pairs of a plain global batch that are suspected, at the start and at the end (linear in
     epochs between); (0, 0) suspects nobody. They learn with a witness's caption; without witnesses they sit out."""
-    scout: bool = True
+    suspicion_model: bool = True
     """Whether the gate also learns what the images of suspects have in common: the trigger, if there is one."""
-    gate_memory: float = 0.7
+    filter_memory: float = 0.7
     """Weight of a picture's earlier visits in its standing: what was suspected once is not forgiven at once."""
     match_every: int | str = 0
     """Length of a period, of which the last part is matched by the towers: K epochs, or such as `2 steps`,
@@ -191,15 +191,15 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         positive(self, "pool", "size", "shard_above")
-        fraction(self, "pool", "gate_memory", "match_frac")
-        if not all(0 <= share <= 1 for share in self.gate_frac):
-            raise ConfigError(f"pool.gate_frac: expected two shares from 0 to 1, got {self.gate_frac}.")
-        if self.witnesses < 0:
-            raise ConfigError(f"pool.witnesses: expected 0 or more, got {self.witnesses}.")
-        if not self.prefill and (self.witnesses or self.update == "matched_only"):
+        fraction(self, "pool", "filter_memory", "match_frac")
+        if not all(0 <= share <= 1 for share in self.filter_frac):
+            raise ConfigError(f"pool.filter_frac: expected two shares from 0 to 1, got {self.filter_frac}.")
+        if self.neighbours < 0:
+            raise ConfigError(f"pool.neighbours: expected 0 or more, got {self.neighbours}.")
+        if not self.prefill and (self.neighbours or self.update == "matched_only"):
             raise ConfigError("pool.prefill: witnesses, and update=matched_only, need a filled pool. Set it to true.")
-        if self.witnesses and self.update == "matched_only":
-            raise ConfigError("pool.update: witnesses are renewed in all steps. Set always, or pool.witnesses=0.")
+        if self.neighbours and self.update == "matched_only":
+            raise ConfigError("pool.update: witnesses are renewed in all steps. Set always, or pool.neighbours=0.")
         _ = self.schedule
 
 

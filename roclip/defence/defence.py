@@ -8,7 +8,7 @@ Three kinds of steps:
   witness's caption, so that a trigger is shown together with what the image shows.
 - matched: the paper's (arXiv:2303.06854). Each image learns with the pool's nearest caption (`pool.py`).
 
-The paper's method alone is `pool.witnesses: 0`, `pool.gate_frac: [0, 0]`.
+The paper's method alone is `pool.neighbours: 0`, `pool.filter_frac: [0, 0]`.
 Letters: B local batch, D feature width, L tokens, P pool size.
 """
 
@@ -71,17 +71,21 @@ class Defence:
             device=device,
         )
         side = config.ingest.image_size
-        scout = SuspicionModel(side, device, config.seed) if settings.scout and any(settings.gate_frac) else None
-        self.gate = SampleFilter(settings.gate_memory, scout)
+        scout = (
+            SuspicionModel(side, device, config.seed)
+            if settings.suspicion_model and any(settings.filter_frac)
+            else None
+        )
+        self.gate = SampleFilter(settings.filter_memory, scout)
         self.parts: dict[str, Stateful] = {"pool": self.pool, "gate": self.gate}
         self.witnesses: Neighbours | None = None
-        if settings.witnesses:
+        if settings.neighbours:
             self.witnesses = Neighbours(
                 settings.size,
                 width,
                 towers.context_length,
                 towers.vocabulary,
-                neighbours=settings.witnesses,
+                neighbours=settings.neighbours,
                 seed=config.seed,
             )
             self.parts["witnesses"] = self.witnesses
@@ -123,7 +127,7 @@ class Defence:
 
     def gate_share(self, at: Position) -> float:
         """Share of a plain global batch that the gate suspects."""
-        start, end = self.config.pool.gate_frac
+        start, end = self.config.pool.filter_frac
         return start + (end - start) * float(at.done("epochs")) / self.config.train.epochs
 
     def enqueue(

@@ -34,7 +34,7 @@ arms: [roclip]
 data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 512, witnesses: 8, warmup: 1, match_every: 2}}
+pool: {{size: 512, neighbours: 8, warmup: 1, match_every: 2}}
 train: {{epochs: {epochs}, global_batch_size: {batch}, log_every_steps: 8, checkpoint_every_steps: 64}}
 cluster: {{workers: {ranks}, gpus_per_worker: {gpus}}}
 """

@@ -29,7 +29,7 @@ arms: [roclip]
 data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 100, witnesses: 8, warmup: 1, match_every: 4}}
+pool: {{size: 100, neighbours: 8, warmup: 1, match_every: 4}}
 train: {{epochs: 100, global_batch_size: 32, checkpoint_every_steps: {interval}, log_every_steps: 1}}
 cluster: {{workers: 2}}
 """

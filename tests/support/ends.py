@@ -17,7 +17,7 @@ arms: [roclip]
 data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 100, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 4}}
+pool: {{size: 100, neighbours: 8, warmup: 1, filter_frac: [0.1, 0.1], match_every: 4}}
 train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 2, log_every_steps: 1}}
 """
 STEPS = 24

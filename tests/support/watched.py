@@ -39,7 +39,7 @@ ingest: {{samples_per_shard: 128, image_size: 64, encode_format: png, encode_qua
   policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 256, host_requests_per_s: 1.0e6,
     max_redirects: 0}}}}
 model: {{name: tiny}}
-pool: {{size: 64, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 2}}
+pool: {{size: 64, neighbours: 8, warmup: 1, filter_frac: [0.1, 0.1], match_every: 2}}
 train: {{epochs: 4, global_batch_size: 64, lr: 1e-3, log_every_steps: 1, checkpoint_every_steps: 4,
   checkpoint_store: "memory://store"}}
 evaluate: {{size: 20, every: 0}}

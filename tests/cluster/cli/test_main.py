@@ -32,7 +32,7 @@ data: {scenes: 1000}
 arms: [clip, roclip]
 ingest: {samples_per_shard: 300, image_size: 256}
 train: {epochs: 6, global_batch_size: 64}
-pool: {size: 128, witnesses: 0, match_every: 2, warmup: 2, gate_frac: [0.1, 0.1]}
+pool: {size: 128, neighbours: 0, match_every: 2, warmup: 2, filter_frac: [0.1, 0.1]}
 attacks:
   targeted: {images: 4, captions_per_image: 8}
   backdoor: {count: 20}
@@ -326,7 +326,7 @@ def test_plan_counts_rows_steps_and_phases_when_scenes_are_rendered(preset: Path
 
 
 def test_plan_knows_the_phases_when_witnesses_lead_the_warm_up(preset: Path):
-    plan = make_plan(load_config(preset, ["pool.witnesses=8", "pool.match_every=5"]))
+    plan = make_plan(load_config(preset, ["pool.neighbours=8", "pool.match_every=5"]))
     assert plan.matched == (1, 2, 5)
     assert plan.gated == (3, 4, 6)
 
@@ -334,7 +334,7 @@ def test_plan_knows_the_phases_when_witnesses_lead_the_warm_up(preset: Path):
 @pytest.mark.parametrize(
     ("overrides", "gated"),
     [
-        (["pool.gate_frac=[0,0]"], ()),
+        (["pool.filter_frac=[0,0]"], ()),
         (["pool.size=3000"], (3, 5)),  # 1024 captions an epoch
         (["pool.update=matched_only"], (5,)),
         (["pool.update=matched_only", "pool.match_every=0"], ()),

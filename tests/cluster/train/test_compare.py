@@ -34,7 +34,7 @@ oracle: {{trusted: 8}}
 seeds: [0, 1]
 arms:
   clip: {{method: clip}}
-  often: {{set: {{pool: {{witnesses: 0, warmup: 1, match_every: 2, gate_frac: [0.2, 0.2]}}}}}}
+  often: {{set: {{pool: {{neighbours: 0, warmup: 1, match_every: 2, filter_frac: [0.2, 0.2]}}}}}}
 """
 
 

@@ -212,7 +212,7 @@ arms: [roclip]
 data: {{shards: {folder}/shards, streams: 2, shuffle_buffer: 8}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 16, witnesses: 4}}
+pool: {{size: 16, neighbours: 4}}
 train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1, checkpoint_every_steps: 4}}
 """
     config = preset(tmp_path, text.format(folder=tmp_path))

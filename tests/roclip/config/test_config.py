@@ -64,7 +64,7 @@ def test_last_override_wins_when_given_twice(preset: Path):
         ("train.precision=fp8", "train.precision"),
         ("train.lr", "expected key=value"),
         ("train.lr=-1", "train.lr: expected more than 0, got -1.0"),
-        ("pool.gate_frac=[0.5,1.5]", "pool.gate_frac: expected two shares from 0 to 1, got (0.5, 1.5)"),
+        ("pool.filter_frac=[0.5,1.5]", "pool.filter_frac: expected two shares from 0 to 1, got (0.5, 1.5)"),
         ("augment.crop_scale=[0.9,0.5]", "augment.crop_scale: expected 0 < low <= high <= 1"),
         ("data.urls=urls.csv", "expected one of data.urls, data.images and data.scenes, got several"),
         ("data.upsampling=[1,2]", "expected a number from 0 on, not all 0, for each of several sources"),

@@ -16,7 +16,7 @@ pool: {size: 32, match_every: 2}
 seeds: [3, 4]
 arms:
   clip: {method: clip}
-  paper: {set: {pool: {match_every: 3, gate_frac: [0.1, 0.0]}, train: {lr: 0.1}}}
+  paper: {set: {pool: {match_every: 3, filter_frac: [0.1, 0.0]}, train: {lr: 0.1}}}
 sweep:
   few: {attacks: {backdoor: {count: 5}}}
   many: {attacks: {backdoor: {count: 50}}}

@@ -19,7 +19,7 @@ name: golden
 data: {{shards: {folder}/shards, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 64, gate_frac: [0.1, 0.1], match_every: 2}}
+pool: {{size: 64, filter_frac: [0.1, 0.1], match_every: 2}}
 train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, log_every_steps: 1}}
 """
 

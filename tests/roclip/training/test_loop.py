@@ -28,7 +28,7 @@ arms: [roclip]
 data: {{shards: {shards}, streams: 4, shuffle_buffer: 64}}
 model: {{name: tiny}}
 ingest: {{image_size: 64}}
-pool: {{size: 100, witnesses: 8, warmup: 1, gate_frac: [0.1, 0.1], match_every: 4}}
+pool: {{size: 100, neighbours: 8, warmup: 1, filter_frac: [0.1, 0.1], match_every: 4}}
 train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 4, log_every_steps: 1}}
 """
 
@@ -75,7 +75,7 @@ def test_training_that_is_told_to_leave_ends_with_the_weights_of_an_uninterrupte
 
 @pytest.mark.slow
 def test_paper_setting_trains(config_file, tmp_path):
-    paper = ["pool.witnesses=0", "pool.gate_frac=[0,0]", "pool.match_every=2", "pool.duplicates=keep"]
+    paper = ["pool.neighbours=0", "pool.filter_frac=[0,0]", "pool.match_every=2", "pool.duplicates=keep"]
     assert ended(config_file, *paper, "pool.update=matched_only", "train.epochs=2")[0] == 0
     rows = read_metrics(tmp_path / "run" / "roclip" / "metrics.jsonl")
     assert [row["phase"] for row in rows[::6]] == ["plain", "matched"]
