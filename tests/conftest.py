@@ -2,13 +2,18 @@
 
 import atexit
 import os
+import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import netns
+import own_network
 import pytest
-from kit import tiny_shards
+from kit import REPOSITORY, tiny_shards
 from xdist.scheduler import LoadScopeScheduling
 
 from roclip.config import environment_defaults
@@ -17,26 +22,61 @@ environment_defaults()
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers beside the other half of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
+LONGEST = (
+    "tests/cluster/test_pipeline.py",
+    "tests/cluster/nodes/test_lose_nodes.py",
+    "tests/cluster/jobs/test_jobs.py",
+    "tests/cluster/monitoring/test_publisher.py",
+    "tests/cluster/train/test_compare.py",
+    "tests/cluster/ingest/test_kills.py",
+)
+"""Files that take minutes, longest first."""
+
 _exit_status: list[int] = []
 
 
-class OneRayAtATime(LoadScopeScheduling):
-    """Files stay whole, and those that start a Ray are one: two Rays on one machine would find each other's. So are those
-    that bring up a cluster of hosts, whose Ray no other finds. They are among the first, as they take longest."""
+class LongestFirst(LoadScopeScheduling):
+    """Files stay whole. Those that start a Ray run side by side where each process can have a network of its own; elsewhere
+    they are one, as two Rays on one machine would find each other."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return _scope(nodeid.split("::")[0])
+        file = nodeid.split("::")[0]
+        return "ray" if _marks(file) & {"ray"} and not own_network.is_possible() else file
 
 
 @cache
-def _scope(file: str) -> str:
-    text = (Path(__file__).parents[1] / file).read_text()
-    return next((kind for kind in ("nodes", "ray") if f"mark.{kind}" in text), file)
+def _marks(file: str) -> set[str]:
+    return set(re.findall(r"\bmark\.(\w+)", (REPOSITORY / file).read_text()))
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRayAtATime:
-    return OneRayAtATime(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst:
+    return LongestFirst(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin, so that none is left alone in the end."""
+    items.sort(key=lambda item: _place(item.nodeid.split("::")[0]))
+
+
+@cache
+def _place(file: str) -> int:
+    if file in LONGEST:
+        return LONGEST.index(file) - len(LONGEST)
+    return next((place for place, mark in enumerate(("nodes", "ray", "slow")) if mark in _marks(file)), 3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_network(worker_id: str) -> Iterator[None]:
+    """Each of several processes that run tests has a network and a folder for Ray of its own."""
+    if worker_id == "master" or not own_network.is_possible():
+        yield
+        return
+    own_network.enter()
+    folder = netns.short_folder(f"rx{os.getpid()}-")  # swept by the next, should this process be killed
+    os.environ["RAY_TMPDIR"] = str(folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
@@ -56,6 +96,20 @@ def _leave() -> None:
 def _no_inherited_world(monkeypatch: pytest.MonkeyPatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(worker_id: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Ranks -> the directory of the run of `ends.KILLED_RUN` on so many, which nothing befell. Only to be read."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def run_of(ranks: int) -> Path:
+        import ends  # it loads torch
+
+        return ends.undisturbed(shared, ranks)
+
+    return run_of
 
 
 @pytest.fixture

@@ -241,8 +241,8 @@ def test_local_ray_asks_for_its_token_on_loopback_only(tmp_path):
     """In a process of its own: the dashboard answers 401, every socket that listens for it is on loopback."""
     code = """
 import pathlib, sys, urllib.request, urllib.error
-from cluster.progress import Display
-from cluster.session import Session
+from cluster.display import Display
+from cluster.ray.session import Session
 from roclip.config import environment_defaults, load_config
 import ray, psutil
 environment_defaults()

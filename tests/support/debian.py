@@ -7,6 +7,7 @@ import subprocess
 from functools import cache
 
 import pytest
+from own_network import outside
 
 _APT = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::http::Timeout=20"]
 
@@ -30,6 +31,7 @@ def _install(package: str) -> None:
     for words in (install, ["update"], install):
         with contextlib.suppress(subprocess.TimeoutExpired):
             environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            done = subprocess.run([*_APT, *words], capture_output=True, env=environment, timeout=300)
+            with outside():
+                done = subprocess.run([*_APT, *words], capture_output=True, env=environment, timeout=300)
             if words is install and not done.returncode:
                 return

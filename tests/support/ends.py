@@ -1,11 +1,15 @@
 """Runs that are killed, and what they must end with."""
 
+import fcntl
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from forked import trainings_of
+from kit import preset, tiny_shards
 from safetensors.torch import load_file
 
 from roclip.checkpoint import checkpoint
@@ -21,6 +25,21 @@ pool: {{size: 100, neighbours: 8, warmup: 1, filter_frac: [0.1, 0.1], match_ever
 train: {{epochs: 4, global_batch_size: 32, lr: 1e-3, checkpoint_every_steps: 2, log_every_steps: 1}}
 """
 STEPS = 24
+
+
+def undisturbed(shared: Path, ranks: int) -> Path:
+    """A run of `KILLED_RUN` that nothing befell, without Ray: trained by the first process that asks, for all of a session."""
+    folder = shared / f"undisturbed-{ranks}"
+    with (shared / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ended").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            config = preset(folder, KILLED_RUN.format(shards=tiny_shards(folder / "shards")))
+            with trainings_of(config) as trainings:
+                codes = [trainings.end(rank) for rank in trainings.train_ranks(folder / "run", ranks)]
+                assert codes == [0] * ranks, trainings.said.read_text()[-3000:]
+            (folder / "ended").touch()
+    return folder / "run"
 
 
 def until(condition: Callable[[], object], last_words: Callable[[], str]) -> None:

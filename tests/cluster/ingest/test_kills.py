@@ -75,9 +75,9 @@ def driver(cluster, urls, root, stores=None, expiry_s=30.0, **ingest):
 
 
 def workers():
-    """The processes that fetch."""
+    """The processes that fetch: of this file, as another may fetch beside it."""
     names = ("ray::ingest ", "ray::seal_part")
-    return [p for p in psutil.process_iter() if _name(p).startswith(names)]
+    return [p for p in psutil.Process().children(recursive=True) if _name(p).startswith(names)]
 
 
 def _name(process):

@@ -17,7 +17,6 @@ import pytest
 import requests
 from cut_line import cut_line
 from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
-from forked import trainings_of
 from kit import preset, tiny_shards
 from ray_head import Head, ray_head
 
@@ -193,8 +192,6 @@ def test_driver_that_is_killed_is_picked_up_by_the_same_command(head, config, se
     assert_same_end(whole, run)
 
 
-def test_run_without_ray_ends_the_same(config, sent, tmp_path):
+def test_run_without_ray_ends_the_same(sent, undisturbed):
     whole, _ = sent
-    with trainings_of(config) as trainings:
-        assert [trainings.end(rank) for rank in trainings.train_ranks(tmp_path, 1)] == [0]
-    assert_same_end(tmp_path, whole)
+    assert_same_end(undisturbed(1), whole)

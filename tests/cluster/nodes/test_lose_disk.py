@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from ends import KILLED_RUN, assert_same_end, logged, saved, until
-from forked import trainings_of
 from ingesting import sealed_captions
 from kit import environment, preset, tiny_shards
 
@@ -64,11 +63,9 @@ def ended(process: subprocess.Popen) -> str:
     return "" if process.poll() is None else process.communicate()[0]
 
 
-def test_checkpoint_that_finds_no_room_ends_the_run_which_goes_on_when_there_is(disk, tmp_path):
+def test_checkpoint_that_finds_no_room_ends_the_run_which_goes_on_when_there_is(disk, undisturbed, tmp_path):
     config = preset(tmp_path, KILLED_RUN.format(shards=tiny_shards(tmp_path / "shards")))
-    whole, run = tmp_path / "whole", disk / "run"
-    with trainings_of(config) as trainings:
-        assert trainings.end(trainings.train(whole)) == 0
+    run = disk / "run"
     with roclip("train", config, f"run_dir={run}") as process:
         until(lambda: logged(run) >= 7, lambda: ended(process))
         ballast = fill(disk)
@@ -84,7 +81,7 @@ def test_checkpoint_that_finds_no_room_ends_the_run_which_goes_on_when_there_is(
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert f" 1 ranks from step {kept}" in said
-    assert_same_end(whole, run)
+    assert_same_end(undisturbed(1), run)
 
 
 def test_shard_that_finds_no_room_ends_the_ingest_which_goes_on_when_there_is(disk, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
-from forked import trainings_of
 from kit import preset, tiny_shards
 from ray_netns import RayNodes, ray_nodes
 
@@ -25,15 +24,6 @@ LIMIT_S = 240
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lose")
     return preset(folder, KILLED_RUN.format(shards=tiny_shards(folder / "shards")) + "cluster: {workers: 2}\n")
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory) -> Path:
-    """An undisturbed run on two ranks, without Ray."""
-    run = tmp_path_factory.mktemp("whole")
-    with trainings_of(config) as trainings:
-        assert [trainings.end(rank) for rank in trainings.train_ranks(run, 2)] == [0, 0]
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +68,7 @@ def assert_same_numbers(whole: Path, run: Path) -> None:
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-3)
 
 
-def test_training_shrinks_when_a_node_is_killed_and_grows_when_it_is_back(cluster, config, whole, tmp_path):
+def test_training_shrinks_when_a_node_is_killed_and_grows_when_it_is_back(cluster, config, undisturbed, tmp_path):
     with training(cluster, config, tmp_path, "cluster.min_workers=1", "cluster.resize_every_s=1") as process:
         reach(process, tmp_path, 7)
         cluster.kill_node("two")
@@ -96,10 +86,10 @@ def test_training_shrinks_when_a_node_is_killed_and_grows_when_it_is_back(cluste
     last = next(line for line in reversed(befell(tmp_path).splitlines()) if "ranks from step" in line)
     assert " 2 ranks from step" in last
     assert int(last.split()[-1]) >= reached, "a step was lost in growing"
-    assert_same_numbers(whole, tmp_path)
+    assert_same_numbers(undisturbed(2), tmp_path)
 
 
-def test_link_that_is_cut_for_a_moment_costs_nothing(cluster, config, whole, tmp_path):
+def test_link_that_is_cut_for_a_moment_costs_nothing(cluster, config, undisturbed, tmp_path):
     with training(cluster, config, tmp_path) as process:
         reach(process, tmp_path, 5)
         cluster.net.cut(cluster.net.hosts["two"])
@@ -109,10 +99,10 @@ def test_link_that_is_cut_for_a_moment_costs_nothing(cluster, config, whole, tmp
         cluster.net.heal(cluster.net.hosts["two"])
         said = finish(process)
     assert "restart" not in said
-    assert_same_end(whole, tmp_path)
+    assert_same_end(undisturbed(2), tmp_path)
 
 
-def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path):
+def test_slow_and_lossy_link_changes_no_number(cluster, config, undisturbed, tmp_path):
     with training(cluster, config, tmp_path) as process:
         reach(process, tmp_path, 2)
         cluster.net.slow(cluster.net.hosts["two"], delay_s=0.002, loss_frac=0.005)
@@ -122,16 +112,18 @@ def test_slow_and_lossy_link_changes_no_number(cluster, config, whole, tmp_path)
         finally:
             cluster.net.heal(cluster.net.hosts["two"])
     assert "restart" not in said
-    assert_same_end(whole, tmp_path)
+    assert_same_end(undisturbed(2), tmp_path)
 
 
-def test_node_that_cannot_be_reached_is_given_up_and_training_goes_on_without_it(cluster, config, whole, tmp_path):
+def test_node_that_cannot_be_reached_is_given_up_and_training_goes_on_without_it(
+    cluster, config, undisturbed, tmp_path
+):
     with training(cluster, config, tmp_path, "cluster.min_workers=1") as process:
         reach(process, tmp_path, 7)
         cluster.net.cut(cluster.net.hosts["two"])
         said = finish(process)
     assert "died; restart 1 of 1" in said
     assert " 1 ranks from step" in said
-    assert_same_numbers(whole, tmp_path)
+    assert_same_numbers(undisturbed(2), tmp_path)
     cluster.net.heal(cluster.net.hosts["two"])
     until(lambda: not cluster.processes_of("two", "ray::RayTrain"), lambda: "")

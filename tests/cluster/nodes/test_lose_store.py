@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
-from forked import trainings_of
 from kit import preset, tiny_shards
 from netns import Host
 from ray_netns import RayNodes, ray_nodes
@@ -50,13 +49,11 @@ def on_store(cluster: RayNodes, code: str) -> str:
         return said
 
 
-def test_training_waits_for_a_store_that_is_away_and_ends_with_the_same_numbers(cluster, tmp_path):
+def test_training_waits_for_a_store_that_is_away_and_ends_with_the_same_numbers(cluster, undisturbed, tmp_path):
     nodes, store = cluster
     shards = tiny_shards(tmp_path / "shards")
     config = preset(tmp_path, KILLED_RUN.format(shards=shards) + "cluster: {workers: 2, max_failures: 0}\n")
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    with trainings_of(config) as trainings:
-        assert [trainings.end(rank) for rank in trainings.train_ranks(whole, 2)] == [0, 0]
+    run = tmp_path / "run"
     on_store(nodes, f"s3.put({str(shards)!r}, 'bucket/shards', recursive=True)")
     words = (
         f"run_dir={run}",
@@ -73,6 +70,6 @@ def test_training_waits_for_a_store_that_is_away_and_ends_with_the_same_numbers(
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
     assert "restart" not in said
-    assert_same_end(whole, run)
+    assert_same_end(undisturbed(2), run)
     kept = on_store(nodes, "print(s3.cat('bucket/kept/run/roclip/LATEST').decode())")
     assert kept.split()[-1] == (run / "roclip" / "checkpoints" / "LATEST").read_text().strip()

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
-from forked import trainings_of
 from kit import environment, preset, tiny_shards
 from ray.cluster_utils import Cluster
 
@@ -23,15 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
     return preset(folder, KILLED_RUN.format(shards=tiny_shards(folder / "shards")) + "cluster: {workers: 2}\n")
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory) -> Path:
-    """An undisturbed run on two ranks, without Ray."""
-    run = tmp_path_factory.mktemp("whole")
-    with trainings_of(config) as trainings:
-        assert [trainings.end(rank) for rank in trainings.train_ranks(run, 2)] == [0, 0]
-    return run
 
 
 @contextlib.contextmanager
@@ -60,7 +50,7 @@ def ranks() -> list[psutil.Process]:
     return [p for p in me.children(recursive=True) if p.name().startswith("ray::RayTrain")]
 
 
-def test_ranks_that_die_or_are_told_to_go_are_started_again(config, whole, tmp_path):
+def test_ranks_that_die_or_are_told_to_go_are_started_again(config, undisturbed, tmp_path):
     with training(config, tmp_path, "cluster.max_failures=2") as process:
         until(lambda: logged(tmp_path) >= 7, lambda: last_words(process))
         ranks()[1].kill()
@@ -72,7 +62,7 @@ def test_ranks_that_die_or_are_told_to_go_are_started_again(config, whole, tmp_p
     assert "SIGTERM; saved at step" in said
     assert "restart 2 of 2" in said
     assert said.count(" 2 ranks from step") == 3
-    assert_same_end(whole, tmp_path)
+    assert_same_end(undisturbed(2), tmp_path)
 
 
 @pytest.fixture
@@ -86,7 +76,7 @@ def two_nodes() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_training_goes_on_with_fewer_ranks_when_a_node_is_lost(config, whole, two_nodes, tmp_path):
+def test_training_goes_on_with_fewer_ranks_when_a_node_is_lost(config, undisturbed, two_nodes, tmp_path):
     where = [f"cluster.address={two_nodes.address}", "cluster.min_workers=1"]
     patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}  # how long Ray waits for a node to come back
     with training(config, tmp_path, *where, **patience) as process:
@@ -97,6 +87,6 @@ def test_training_goes_on_with_fewer_ranks_when_a_node_is_lost(config, whole, tw
         assert process.returncode == 0, said
     assert "restart 1 of 1" in said
     assert " 1 ranks from step" in said
-    one, two = (read_metrics(run / "roclip" / "metrics.jsonl") for run in (whole, tmp_path))
+    one, two = (read_metrics(run / "roclip" / "metrics.jsonl") for run in (undisturbed(2), tmp_path))
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)

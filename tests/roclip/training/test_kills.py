@@ -29,15 +29,7 @@ def trainings(tmp_path_factory) -> Iterator[Trainings]:
         yield trainings
 
 
-@pytest.fixture(scope="module")
-def whole(trainings, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    run = tmp_path_factory.mktemp("whole")
-    assert trainings.end(trainings.train(run)) == 0
-    return run
-
-
-def test_twenty_kills_at_random_moments_change_nothing(trainings, whole, tmp_path):
+def test_twenty_kills_at_random_moments_change_nothing(trainings, undisturbed, tmp_path):
     moments, reached = random.Random(0), []
     for step in sorted(moments.choices(range(STEPS - 4), k=20)):  # a step seen before is killed in the start
         training = trainings.train(tmp_path)
@@ -51,10 +43,10 @@ def test_twenty_kills_at_random_moments_change_nothing(trainings, whole, tmp_pat
     assert reached == sorted(reached)
     assert len(set(reached)) > 4
     assert trainings.end(trainings.train(tmp_path)) == 0
-    assert_same_end(whole, tmp_path)
+    assert_same_end(undisturbed(1), tmp_path)
 
 
-def test_a_checkpoint_that_was_being_written_is_never_named(trainings, whole, tmp_path):
+def test_a_checkpoint_that_was_being_written_is_never_named(trainings, undisturbed, tmp_path):
     checkpoints = tmp_path / "roclip" / "checkpoints"
     training, before = trainings.train(tmp_path), 0
     until(lambda: logged(tmp_path) > 8, trainings.last_words)  # a save waits for the one before, of step 6
@@ -72,7 +64,7 @@ def test_a_checkpoint_that_was_being_written_is_never_named(trainings, whole, tm
     assert saved(tmp_path) == before >= 6
     never_that_step_again = "train.checkpoint_every_steps=99"
     assert trainings.end(trainings.train(tmp_path, never_that_step_again)) == 0
-    assert_same_end(whole, tmp_path)
+    assert_same_end(undisturbed(1), tmp_path)
 
 
 def test_a_kill_before_any_change_of_a_folder_leaves_checkpoints_to_go_on_from(tmp_path):
@@ -96,10 +88,8 @@ def test_a_kill_before_any_change_of_a_folder_leaves_checkpoints_to_go_on_from(t
     assert moment > 25
 
 
-def test_a_rank_that_is_killed_ends_its_group_which_then_goes_on(trainings, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert [trainings.end(rank) for rank in trainings.train_ranks(whole, 2)] == [0, 0]
-
+def test_a_rank_that_is_killed_ends_its_group_which_then_goes_on(trainings, undisturbed, tmp_path):
+    run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "roclip.training", str(trainings.config), f"run_dir={run}"]
     with subprocess.Popen(command, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL) as group:
@@ -114,4 +104,4 @@ def test_a_rank_that_is_killed_ends_its_group_which_then_goes_on(trainings, tmp_
     assert trainings.end(ranks[1]) > 0
 
     assert [trainings.end(rank) for rank in trainings.train_ranks(run, 2)] == [0, 0]
-    assert_same_end(whole, run)
+    assert_same_end(undisturbed(2), run)

@@ -1,0 +1,60 @@
+"""A network namespace for each process that runs tests, so that files which start a Ray can run side by side.
+
+Two Rays on one machine would find each other's ports. Needs root.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+
+_NEW_NETWORK = 0x40000000
+_SET_FLAGS = 0x8914
+_UP = 0x1
+_libc = ctypes.CDLL(None, use_errno=True)
+_outside: list[int] = []
+
+
+@cache
+def is_possible() -> bool:
+    """Whether this machine lets us make one."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+
+
+def enter() -> None:
+    """This thread, and whatever it starts from now on, has loopback and the machine's own address, and nothing else."""
+    address = "127.0.0.1"
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+    _outside.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+    _checked(_libc.unshare(_NEW_NETWORK))
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh", b"lo", _UP))
+    if not address.startswith("127."):  # collectives listen on what the machine's name resolves to
+        subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Within it this thread is back in the network of the machine."""
+    inside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        for network in _outside:
+            _checked(_libc.setns(network, _NEW_NETWORK))
+        yield
+    finally:
+        _checked(_libc.setns(inside, _NEW_NETWORK))
+        os.close(inside)
+
+
+def _checked(code: int) -> None:
+    if code:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
