@@ -201,7 +201,7 @@ def main() -> None:
         "hours": round(hours, 2),
         "urls_per_s": round(urls / seconds),
         "node_deaths": cluster.deaths,
-        "task_failures": cluster.ray.failures,
+        "task_failures": cluster.failures,
         "tries_per_shard": round(cluster.tries / cluster.parts, 4),
         "used": {name: round(value, 3) for name, value in used.items()},
         "bottleneck": max(used, key=lambda name: used[name]),
