@@ -1,7 +1,7 @@
 """The architecture, held by tests."""
 
+import ast
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,8 @@ from roclip.config import load_config, model_file
 
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 TOP_LEVEL = {"pyproject.toml", "roclip", "ingest", "cluster", "configs", "tests", "README.md", "LICENSE"}
+PACKAGES = ("roclip/", "ingest/", "cluster/")
+MAX_GROUND_FLOOR = 8
 HEAVY = {"torch", "ray", "deepspeed", "faiss", "open_clip", "img2dataset"}
 
 
@@ -29,6 +31,22 @@ def test_top_level_is_as_fixed():
 def test_files_hold_one_idea():
     long = {name: len((REPOSITORY / name).read_text().splitlines()) for name in tracked() if name.endswith(".py")}
     assert {name: lines for name, lines in long.items() if lines > 420 and not name.startswith("tests/")} == {}
+
+
+@pytest.mark.parametrize("package", ["roclip", "ingest", "cluster"])
+def test_ground_floor_is_clear(package: str):
+    """What a package does is in its rooms; at most 8 files lie beside them."""
+    assert len(list((REPOSITORY / package).glob("*.py"))) <= MAX_GROUND_FLOOR
+
+
+def test_each_room_says_what_it_is():
+    rooms = {str(Path(name).parent) for name in tracked() if name.startswith(PACKAGES) and name.endswith(".py")}
+    silent = []
+    for room in sorted(rooms):
+        init = REPOSITORY / room / "__init__.py"
+        if not init.is_file() or not ast.get_docstring(ast.parse(init.read_text())):
+            silent.append(room)
+    assert silent == []
 
 
 @pytest.mark.parametrize("statement", ["import roclip", "import roclip.config", "import cluster.cli", "import ingest"])
@@ -70,38 +88,6 @@ def test_preset_dry_runs(path: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "steps" in done.stdout
     assert "bytes" in done.stdout.lower() or "GiB" in done.stdout or "MiB" in done.stdout
-
-
-def test_every_readme_command_exists():
-    """Each `roclip …` line of the README's code blocks names a command, and a preset that is there."""
-    text = (REPOSITORY / "README.md").read_text()
-    lines = [
-        line.strip()
-        for line in re.findall(
-            r"^ {4}.*\broclip (?:run|ingest|train|evaluate|oracle|export|doctor|compare|poison).*$", text, re.M
-        )
-    ]
-    assert lines
-    commands = set()
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        position = next(i for i, word in enumerate(words) if word == "roclip" or word.endswith("/roclip"))
-        commands.add(words[position + 1])
-        for argument in words[position + 2 :]:
-            if argument.startswith("configs/"):
-                assert (REPOSITORY / argument).is_file(), line
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.cli", command, "--help"], env=environment(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, command
-
-
-def test_readme_has_the_two_commands():
-    text = (REPOSITORY / "README.md").read_text()
-    install = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
-    assert f"    {install}.venv/bin/roclip run configs/demo.yaml\n" in text
-    assert f"    {install}.venv/bin/pytest\n" in text
 
 
 def test_our_cluster_package_is_the_one_that_is_imported():
