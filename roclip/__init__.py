@@ -1,6 +1,6 @@
 """RoCLIP: pretrain CLIP on web data that somebody may have poisoned (arXiv:2303.06854).
 
-The library: tensors and files, no Ray, no HTTP. Read `training/loop.py` first, then `defence/pool.py`.
+The library: tensors and files, no Ray, no HTTP. Read `training/loop.py` first, then `defence/defence.py` and `defence/pool.py`.
 Importing it loads no torch: the names below are looked up when they are used.
 """
 
