@@ -5,7 +5,6 @@ import dataclasses
 import re
 import shlex
 import subprocess
-import sys
 import typing
 from functools import cache
 from pathlib import Path
@@ -178,11 +177,23 @@ def test_keys_exist(readme: str):
                     assert key[1] in keys(), [program, *words]
 
 
-def test_published_figures_are_what_the_result_files_give(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("part", ["READMEs", "tables", "drawings", "bench"])
+def test_published_figures_are_what_the_result_files_give(part: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tests" / "bench"))
     import figures
 
-    assert figures.stale() == [], f"run {Path(sys.executable).name} tests/bench/figures.py"
+    assert part in figures.PARTS
+    assert figures.stale(part) == [], "run python tests/bench/figures.py"
+
+
+def test_a_stale_figure_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tests" / "bench"))
+    import figures
+
+    readme = tmp_path / "README.md"
+    readme.write_text((REPOSITORY / "README.md").read_text().replace("95.6 %", "95.7 %"))
+    monkeypatch.setattr(figures, "readmes", lambda: [readme])
+    assert figures.stale("READMEs") == [readme]
 
 
 def test_result_files_say_what_they_are_of():

@@ -37,37 +37,57 @@ MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)
 
 def published() -> Iterator[tuple[Path, str]]:
     """Each published file, and the text that it should have."""
-    yield from comparisons()
-    yield RESULTS / "scale.md", scale()
+    for part in PARTS.values():
+        yield from part()
+
+
+def readme_tables() -> Iterator[tuple[Path, str]]:
     tables = marked_tables()
     for path in readmes():
-        text = path.read_text()
-        yield path, MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", text)
+        yield path, MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", path.read_text())
 
 
-def comparisons() -> Iterator[tuple[Path, str]]:
+def comparison_tables() -> Iterator[tuple[Path, str]]:
     from roclip.report.comparison_report import markdown
-    from roclip.report.frontier import arm_colors, dose_response, frontier, save
 
     for name, stem in COMPARISONS.items():
-        path, result = RESULTS / f"{name}.json", result_file(name)
-        yield path.with_name(f"{stem}.md"), markdown(result)
-        if drawing := DRAWINGS.get(name):
-            colors, rows, points = arm_colors(result["arms"]), result["rows"], result["points"]
-            main = [row for row in rows if row["point"] == next(iter(points))]
-            figure = frontier(main, colors) if drawing == "frontier" else dose_response(rows, points, colors)
-            with tempfile.TemporaryDirectory() as folder:
-                save(figure, Path(folder), drawing)
-                yield path.with_name(f"{drawing}.svg"), Path(folder, f"{drawing}.svg").read_text()
+        yield RESULTS / Path(name).with_name(f"{stem}.md"), markdown(result_file(name))
 
 
-def scale() -> str:
-    import scale as bench
+def comparison_drawings() -> Iterator[tuple[Path, str]]:
+    from roclip.report.frontier import arm_colors, dose_response, frontier, save
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        bench.report(RESULTS / "scale-measured.json", None)
-    return printed.getvalue()
+    for name, stem in DRAWINGS.items():
+        result = result_file(name)
+        colors, rows, points = arm_colors(result["arms"]), result["rows"], result["points"]
+        main = [row for row in rows if row["point"] == next(iter(points))]
+        figure = frontier(main, colors) if stem == "frontier" else dose_response(rows, points, colors)
+        with tempfile.TemporaryDirectory() as folder:
+            save(figure, Path(folder), stem)
+            yield RESULTS / Path(name).with_name(f"{stem}.svg"), Path(folder, f"{stem}.svg").read_text()
+
+
+def bench_drawings() -> Iterator[tuple[Path, str]]:
+    import plan
+    import scale
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan.plot(result_file("plan"), folder / "plan.svg")
+        yield RESULTS / "plan.svg", (folder / "plan.svg").read_text()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            scale.report(RESULTS / "scale-measured.json", folder / "scale.svg")
+        yield RESULTS / "scale.md", printed.getvalue()
+        yield RESULTS / "scale.svg", (folder / "scale.svg").read_text()
+
+
+PARTS = {
+    "READMEs": readme_tables,
+    "tables": comparison_tables,
+    "drawings": comparison_drawings,
+    "bench": bench_drawings,
+}
 
 
 def marked_tables() -> dict[str, str]:
@@ -167,12 +187,13 @@ def readmes() -> list[Path]:
     return [HOME / name for name in listed.stdout.splitlines()]
 
 
-def stale() -> list[Path]:
-    """The published files that are not what the result files give. A drawing is compared by what it says, not by digits."""
-    return [path for path, text in published() if not same(path, text)]
+def stale(part: str) -> list[Path]:
+    """The published files of a part that are not what the result files give."""
+    return [path for path, text in PARTS[part]() if not same(path, text)]
 
 
 def same(path: Path, text: str) -> bool:
+    """Whether a file is this text; a drawing, whether it shows the same."""
     if not path.is_file():
         return False
     if path.suffix != ".svg":
@@ -196,7 +217,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     if given.check:
-        found = stale()
+        found = [path for part in PARTS for path in stale(part)]
         for path in found:
             print(f"{path.relative_to(HOME)} is not what the result files give: run python tests/bench/figures.py")
         return 1 if found else 0

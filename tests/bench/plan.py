@@ -1,9 +1,9 @@
 """One rank's plan of an epoch: building it, and asking it for every sample of the rank, against a budget of 5 s and 1 GiB.
 
 1,000,000 shards of some 5,000 samples, 4,096 ranks, a global batch of 65,536, as many streams as ranks. Also what a
-checkpoint has to keep of it (bytes), and with `--plot FILE.svg` how time grows from 1,000 shards on.
+checkpoint has to keep of it (bytes), and with `--growth FILE.json` how time grows from 1,000 shards on (`figures.py` draws it).
 
-    python tests/bench/plan.py [--quick] [--plot FILE.svg]
+    python tests/bench/plan.py [--quick] [--growth FILE.json]
 """
 
 import argparse
@@ -12,8 +12,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench import measure
@@ -44,28 +46,35 @@ def peak_bytes(shards: int) -> float:
     return float(done.stdout)
 
 
-def plot(path: Path) -> None:
-    from matplotlib.figure import Figure
-
+def growth() -> dict[str, list[float]]:
+    """Seconds of a rank's epoch by the number of shards."""
     sizes = [1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000]
     seconds = []
     for shards in sizes:
         start = time.perf_counter()
         whole_plan(shards)
         seconds.append(time.perf_counter() - start)
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(sizes, seconds, marker="o", color="#1f6f8b")
-    axes.set_xlabel("shards of 5,000 samples")
-    axes.set_ylabel("one of 4,096 ranks' epoch, s")
-    axes.grid(color="#e6e6e6")
-    figure.savefig(path, metadata={"Date": None})
+    return {"shards": [float(shards) for shards in sizes], "seconds": seconds}
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "plan"}):
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        axes = figure.subplots()
+        axes.loglog(found["shards"], found["seconds"], marker="o", color="#1f6f8b")
+        axes.set_xlabel("shards of 5,000 samples")
+        axes.set_ylabel("one of 4,096 ranks' epoch, s")
+        axes.grid(color="#e6e6e6")
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--growth", type=Path, metavar="FILE.json")
     parser.add_argument("--child", type=int)
     arguments = parser.parse_args()
     if arguments.child:
@@ -80,5 +89,5 @@ if __name__ == "__main__":
 
     state = len(json.dumps(asdict(Cursor(10**9, 10**4, 10**7, 10**13, "matched"))))
     measure("plan", f"state, {case}", "bytes", lambda: float(state), 1024.0, 1.0, runs=1)
-    if arguments.plot:
-        plot(arguments.plot)
+    if arguments.growth:
+        arguments.growth.write_text(json.dumps(growth(), indent=1) + "\n")

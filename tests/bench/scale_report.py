@@ -31,11 +31,11 @@ GPUS = [2**power for power in range(3, 11)]
 POOLS = [2**power for power in range(16, 23)]
 MODELS = ("RN50", "ViT-B-16")
 INGEST_IMAGES_PER_CORE_S = 45.0
-"""90 images/s on 2 cores (`tests/bench/ingest_rate.py --urls 2000`, commit 1038843, README)."""
+"""90 images/s on 2 cores (`tests/bench/ingest_rate.py --urls 2000`, `configs/experiments/results/bench.json`)."""
 CONNECTION_BYTES_PER_S = 90e6
 """Of one request (Amazon S3, performance guidelines: 85 to 90 MB/s)."""
 RESTART_S = 60.0
-"""Killed node to training again: the bar of README's fault table."""
+"""Killed node to training again: the bar of `tests/bench/recovery.py`."""
 SAMPLES_PER_TAR = 10_000
 COLORS = {
     "towers": "#e5e9f0",
