@@ -201,4 +201,5 @@ def test_result_files_say_what_they_are_of():
         text = path.read_text()
         assert '"command"' in text, path
         assert '"commit' in text, path
+        assert '"machine"' in text, path
         assert '"seeds"' in text or path.name == "scale-measured.json", path

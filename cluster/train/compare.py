@@ -47,7 +47,12 @@ def compare(experiment: Experiment, command: str) -> Path:
             fill(Session(corpus.config, here.path / corpus.name, here.display))
         problems = _train(here, experiment)
         here.note_cost()
-        facts = {"command": command, "commits": _commits(here.path, experiment), "wall_s": here.cost["wall_s"]}
+        facts = {
+            "command": command,
+            "commits": _commits(here.path, experiment),
+            "machine": here.provenance["machine"],
+            "wall_s": here.cost["wall_s"],
+        }
         write_comparison(here.path, experiment, facts)
     if problems:
         raise StageError(f"{here.path}: {len(problems)} of the trainings did not finish. {' '.join(problems)}")

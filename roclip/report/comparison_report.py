@@ -21,7 +21,7 @@ def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, A
     """Write every file of the report into the experiment's folder and return what `compare.json` holds.
 
     Args:
-        facts: `command`, `commits` that trained, and `wall_s`.
+        facts: `command`, `commits` that trained, `machine` and `wall_s`.
     """
     protocol = experiment.protocol
     head = {"schema": 1, "name": experiment.shared.name, "arms": list(experiment.arms), "seeds": list(protocol.seeds)}
