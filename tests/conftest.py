@@ -54,8 +54,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst
     return LongestFirst(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files begin, so that none is left alone in the end."""
+    """What starts a Ray is slow. The longest files begin, so that none is left alone in the end."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker("slow")
     items.sort(key=lambda item: _place(item.nodeid.split("::")[0]))
 
 
