@@ -161,7 +161,7 @@ def _compiler() -> Check:
     """Compile a program that includes Python's header, as DeepSpeed's and torch's extensions do."""
     command = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     need = "a C++17 compiler with Python's headers"
-    advice = "Install g++ and Python's development headers: DeepSpeed compiles CPU collectives at first use."
+    advice = "Install g++ and Python's development headers: torch and DeepSpeed compile extensions at first use."
     if command is None:
         return Check("compiler", "fail", "none", need, advice)
     flags = ["-std=c++17", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only", "-x", "c++", "-"]

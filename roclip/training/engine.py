@@ -15,6 +15,9 @@ from roclip.config import TrainConfig
 from roclip.data.stream import rows_of_rank
 from roclip.model.towers import MAX_LOG_SCALE, Towers
 
+deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
+"""On a CPU DeepSpeed would compile, for a minute at first use, an all-reduce that only its inference calls."""
+
 
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
     """The DeepSpeed engine of this rank. Joins the process group that exists, or starts one from the environment

@@ -1,3 +1,4 @@
+import deepspeed.comm.comm
 import pytest
 import torch
 
@@ -68,6 +69,11 @@ def test_whole_towers_of_zero_3_are_a_copy_that_needs_no_other_rank(towers):
     assert whole is not towers
     assert not any(hasattr(parameter, "ds_id") for parameter in whole.parameters())
     assert torch.allclose(whole.encode_image(batch()[0]), expected, atol=1e-6)
+
+
+def test_no_collective_is_compiled_that_training_never_calls(towers):
+    build_engine(towers, TrainConfig(global_batch_size=4))
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
 def test_gradient_clipping_is_always_named():
