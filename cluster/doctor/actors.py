@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.doctor.checks import Check, judge
 from cluster.doctor.node import NodeExam
-from cluster.ray.network import reach
+from cluster.ray.connect import reach
 from roclip.errors import StageError
 
 Say = Callable[[float, float, str], None]

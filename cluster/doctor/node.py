@@ -25,8 +25,8 @@ import psutil
 from cluster.doctor.checks import Check, existing, judge, names_check
 from cluster.doctor.dns import HostSample
 from cluster.plan import human_bytes
+from cluster.ray.connect import token_file
 from cluster.ray.network import interface_of
-from cluster.ray.token import token_file
 from roclip.config import FetchPolicy
 from roclip.storage import content_of, drop, place, write_atomic, written_beside
 

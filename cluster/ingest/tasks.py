@@ -5,7 +5,7 @@ How a task ended decides what is done with its part:
     lost      with its node or its input: again, as often as it takes
     failed    with an error: again, `ingest.shard_retries` times, then the ingest ends
     died      its process ended, by itself or for want of memory: as above, with a smaller window; and if it died each time,
-              the rows that do it are looked for (`cluster/ingest/bisect.py`) and left out
+              the rows that do it are looked for (`cluster/ingest/recovery.py`) and left out
 
 Each further try waits, twice as long as the one before, give or take a half.
 """
@@ -24,10 +24,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.ingest.bisect import Bisection
 from cluster.ingest.metrics import HostErrors, count_sealed
+from cluster.ingest.recovery import Bisection, Window
 from cluster.ingest.task import Order, TaskResult, probe, seal_part
-from cluster.ingest.window import Window
 from cluster.monitoring.publisher import count
 from cluster.ray.failures import Failure, cause_of, kind_of, words_of
 from ingest.folder.lease import Lease

@@ -29,8 +29,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.jobs.log import LONGEST_WAIT_S, Log
 from cluster.jobs.runtime_env import for_cluster, identity_digest, pack
+from cluster.ray.connect import find_token
 from cluster.ray.session import commit
-from cluster.ray.token import find_token
 from roclip.config import Config, run_directory
 from roclip.errors import ConfigError, StageError
 

@@ -1,4 +1,4 @@
-"""The network between the nodes of a cluster: settings that ranks get, interfaces, what an all-reduce sends, who listens."""
+"""The network between the ranks of a training: its settings, its interface, and what an all-reduce sends over it."""
 
 import os
 import socket
@@ -8,7 +8,6 @@ import psutil
 
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_", "FI_", "UCX_")
 """What the driver's environment says of the network, by the names' beginnings; it holds for each rank."""
-_REACHED_WITHIN_S = 10.0
 
 
 def network_environment() -> dict[str, str]:
@@ -36,10 +35,3 @@ def ring_bytes(size: int, ranks: int) -> float:
     """What each rank sends in an all-reduce of `size` bytes in a ring, size x 2 (W-1)/W (Patarasuk and Yuan 2009); over the
     time, NCCL's tests call it bus bandwidth."""
     return size * 2 * (ranks - 1) / ranks
-
-
-def reach(address: str) -> None:
-    """Raises `OSError` at once where nobody listens at `HOST:PORT`; Ray itself tries for minutes. Names such as `auto` pass."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_REACHED_WITHIN_S).close()

@@ -20,9 +20,7 @@ from ray.job_config import JobConfig
 
 from cluster.display import Display
 from cluster.monitoring.publisher import job_config
-from cluster.ray.network import reach
-from cluster.ray.own_ray import start_local_ray
-from cluster.ray.token import ensure_token
+from cluster.ray.connect import ensure_token, reach, start_local_ray
 from roclip.config import Config, dump_config, environment_defaults, identity, model_file, parse_config, run_directory
 from roclip.config.secrets import private_directory
 from roclip.data.tar_sources import shards_root

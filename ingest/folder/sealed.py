@@ -5,16 +5,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
-from ingest.folder.arrow import pc
 from roclip.data.shards import ShardRecord, read_index
 from roclip.errors import ShardError
 from roclip.storage import content_of, place, put
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 COLUMNS = {
     "key": pa.string(),
     "url": pa.string(),

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, parquet_writer, rows, scratch
 from ingest.signals import normal_forms
 from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
@@ -23,6 +24,7 @@ from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
 from roclip.storage import place
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 DRIFT = "drift.parquet"
 LOOKS_SAME_BITS = 8
 """Perceptual hashes that differ in so many bits or fewer are of pictures that look the same."""

@@ -7,11 +7,12 @@ are read in the order of their names, so the result does not depend on the order
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, parquet_writer, samples, scratch
 from ingest.signals import normal_forms
 from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
@@ -20,6 +21,7 @@ from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
 from roclip.storage import place
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 DUPLICATES = "duplicates.parquet"
 SCHEMA = pa.schema(
     [

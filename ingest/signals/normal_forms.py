@@ -6,13 +6,14 @@ Letters: B texts, T words in all of them.
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from ingest.folder.arrow import pc
-
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 STOPWORDS = frozenset(
     [
         "a",

@@ -6,15 +6,17 @@ signals that named them, and the tar stays as it is.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
-from ingest.folder.arrow import pc
 from ingest.signals.suspicion import SIGNALS
 from roclip.errors import ConfigError, ShardError
 from roclip.storage import content_of
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 SIGNAL = pa.field("signal", pa.string())
 """What a quarantined row has more than one of the index: the names of its signals, with commas between them."""
 

@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow.compute
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ingest.folder.arrow import pc
 from ingest.folder.sealed import rows
 from ingest.signals import normal_forms, patches
 from ingest.signals.findings import SHOWN_CHARS, SuspectGroups
 from roclip.data.shards import ShardRecord, read_index, tar_path
 from roclip.storage import patiently
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 NEAR, MEMBER, FAR = 24.0, 36.0, 42.0
 PEAK = 0.5
 MOST_FRAC = 0.1

@@ -8,11 +8,12 @@ whatever the number of samples: what is to be compared waits on disk (`group_by.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from ingest.folder.arrow import pc
 from ingest.folder.sealed import Keys, numbers, samples, scratch
 from ingest.signals import normal_forms
 from ingest.signals.findings import SuspectGroup, SuspectGroups
@@ -25,6 +26,7 @@ from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
 from roclip.storage import place
 
+pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 HASH_MISMATCH = "hash_mismatch"
 """Both the signal and the flag of the shard's parquet that it is read from."""
 _HASH = np.dtype([("hash", "<u8"), ("phash", "<u8")])

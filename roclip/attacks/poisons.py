@@ -30,7 +30,7 @@ from PIL import Image
 
 from roclip.attacks.triggers import Box, Trigger, apply_trigger
 from roclip.config import AttacksConfig
-from roclip.plurals import singular
+from roclip.data.find_names import singular
 
 ATTACKS = ("targeted", "backdoor", "blended", "wanet", "sig", "label_consistent", "flood")
 EVALUATED_IMAGES = 300

@@ -6,7 +6,7 @@ Letters: N images, D feature width, C classes.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,11 @@ from torch import Tensor
 from roclip import distributed
 from roclip.checkpoint.checkpoint import Cursor
 from roclip.config import Config
-from roclip.evaluation.linear_probe import linear_probe
-from roclip.evaluation.retrieval import places, recall
+from roclip.evaluation.figures import linear_probe, places, rate, recall
 from roclip.evaluation.sets import EvaluationSet, fill, load_evaluation_set
 from roclip.metrics.registry import read_metrics
 from roclip.model.towers import Encoder, Towers
 from roclip.storage import write_atomic
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its count and its Wilson 95 % interval."""
-
-    successes: int
-    n: int
-    rate: float
-    ci95: tuple[float, float]
 
 
 def evaluate(encoder: Encoder, data: EvaluationSet) -> dict[str, Any]:
@@ -132,17 +121,6 @@ def record_evaluation(config: Config, run: Path, arm: str, towers: Towers, curso
     if distributed.rank() == 0:
         row = {"epoch": cursor.epoch, "step": cursor.step, "phase": cursor.phase, **figures}
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*kept, row]))
-
-
-def rate(successes: int, n: int) -> Rate:
-    """successes / n with its Wilson score interval at 95 % (Wilson 1927)."""
-    if n == 0:
-        return Rate(0, 0, 0.0, (0.0, 1.0))
-    z = 1.959964
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Rate(successes, n, p, (max(0.0, centre - half), min(1.0, centre + half)))
 
 
 def _due(config: Config, evaluated: Sequence[Mapping[str, Any]], cursor: Cursor) -> bool:

@@ -2,7 +2,7 @@
 
 Measured first, on this machine: processor time and waiting of real shards (fetch, verify, publish; `tests/support/web.py` with
 dead, dripping and huge answers), and what a task costs the driver (a real local Ray). Then 100,000 parts are made into shards by
-100 simulated nodes under the job's own window (`cluster/ingest/window.py`): nodes die and come back, tasks fail and are
+100 simulated nodes under the job's own window (`cluster/ingest/recovery.py`): nodes die and come back, tasks fail and are
 tried again,
 the driver does one thing at a time. Assumed, and said in the output: cores and network of a node, how often it dies, how often a
 task fails, bytes of an image on the web. What is lost is counted from the simulated manifest: each part must be in it once.
@@ -36,8 +36,8 @@ sys.path[:0] = [
 ]  # the package first: a bench beside this one is called ingest
 from web import FAULTS, HOSTS, PHOTOS, Web, url_list  # noqa: E402
 
-from cluster.ingest.window import Window  # noqa: E402
-from cluster.ray.own_ray import start_local_ray  # noqa: E402
+from cluster.ingest.recovery import Window  # noqa: E402
+from cluster.ray.connect import start_local_ray  # noqa: E402
 from ingest.lists.sources import read_url_list, split  # noqa: E402
 
 URLS, NODES, CORES, PER_SHARD = 10**9, 100, 16, 10_000

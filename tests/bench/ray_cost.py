@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from bench import measure
 from kit import environment, preset, scene_samples, write_shard
 
-from cluster.ray.own_ray import start_local_ray
+from cluster.ray.connect import start_local_ray
 from cluster.train.job import train_arm
 from roclip.config import environment_defaults, load_config
 from roclip.data.shards import Manifest

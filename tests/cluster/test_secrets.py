@@ -16,7 +16,6 @@ from kit import environment, preset
 
 from cluster.cli.main import guarded
 from cluster.jobs import jobs
-from cluster.ray import token
 from cluster.ray.session import keep_config
 from roclip.config import dump_config, load_config, parse_config
 from roclip.config.secrets import private_directory
@@ -107,17 +106,17 @@ def test_token_file_is_made_for_its_owner_only(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     before = os.umask(0)
     try:
-        token.ensure_token()
+        connect.ensure_token()
     finally:
         os.umask(before)
     file = tmp_path / ".ray" / "auth_token"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-    assert len(token.find_token()) == 64
+    assert len(connect.find_token()) == 64
     assert os.listdir(file.parent) == ["auth_token"]
     made = file.read_text()
     file.chmod(0o644)  # as Ray leaves it
-    token.ensure_token()
+    connect.ensure_token()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert file.read_text() == made
 
@@ -125,17 +124,17 @@ def test_token_file_is_made_for_its_owner_only(tmp_path, monkeypatch):
 def test_token_comes_from_where_ray_takes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    assert token.find_token() == ""
+    assert connect.find_token() == ""
     (tmp_path / "token").write_text("from-file\n")
-    assert token.find_token() == "from-file"
+    assert connect.find_token() == "from-file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "from-environment")
-    assert token.find_token() == "from-environment"
+    assert connect.find_token() == "from-environment"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own a file as somebody else")
 def test_token_file_of_somebody_else_that_all_can_read_is_refused():
     code = (
-        "import os; from cluster.ray.token import ensure_token; from roclip.errors import StageError; os.setuid(65534)\n"
+        "import os; from cluster.ray.connect import ensure_token; from roclip.errors import StageError; os.setuid(65534)\n"
         "try: ensure_token()\nexcept StageError as error: print(error)"
     )
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others

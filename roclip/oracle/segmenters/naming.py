@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from roclip.data.find_names import find_names
 from roclip.errors import ConfigError
-from roclip.oracle.segmenters.find_names import find_names
 
 
 def name_labels(

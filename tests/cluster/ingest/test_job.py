@@ -26,7 +26,7 @@ from ingesting import (
 
 from cluster.ingest.job import ingest
 from cluster.ingest.task import OUTAGE_URLS, WORK
-from cluster.ray.own_ray import start_local_ray
+from cluster.ray.connect import start_local_ray
 from ingest.origin import Origin
 from roclip.data.shards import HELD, Manifest, index_path, sample_key
 from roclip.errors import ConfigError, DataError, RunLockedError, StageError

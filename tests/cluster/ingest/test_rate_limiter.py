@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from cluster.ingest.rate_limiter import SharedRateLimiter, host_desks
-from cluster.ray.own_ray import start_local_ray
+from cluster.ray.connect import start_local_ray
 from ingest.http.host_schedule import FAILURES
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError, reason_of

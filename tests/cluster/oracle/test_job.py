@@ -17,7 +17,7 @@ from rigged import World, fatal_witness, witness
 
 from cluster.oracle.job import judge, oracle
 from cluster.oracle.scan import cpus_per_actor, look_with_actors
-from cluster.ray.own_ray import start_local_ray
+from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.config import Config, DataConfig, OracleConfig
 from roclip.data.shards import Manifest

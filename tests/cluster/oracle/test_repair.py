@@ -18,7 +18,7 @@ from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 from cluster.oracle import repair as repair_job
 from cluster.oracle.job import brief_of, judge
 from cluster.oracle.repair import choose, repair
-from cluster.ray.own_ray import start_local_ray
+from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.checkpoint import checkpoint as checkpoints
 from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, TrainConfig, load_config

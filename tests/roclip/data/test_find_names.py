@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roclip.oracle.segmenters.find_names import find_names
-from roclip.plurals import singular
+from roclip.data.find_names import find_names, singular
 
 WORDS = (
     "bus",

@@ -1,9 +1,54 @@
-"""Finds the rows that kill a worker: a range of rows that does is halved until single rows are left."""
+"""What ingest learns from tasks that die: how many may be in flight, and which rows kill a worker.
+
+The window grows and shrinks as TCP's does. Until the first trouble each success adds a task, so it doubles each time all of it
+has succeeded; after that, a whole window of successes adds one. When memory is short or a task dies it is halved; tasks that
+were already under way then do not halve it again. Pending tasks are what an autoscaler adds nodes for, so the window may grow
+past what today's nodes can run.
+
+The search for the rows is a bisection: a range that kills its worker is halved until single rows are left.
+"""
 
 from dataclasses import dataclass, field
 
+START = 2
+"""Tasks in flight at first."""
 MAX_PROBES = 200
-"""About twelve killers in a shard of 10,000 rows."""
+"""Enough for about twelve killers in a shard of 10,000 rows."""
+
+
+class Window:
+    """
+    Args:
+        most: Never more tasks than this.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._size = float(min(START, most))
+        self._calm = True
+        self._round = 0
+
+    @property
+    def size(self) -> int:
+        """Tasks that may be in flight now; at least 1."""
+        return int(self._size)
+
+    @property
+    def round(self) -> int:
+        """To be noted with a task when it starts, and given back when it has failed."""
+        return self._round
+
+    def succeeded(self) -> None:
+        """A task has ended well."""
+        self._size = min(self.most, self._size + (1 if self._calm else 1 / self._size))
+
+    def shrink(self, started_in: int) -> None:
+        """A task that was started in this round died, or said that memory is short."""
+        if started_in < self._round:
+            return
+        self._round += 1
+        self._calm = False
+        self._size = max(1.0, self._size / 2)
 
 
 @dataclass

@@ -5,8 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingest.bisect import Bisection
-from cluster.ingest.window import START, Window
+from cluster.ingest.recovery import START, Bisection, Window
 
 
 @given(st.integers(1, 300), st.lists(st.sampled_from(["good", "bad", "old"]), max_size=400))

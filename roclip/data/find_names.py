@@ -6,11 +6,10 @@ Alternatives one after the other take 10,000 s for a million captions and a thou
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 
 import numpy as np
-
-from roclip.plurals import singular
 
 _AT_ONCE = 1000
 
@@ -30,6 +29,15 @@ def find_names(captions: Sequence[str], names: Sequence[str]) -> tuple[np.ndarra
         found.append(hits[:, 1])
         done += len(piece)
     return np.concatenate(rows), np.concatenate(found)
+
+
+@cache
+def singular(name: str) -> str:
+    """The name in lower case without a plural's ending: Watches gives watch, shirts gives shirt; dress and bus stay."""
+    word = name.lower()
+    if re.search(r"(?:ch|sh|x|ss|z)es$", word):
+        return word[:-2]
+    return word[:-1] if re.search(r"\w{3}(?<!s)s$", word) else word
 
 
 def _hits(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
