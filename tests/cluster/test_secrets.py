@@ -16,6 +16,7 @@ from kit import environment, preset
 
 from cluster.cli.main import guarded
 from cluster.jobs import jobs
+from cluster.ray import connect
 from cluster.ray.session import keep_config
 from roclip.config import dump_config, load_config, parse_config
 from roclip.config.secrets import private_directory
