@@ -27,7 +27,7 @@ from roclip.report.run_report import write_report
 from roclip.storage import write_atomic
 
 REPAIRED = ("poisoned", "suspicious")
-"""Verdicts after which `oracle.repair` repairs."""
+"""Verdicts after which `repair.enabled` repairs."""
 
 
 def run(config: Config) -> dict:
@@ -145,7 +145,7 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
     with following(here.config, here.path / arm, "oracle"), here.display.follow("oracle", lambda: told_standing(said)):
         result = oracle(here.config, here.path, arm, **named)
     count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
-    if here.config.oracle.repair and result["verdict"] in REPAIRED:
+    if here.config.repair.enabled and result["verdict"] in REPAIRED:
         result["repair"] = _repair(here, arm, **named)
     return result
 

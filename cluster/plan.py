@@ -238,9 +238,9 @@ def stages_of(config: Config, plan: RunPlan, command: str) -> list[str]:
 
 
 def _repair(config: Config) -> list[str]:
-    if not config.oracle.repair:
+    if not config.repair.enabled:
         return []
-    share = f"{100 * config.oracle.repair_frac:g} % of the images"
+    share = f"{100 * config.repair.set_frac:g} % of the images"
     return [f"repair what is poisoned or suspicious on at most {share}, and check it again; TRUSTED if nothing is left"]
 
 

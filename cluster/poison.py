@@ -206,7 +206,9 @@ def _plan(config: Config, clean: pa.Table, pictures: pa.Table, classes: list[str
     except ValueError as error:
         raise ConfigError(f"attacks: {error}") from error
     if not poisons:
-        raise ConfigError("attacks: expected at least one attack, got none. Set attacks.backdoor.count or another.")
+        raise ConfigError(
+            "attacks: expected at least one attack, got none. Add one to attacks.backdoors, or set attacks.targeted.images."
+        )
     return poisons
 
 

@@ -169,7 +169,7 @@ def oracle(
     dry_run: DryRun = False,
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
-    settings = resolve(config, [*(overrides or ()), *(["oracle.repair=true"] if repair else [])])
+    settings = resolve(config, [*(overrides or ()), *(["repair.enabled=true"] if repair else [])])
     for option, value in (("--data", data), ("--checkpoint", checkpoint or "")):  # the report names both
         refuse_secret(option, value)
     if dry_run:

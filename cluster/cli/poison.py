@@ -10,7 +10,7 @@ from roclip.errors import ConfigError
 
 POISON_EXAMPLES = examples(
     "poison configs/demo.yaml --shards runs/2026-01-31-demo/shards --out poisoned",
-    "poison configs/demo.yaml attacks.wanet.rate=0.005 --shards clean --out poisoned",
+    "poison configs/demo.yaml 'attacks.backdoors=[{kind: wanet, rate: 0.005}]' --shards clean --out poisoned",
     "poison configs/demo.yaml --urls urls.parquet --out list --base-url http://localhost/",
 )
 

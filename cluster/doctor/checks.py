@@ -21,6 +21,7 @@ from rich.text import Text
 from cluster.doctor.dns import WHAT_TO_DO, HostSample, first_hosts, measure_names
 from cluster.plan import RunPlan, human_bytes, make_plan
 from roclip.config import Config, FetchPolicy, run_directory
+from roclip.config.cluster import OBJECT_STORE_BYTES
 from roclip.errors import RoclipError, StageError
 from roclip.storage import place, write_atomic
 
@@ -79,7 +80,7 @@ def doctor(config: Config | None) -> list[Check]:
     checks += [_object_store(key, where) for key, where in stores.items() if "://" in where]
     if config.data.urls:
         checks.append(_names(config))
-    return [*checks, _memory(config, plan), _shared_memory(config), _disk(config, plan), _data(plan)]
+    return [*checks, _memory(config, plan), _shared_memory(), _disk(config, plan), _data(plan)]
 
 
 def _names(config: Config) -> Check:
@@ -235,17 +236,17 @@ def _memory(config: Config | None, plan: RunPlan | None) -> Check:
     if config is None or config.cluster.address != "local":
         return judge("memory", free > 4e9, human_bytes(free), "4.0 GB", "Close other programs.", otherwise="warn")
     model = (plan.parameters or 0) * _TRAINING_BYTES + plan.pool_bytes if plan else 0
-    need = _RAY_BYTES + config.cluster.store_memory_bytes + config.cluster.workers * (_WORKER_BYTES + model)
+    need = _RAY_BYTES + OBJECT_STORE_BYTES + config.cluster.workers * (_WORKER_BYTES + model)
     need += (plan.parameters or 0) * _CHECKPOINT_BYTES if plan else 0
     status: Status = "ok" if free >= need else "warn" if free >= need / 2 else "fail"
     advice = "Lower cluster.workers, pool.size or the model, or close other programs."
     return Check("memory", status, human_bytes(free), f"about {human_bytes(need)}, and the batch's activations", advice)
 
 
-def _shared_memory(config: Config) -> Check:
-    need, folder = config.cluster.store_memory_bytes, Path("/dev/shm")
+def _shared_memory() -> Check:
+    need, folder = OBJECT_STORE_BYTES, Path("/dev/shm")
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-    advice = "Ray will use files instead, which is slow: enlarge /dev/shm or lower cluster.store_memory_bytes."
+    advice = "Ray will use files instead, which is slow: enlarge /dev/shm."
     return judge("shared memory", free >= need, human_bytes(free), human_bytes(need), advice, otherwise="warn")
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ingest.http.resolver import Resolver
+from ingest.http.resolver import LOOKUPS, Resolver
 from ingest.lists.configured import open_list
 from roclip.config import Config, FetchPolicy
 from roclip.data.outcomes import FetchError
@@ -43,9 +43,9 @@ def measure_names(hosts: HostSample, rules: FetchPolicy) -> tuple[float, float, 
 
     Asked as a task would ask: so many at a time, by the same resolver, nothing in its cache.
     """
-    resolver = Resolver(tuple(rules.nameservers), rules.dns_lookups)
+    resolver = Resolver(tuple(rules.nameservers))
     start_s = time.monotonic()
-    with ThreadPoolExecutor(rules.dns_lookups) as pool:
+    with ThreadPoolExecutor(LOOKUPS) as pool:
         found = list(pool.map(lambda host: _is_found(resolver, host, start_s + _LONGEST_S), hosts.names))
     seconds = max(time.monotonic() - start_s, 1e-3)
     needed = IMAGES_PER_S_PER_CORE * (os.cpu_count() or 1) * hosts.per_row

@@ -17,7 +17,7 @@ PACKAGES = ("roclip", "ingest", "cluster")
 _PATHS = {
     "data": ("urls", "images", "shards", "cache_dir"),
     "ingest": ("compare_with",),
-    "train": ("unlearn", "finetune"),
+    "repair": ("triggers", "finetune"),
     "evaluate": ("images", "class_file", "template_file", "webdataset"),
     "oracle": ("label_file", "trusted_file"),
 }

@@ -98,6 +98,7 @@ def judge(
             labels=case.labels,
             templates=case.templates,
             config=config.oracle,
+            repair=config.repair,
             out=case.out,
             caption_key=case.caption_key,
             truth=case.truth,
@@ -141,6 +142,7 @@ def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, 
         "labels": case.labels,
         "templates": case.templates,
         "config": dataclasses.asdict(config.oracle.of_verdict),
+        "set": {"set_frac": config.repair.set_frac, "stamped_frac": config.repair.stamped_frac},
     }
     # As the report will have it: tuples are lists there.
     return Brief(case, segmenter, json.loads(json.dumps(subject)))

@@ -163,12 +163,11 @@ def repair_config(
     The text tower is locked, so that the zero-shot classifier stays what it was; batch norm keeps its statistics, which a
     small set would spoil. `triggers` is the folder of those that were found, in pictures of `side` pixels.
     """
-    card, oracle_settings = json.loads((judged / CONFIG).read_text()), config.oracle
+    card, wanted = json.loads((judged / CONFIG).read_text()), config.repair
     name = card.get("roclip_model", config.model.name)
     write_atomic(folder / "models" / f"{name}.json", json.dumps(card["model_cfg"], indent=1))
-    held = oracle_settings.repair_hold_weight
-    batch = min(oracle_settings.repair_batch_size, max(MIN_BATCH, math.ceil(samples / MIN_STEPS)), samples)
-    epochs = max(oracle_settings.repair_epochs, math.ceil(oracle_settings.repair_steps / math.ceil(samples / batch)))
+    batch = min(wanted.batch_size, max(MIN_BATCH, math.ceil(samples / MIN_STEPS)), samples)
+    epochs = max(wanted.epochs, math.ceil(wanted.steps / math.ceil(samples / batch)))
     settings = dataclasses.replace(
         config,
         name="repair",
@@ -190,17 +189,19 @@ def repair_config(
             lock_text=True,
             lock_text_unlocked_layers=0,
         ),
+        repair=dataclasses.replace(
+            wanted,
+            enabled=False,
+            triggers=str(triggers.resolve()) if triggers and wanted.distillation_weight else "",
+            finetune=str((folder / "finetune.parquet").resolve()) if wanted.distillation_weight else "",
+        ),
         train=dataclasses.replace(
             config.train,
             epochs=epochs,
             global_batch_size=batch,
-            lr=oracle_settings.repair_lr,
+            lr=wanted.lr,
             warmup_epochs=epochs / MOMENTS,
-            in_modal_weight=oracle_settings.repair_in_modal_weight,
-            push_away_weight=oracle_settings.repair_push_away_weight,
-            hold_weight=held,
-            unlearn=str(triggers.resolve()) if triggers and held else "",
-            finetune=str((folder / "finetune.parquet").resolve()) if held else "",
+            objective="repair",
             keep_every_epochs=math.ceil(epochs / MOMENTS),
             checkpoint_store="",
             loggers=(),
@@ -299,12 +300,11 @@ def _refused(reason: str) -> dict[str, Any]:
 def _subject(config: Config, brief: Brief, found_in: Path) -> dict[str, Any]:
     """All that the outcome depends on."""
     files = [found_in / "finetune.parquet", *sorted((found_in / "triggers").glob("*.npz"))]
-    settings = {key: value for key, value in dataclasses.asdict(config.oracle).items() if key.startswith("repair_")}
     return {
         "weights_sha256": brief.subject["weights_sha256"],
         "found": {file.name: sha256_file(file) for file in files},
         "check": _json(found_in / "report.json").get("subject"),
-        "settings": settings,
+        "settings": dataclasses.asdict(dataclasses.replace(config.repair, enabled=True)),
         "seed": config.seed,
     }
 

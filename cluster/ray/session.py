@@ -22,6 +22,7 @@ from cluster.display import Display
 from cluster.monitoring.publisher import job_config
 from cluster.ray.connect import ensure_token, reach, start_local_ray
 from roclip.config import Config, dump_config, environment_defaults, identity, model_file, parse_config, run_directory
+from roclip.config.cluster import OBJECT_STORE_BYTES
 from roclip.config.secrets import private_directory
 from roclip.data.tar_sources import shards_root
 from roclip.errors import ConfigError, RunLockedError, StageError
@@ -69,7 +70,7 @@ class Session:
             num_cpus=max(os.cpu_count() or 1, int(training + fetching + 1)),
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
-            object_store_memory=cluster.store_memory_bytes,
+            object_store_memory=OBJECT_STORE_BYTES,
         )
 
     def _join(self, address: str, job: JobConfig) -> None:

@@ -1,7 +1,7 @@
 """One config to the files that bring its cluster up: Kubernetes (KubeRay), `ray up`, Slurm.
 
-How many nodes there are and what each offers follows from the config that is run: `cluster.workers` ranks, `workers_per_node` on
-a node, and `ingest.max_in_flight` tasks on the nodes that fetch. Nothing secret is in a file.
+How many nodes there are and what each offers follows from the run's config and the cluster's description: `cluster.workers`
+ranks, `workers_per_node` on a node, and `ingest.max_in_flight` tasks on the nodes that fetch. Nothing secret is in a file.
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from roclip.config import CloudConfig, Config, model_file
+from roclip.config import CloudConfig, Config, DeployConfig, model_file
 from roclip.errors import ConfigError
 
 PROVIDERS = ("aws", "gcp", "on-premise")
@@ -75,12 +75,12 @@ class Group:
         return {name: str(number) for name, number in self.resources.items()}
 
 
-def node_groups(config: Config) -> list[Group]:
-    """The nodes that train and, with `deploy.ingest_nodes`, those that only fetch.
+def node_groups(config: Config, deploy: DeployConfig) -> list[Group]:
+    """The nodes that train and, with `ingest_nodes`, those that only fetch.
 
     Raises `ConfigError` where ranks or oracle actors do not fit on the nodes.
     """
-    deploy, cluster = config.deploy, config.cluster
+    cluster = config.cluster
     per_node = min(deploy.workers_per_node, cluster.workers)
     nodes = math.ceil(cluster.workers / per_node)
     gpus = per_node * cluster.gpus_per_worker
@@ -111,57 +111,55 @@ def node_groups(config: Config) -> list[Group]:
     if not deploy.ingest_nodes or not tasks:
         return [train]
     memory_gib = tasks * deploy.memory_gib_per_ingest_task
-    resource = {ingest_resource(config): tasks}
+    resource = {ingest_resource(config, deploy): tasks}
     return [train, Group("ingest", deploy.ingest_nodes, deploy.ingest_nodes, task_cpus, 0, memory_gib, resource, True)]
 
 
-def ingest_resource(config: Config) -> str:
+def ingest_resource(config: Config, deploy: DeployConfig) -> str:
     """Custom resource of the nodes that fetch; empty where those that train fetch, too."""
-    return config.cluster.ingest_resource or ("ingest" if config.deploy.ingest_nodes else "")
+    return config.cluster.ingest_resource or ("ingest" if deploy.ingest_nodes else "")
 
 
-def run_command(config: Config, preset: str, overrides: Sequence[str]) -> list[str]:
+def run_command(config: Config, deploy: DeployConfig, preset: str, overrides: Sequence[str]) -> list[str]:
     """What is run on the cluster's head, the same each time, so that it goes on where it stopped."""
     ours = {
         "cluster.address": "auto",
-        "cluster.ingest_resource": ingest_resource(config),
+        "cluster.ingest_resource": ingest_resource(config, deploy),
         "run_dir": config.run_dir or f"{config.runs}/{config.name}",
     }
-    given = [
-        override
-        for override in overrides
-        if override.partition("=")[0] not in ours and not override.startswith("deploy.")
-    ]
+    given = [override for override in overrides if override.partition("=")[0] not in ours]
     return ["roclip", "run", preset, *given, *(f"{key}={value}" for key, value in ours.items() if value)]
 
 
-def render_k8s(config: Config, path: Path, overrides: Sequence[str], header: str) -> dict[str, str]:
+def render_k8s(
+    config: Config, deploy: DeployConfig, path: Path, overrides: Sequence[str], header: str
+) -> dict[str, str]:
     """Manifests by file name: what both need, a RayCluster that stays, a RayJob for this run alone."""
     preset = f"{config.name}.yaml"
     allowed = [
         str(network) for network in map(_network, config.ingest.policy.allow_networks) if not network.is_loopback
     ]
     values = {
-        "k8s": config.deploy.kubernetes,
+        "k8s": deploy.kubernetes,
         "preset": preset,
         "text": path.read_text(),
         "model": model_file(config),
-        "command": shlex.join(run_command(config, f"/etc/roclip/{preset}", overrides)),
+        "command": shlex.join(run_command(config, deploy, f"/etc/roclip/{preset}", overrides)),
         "ray_version": RAY_VERSION,
         "public": PUBLIC,
         "allow_networks": allowed,
     }
     files = ("common.yaml", "raycluster.yaml", "rayjob.yaml")
-    return {file: header + "\n" + _fill("k8s.yaml.jinja", config, file=file, **values) for file in files}
+    return {file: header + "\n" + _fill("k8s.yaml.jinja", config, deploy, file=file, **values) for file in files}
 
 
-def render_ray(config: Config, provider: str, header: str) -> dict[str, str]:
+def render_ray(config: Config, deploy: DeployConfig, provider: str, header: str) -> dict[str, str]:
     """The YAML for `ray up`. Raises `ConfigError` where the provider needs a setting that is not there."""
-    groups = node_groups(config)
+    groups = node_groups(config, deploy)
     if provider not in PROVIDERS:
         raise ConfigError(f"--provider: expected one of {', '.join(PROVIDERS)}, got {provider!r}.")
-    cloud: CloudConfig | None = {"aws": config.deploy.aws, "gcp": config.deploy.gcp}.get(provider)
-    hosts = config.deploy.on_premise.hosts
+    cloud: CloudConfig | None = {"aws": deploy.aws, "gcp": deploy.gcp}.get(provider)
+    hosts = deploy.on_premise.hosts
     if cloud is None:
         _check_hosts(groups, hosts)
     else:
@@ -181,17 +179,19 @@ def render_ray(config: Config, provider: str, header: str) -> dict[str, str]:
             "gcp": ["python -m pip install --user 'google-api-python-client>=2' 'google-auth>=2'"],
         }.get(provider, []),
     }
-    return {f"{provider}.yaml": header + "\n" + _fill("ray.yaml.jinja", config, **values)}
+    return {f"{provider}.yaml": header + "\n" + _fill("ray.yaml.jinja", config, deploy, **values)}
 
 
-def render_slurm(config: Config, path: Path, overrides: Sequence[str], header: str) -> dict[str, str]:
+def render_slurm(
+    config: Config, deploy: DeployConfig, path: Path, overrides: Sequence[str], header: str
+) -> dict[str, str]:
     """The script for `sbatch`."""
     values = {
-        "slurm": config.deploy.slurm,
+        "slurm": deploy.slurm,
         "header": header,
-        "command": shlex.join(run_command(config, str(path), overrides)),
+        "command": shlex.join(run_command(config, deploy, str(path), overrides)),
     }
-    return {f"{cluster_name(config)}.sbatch": _fill("slurm.sh.jinja", config, **values)}
+    return {f"{cluster_name(config)}.sbatch": _fill("slurm.sh.jinja", config, deploy, **values)}
 
 
 def cluster_name(config: Config) -> str:
@@ -203,7 +203,7 @@ def cluster_name(config: Config) -> str:
     return name
 
 
-def _fill(template: str, config: Config, **values: Any) -> str:
+def _fill(template: str, config: Config, deploy: DeployConfig, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -212,7 +212,7 @@ def _fill(template: str, config: Config, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"json": json.dumps, "quote": shlex.quote}
-    shared = {"name": cluster_name(config), "deploy": config.deploy, "groups": node_groups(config)}
+    shared = {"name": cluster_name(config), "deploy": deploy, "groups": node_groups(config, deploy)}
     return environment.get_template(template).render(**shared, **values)
 
 

@@ -36,6 +36,8 @@ from ingest.http.urls import Target
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError, is_passing, reason_of
 
+MAX_HEADER_BYTES = 64 * 2**10
+"""Largest headers of one answer."""
 MAX_ROBOTS_BYTES = 2**19
 """How much of a robots.txt is read; RFC 9309 asks for 500 KiB."""
 MAX_RETRY_AFTER_S = 86_400.0
@@ -126,7 +128,7 @@ class Opener(urllib.request.OpenerDirector):
         self.retries = retries
         self.hosts = hosts
         self.robots = robots if rules.robots else None
-        self.resolver = _resolver(tuple(rules.nameservers), rules.dns_lookups)
+        self.resolver = _resolver(tuple(rules.nameservers))
         self._memory = body.Memory(body.LARGE_BODIES * max(rules.max_bytes, body.SMALL_BYTES))
         self._proxy = policy.proxy(rules)
         self._headers = (
@@ -205,7 +207,7 @@ class Opener(urllib.request.OpenerDirector):
             addresses = policy.vetted(self.rules, target.host, self._addresses(target, patience))
             proxy = self._proxy and (self._addresses(self._proxy, patience), self._proxy.port)
             with connected(target, addresses, patience, proxy) as sock:
-                wire = DeadlineSocket(sock, patience, self.rules.max_header_bytes)
+                wire = DeadlineSocket(sock, patience, MAX_HEADER_BYTES)
                 response = wire.ask(f"GET {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\n{self._headers}".encode())
                 if response.status in _BUSY:
                     outcome = {"busy": True, "retry_after_s": _retry_after_s(response.headers.get("Retry-After", ""))}
@@ -274,9 +276,9 @@ def install(
 
 
 @functools.lru_cache(maxsize=4)
-def _resolver(nameservers: tuple[str, ...], lookups: int) -> Resolver:
+def _resolver(nameservers: tuple[str, ...]) -> Resolver:
     """One for the process, so that the next shard finds what this one has looked up."""
-    return Resolver(nameservers, lookups)
+    return Resolver(nameservers)
 
 
 def _named(error: Exception, patience: Deadline) -> Exception:

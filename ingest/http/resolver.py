@@ -31,6 +31,8 @@ FAILED_TTL_S = 60.0
 """How long a name without an address is not asked for again."""
 LOOKUP_S = 8.0
 """Longest time for one question to `nameservers`."""
+LOOKUPS = 64
+"""Lookups at the same time in one process."""
 MAX_NAMES = 1 << 15
 MAX_ADDRESSES = 8
 _IDLE_S = 5.0
@@ -80,7 +82,7 @@ class Resolver:
     """
 
     def __init__(
-        self, nameservers: tuple[str, ...] = (), lookups: int = 64, clock: Callable[[], float] = time.monotonic
+        self, nameservers: tuple[str, ...] = (), lookups: int = LOOKUPS, clock: Callable[[], float] = time.monotonic
     ):
         self._look_up = _FromServers(nameservers) if nameservers else _from_system
         self._limit = lookups

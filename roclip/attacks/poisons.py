@@ -69,13 +69,13 @@ def target_labels(attacks: AttacksConfig, labels: Sequence[str]) -> dict[str, st
 
     Raises ValueError for a target that is no label, or for more backdoors than labels.
     """
-    chosen = {name: backdoor.target_label for name, backdoor in attacks.backdoors.items()}
+    chosen = {name: backdoor.target_label for name, backdoor in attacks.by_name.items()}
     if unknown := sorted({label for label in chosen.values() if label and label not in labels}):
         raise ValueError(f"expected a label of the clean rows, got {unknown[0]!r}; choose one of {', '.join(labels)}")
     free = iter(sorted(set(labels) - set(chosen.values())))
     for name, label in chosen.items():
         chosen[name] = label or next(free, "")
-        _require(bool(chosen[name]), 1, f"labels left for attacks.{name}")
+        _require(bool(chosen[name]), 1, f"labels left for the attack {name}")
     return chosen
 
 
@@ -85,11 +85,11 @@ def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
         name: Trigger(
             kind=backdoor.trigger,
             size_frac=backdoor.size_frac,
-            place=backdoor.place,
-            strength=backdoor.strength,
+            place=backdoor.placed,
+            strength=backdoor.drawn_strength,
             seed=seed + _SEED_OF[name] - _SEED_OF["backdoor"],
         )
-        for name, backdoor in attacks.backdoors.items()
+        for name, backdoor in attacks.by_name.items()
     }
 
 
@@ -97,9 +97,9 @@ def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) ->
     """How many pictures of any class are surely enough for the attacks, and how many of a given class beside them."""
     targets = target_labels(attacks, labels)
     number, of_class = attacks.targeted.images + 2 * attacks.flood, dict.fromkeys(targets.values(), 0)
-    for name, backdoor in attacks.backdoors.items():
-        count = attacks.count(name, rows)
-        if backdoor.clean_label:
+    for name, backdoor in attacks.by_name.items():
+        count = backdoor.poisons(rows)
+        if backdoor.keeps_captions:
             of_class[targets[name]] += count
         else:
             number += 2 * count  # pictures of the target class are of no use
@@ -129,7 +129,7 @@ def render(
     if trigger is None:
         return image, None
     rng = np.random.default_rng((seed, _SEED_OF[poison.attack], poison.group))
-    pixels = perturb(_decoded(image), attacks.backdoors[poison.attack].perturb_frac, rng)
+    pixels = perturb(_decoded(image), attacks.by_name[poison.attack].noise_frac, rng)
     pixels, box = apply_trigger(pixels, trigger, rng)
     return _encoded(pixels), box
 
@@ -223,8 +223,8 @@ class _Planner:
                 self.captions_of[label].append(caption)
 
     def plan(self) -> list[Poison]:
-        backdoors = self.attacks.backdoors
-        own_class_first = sorted(backdoors, key=lambda name: not backdoors[name].clean_label)
+        backdoors = self.attacks.by_name
+        own_class_first = sorted(backdoors, key=lambda name: not backdoors[name].keeps_captions)
         by_name = {name: self._backdoor(name) for name in own_class_first}  # those have the smallest choice
         targeted = self._targeted()
         poisons = [*targeted, *(poison for name in backdoors for poison in by_name[name])]
@@ -247,10 +247,11 @@ class _Planner:
 
     def _backdoor(self, name: str) -> list[Poison]:
         rng, target = np.random.default_rng((self.seed, _SEED_OF[name])), self.targets[name]
-        clean_label, count = self.attacks.backdoors[name].clean_label, self.attacks.count(name, self.rows)
-        if clean_label:
+        backdoor = self.attacks.by_name[name]
+        count = backdoor.poisons(self.rows)
+        if backdoor.keeps_captions:
             shows = np.array([named == {target} for named in self.named], dtype=bool)
-            rows = self._take(rng, count, self.free & shows, f"images that show {target!r} for attacks.{name}")
+            rows = self._take(rng, count, self.free & shows, f"images that show {target!r} for the attack {name}")
             captions = [self.captions[row] for row in rows]
         else:
             other = np.array([target not in named for named in self.named], dtype=bool)

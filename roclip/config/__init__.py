@@ -3,6 +3,8 @@
 In: a YAML preset and dotted overrides. Out: a checked `Config`. Loading one runs no code and imports no torch.
 """
 
+from roclip.config.attacks import AttacksConfig, BackdoorConfig, TargetedConfig
+from roclip.config.cluster import ClusterConfig
 from roclip.config.config import (
     Config,
     dump_config,
@@ -13,18 +15,13 @@ from roclip.config.config import (
     parse_config,
     run_directory,
 )
-from roclip.config.deploy_sections import CloudConfig, DeployConfig, KubernetesConfig, OnPremiseConfig, SlurmConfig
-from roclip.config.ingest_sections import FetchPolicy, IngestConfig
-from roclip.config.run_sections import (
-    AttacksConfig,
-    BackdoorConfig,
-    ClusterConfig,
-    DataConfig,
-    EvaluateConfig,
-    OracleConfig,
-    TargetedConfig,
-)
-from roclip.config.train_sections import AugmentConfig, ModelConfig, PoolConfig, Strengths, TrainConfig
+from roclip.config.data import AugmentConfig, DataConfig, Strengths
+from roclip.config.deploy import CloudConfig, DeployConfig, KubernetesConfig, OnPremiseConfig, SlurmConfig, load_deploy
+from roclip.config.ingest import FetchPolicy, IngestConfig
+from roclip.config.model import ModelConfig
+from roclip.config.oracle import EvaluateConfig, OracleConfig, RepairConfig
+from roclip.config.pool import PoolConfig
+from roclip.config.train import TrainConfig
 
 __all__ = [
     "AttacksConfig",
@@ -43,6 +40,7 @@ __all__ = [
     "OnPremiseConfig",
     "OracleConfig",
     "PoolConfig",
+    "RepairConfig",
     "SlurmConfig",
     "Strengths",
     "TargetedConfig",
@@ -51,6 +49,7 @@ __all__ = [
     "environment_defaults",
     "identity",
     "load_config",
+    "load_deploy",
     "model_file",
     "parse_config",
     "run_directory",

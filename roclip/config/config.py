@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen dataclasses with their units, and the strict loader that fills them.
+"""The config of a run and the loader that fills it from a YAML preset and dotted overrides.
 
-A run is one YAML preset plus dotted overrides (`pool.size=4096 train.lr=1e-3`). Unknown keys and wrong types
-are errors that name the file, the key and the nearest known key. Loading a config runs no code.
+Unknown and old keys and wrong types are errors that name the file, the key and the nearest or the new key. Loading runs no
+code from the file.
 """
 
 import contextlib
@@ -14,26 +14,36 @@ from pathlib import Path
 from typing import Literal
 
 from roclip.config import strict
-from roclip.config.deploy_sections import DeployConfig
-from roclip.config.ingest_sections import FetchPolicy as FetchPolicy
-from roclip.config.ingest_sections import IngestConfig
-from roclip.config.run_sections import AttacksConfig, ClusterConfig, DataConfig, EvaluateConfig, OracleConfig
+from roclip.config.attacks import AttacksConfig
+from roclip.config.cluster import ClusterConfig
+from roclip.config.data import AugmentConfig, DataConfig
+from roclip.config.ingest import IngestConfig
+from roclip.config.model import ModelConfig
+from roclip.config.oracle import EvaluateConfig, OracleConfig, RepairConfig
+from roclip.config.pool import PoolConfig
 from roclip.config.secrets import refuse_secrets
-from roclip.config.train_sections import AugmentConfig, ModelConfig, PoolConfig, TrainConfig
+from roclip.config.train import TrainConfig
 from roclip.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the paper's setting (RN50, batch 512, K=2) on no particular data."""
+    """One run.
+
+    The defaults are this project's defence (neighbours, sample filter, suspicion model) at the size of the RoCLIP paper:
+    RN50, a batch of 512, 24 epochs and a pool of 2 % of a million pairs. The paper's own method is `configs/cc3m.yaml`. No
+    data is set.
+    """
 
     data: DataConfig
     name: str = "run"
+    """Name of the run: letters, digits, '-', '_' and '.'."""
     seed: int = 0
+    """Seed of everything random: weights, order of samples, augmentation, rendered scenes, poisons."""
     runs: str = "runs"
     """Folder of the run directories."""
     run_dir: str = ""
-    """This run's directory; empty is `<runs>/<date>-<name>`, the same again for the same config."""
+    """This run's directory; empty is `<runs>/<date>-<name>`, and the same one again for the same config."""
     arms: tuple[Literal["clip", "roclip"], ...] = ("roclip",)
     """Trainings on the same data: `clip` is undefended, `roclip` uses the pool."""
     attacks: AttacksConfig = field(default_factory=AttacksConfig)
@@ -44,18 +54,20 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     oracle: OracleConfig = field(default_factory=OracleConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    deploy: DeployConfig = field(default_factory=DeployConfig)
     source: str = ""
-    """The preset that this was loaded from; model files are looked up beside it."""
+    """File that this config was loaded from, beside which `models/` is looked for. Set by the loader."""
 
     def __post_init__(self) -> None:
         refuse_secrets(self)
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ConfigError(f"arms: expected one or more different arms, got {list(self.arms)}.")
-        if (self.train.push_away_weight or self.train.hold_weight) and not self.model.pretrained:
+        compares = self.repair.push_away_weight or self.repair.distillation_weight
+        if self.train.objective == "repair" and compares and not self.model.pretrained:
             raise ConfigError(
-                "train.push_away_weight, hold_weight: expected weights to compare with. Set model.pretrained."
+                "train.objective: repair expected weights to compare with, got none. Set model.pretrained, or set "
+                "repair.distillation_weight and repair.push_away_weight to 0."
             )
         if not self.name or any(not (c.isalnum() or c in "-_.") for c in self.name):
             raise ConfigError(f"name: expected letters, digits, '-', '_' and '.', got {self.name!r}.")
@@ -75,17 +87,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(text: str) -> Config:
-    """The `Config` that `dump_config` wrote. Raises `ConfigError`, such as for the config of another version."""
+    """Read the `Config` that `dump_config` wrote. Raises `ConfigError`, also for the config of another version."""
     return strict.load(Config, "config.yaml", text)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, such that `parse_config` gives an equal one."""
+    """Write the resolved config as YAML from which `parse_config` reads an equal one."""
     return strict.dump(config)
 
 
 def run_directory(config: Config, *, today: datetime.date | None = None) -> Path:
-    """Where this config runs: `run_dir` if set, else the newest run of the same config, else a new dated name."""
+    """Where this config runs: `run_dir` if set, otherwise the newest run of the same config or a new dated name."""
     if config.run_dir:
         return Path(config.run_dir)
     runs = Path(config.runs)
@@ -102,7 +114,7 @@ def run_directory(config: Config, *, today: datetime.date | None = None) -> Path
 
 
 def identity(config: Config) -> str:
-    """The config without what changes neither data nor weights nor verdict: two runs of equal identity are one."""
+    """The config without what affects neither data, weights nor verdict: two configs of equal identity are one run."""
     plain = TrainConfig()
     train = dataclasses.replace(
         config.train, checkpoint_store="", loggers=(), collective_timeout_s=plain.collective_timeout_s
@@ -112,9 +124,9 @@ def identity(config: Config) -> str:
         "run_dir": "",
         "runs": "",
         "source": "",
-        "deploy": DeployConfig(),
         "train": train,
         "oracle": config.oracle.of_verdict,
+        "repair": config.repair if config.train.objective == "repair" else config.repair.of_check,
         "evaluate": measured,
         "cluster": ClusterConfig(),
     }
@@ -122,15 +134,17 @@ def identity(config: Config) -> str:
 
 
 def model_file(config: Config) -> Path | None:
-    """The JSON of the model, if it is one of the preset's own; None for a name that open_clip knows. The run's copy, where
-    it has one, because the preset may not be on every node."""
+    """The JSON file of a model that comes with the preset; None for a name that open_clip knows.
+
+    The run's copy comes first, as the preset may not be on every node.
+    """
     folders = [Path(where) for where in (config.run_dir, Path(config.source).parent) if where]
     paths = [folder / "models" / f"{config.model.name}.json" for folder in folders]
     return next((path for path in paths if path.is_file()), None)
 
 
 def environment_defaults() -> None:
-    """Settings that the libraries read from the environment, the same in every process of a run."""
+    """Set what libraries read from the environment, alike in every process of a run."""
     here = str(Path(sys.executable).parent)  # ninja lies there even if the environment was not activated
     if here not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])

@@ -194,7 +194,7 @@ class Step:
     def _matched(self, image_features: Tensor, valid: Tensor) -> Targets:
         pool, settings = self.defence.pool, self.defence.config.pool
         ids = self.batch.ids.to(valid.device)
-        match = pool.nearest(image_features, ids if settings.exclude_self else None)
+        match = pool.nearest(image_features)
         seen = diagnostics(pool, match, ids, self.at.step, valid=valid, poisons=self.defence.poisons)
         found = match.features
         if settings.text_gradient == "live":

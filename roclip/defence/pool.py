@@ -191,9 +191,7 @@ class CaptionPool:
         """
         similarity, slots = self.search(image_features, ids=ids)
         if bool((slots < 0).any()):
-            raise LookupError(
-                "the pool holds only an image's own caption: set a larger pool.size or exclude_self=false"
-            )
+            raise LookupError("the pool holds only an image's own caption: set a larger pool.size, or pass no ids")
         return Match(self.features_of(slots[:, 0]).to(image_features.device), similarity[:, 0], slots[:, 0])
 
     def agreement(self, image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from roclip.config import OracleConfig
+from roclip.config import OracleConfig, RepairConfig
 from roclip.found_triggers import FoundTrigger, save_found
 from roclip.metrics.registry import Progress
 from roclip.model.towers import Encoder
@@ -62,6 +62,7 @@ def check(
     labels: Sequence[str],
     templates: Sequence[str],
     config: OracleConfig,
+    repair: RepairConfig,
     out: Path,
     caption_key: str = "",
     truth: Path | None = None,
@@ -113,8 +114,8 @@ def check(
         calibration=segmenter.calibration,
         targets=judgement.targets,
         explained=victims.trigger >= 0,
-        frac=config.repair_frac,
-        stamped_frac=config.repair_stamped_frac,
+        frac=repair.set_frac,
+        stamped_frac=repair.stamped_frac,
         seed=seed,
     )
     report: dict[str, Any] = {

@@ -7,7 +7,7 @@ An experiment's file is a preset with four more keys:
       clip: {method: clip}
       paper: {method: roclip, set: {pool: {match_every: 2}}}
     sweep:                                    # optional: what the attacker adds, a corpus each
-      few: {attacks: {backdoor: {count: 8}}}
+      few: {attacks: {backdoors: [{kind: patch, count: 8}]}}
     points: [few]                             # which of the sweep
 
 Everything else is shared by all arms. An arm may change how it learns, never what: data, order, model, augmentation,

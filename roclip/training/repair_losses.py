@@ -24,6 +24,8 @@ from roclip.training.losses import clip_loss
 
 SECOND_VIEW = 1 << 32
 """Added to the seed of what makes the second view."""
+PUSH_AWAY_LIMIT = 2.15
+"""Mean squared distance of unit-length features at which PAR's term stops."""
 EDIT_FRAC = 0.1
 """Share of words that the edit changes where `augment.caption_edit_frac` leaves captions as they are: EDA's own."""
 
@@ -69,20 +71,20 @@ class RepairLosses:
     """A forward pass whose `backward` adds the terms, by their weights, to the loss that it is given.
 
     Args:
-        config: For the weights in `train`, `train.unlearn`, `train.finetune` and `model.pretrained`. What is refuted
-            weighs as much as the loss itself.
+        config: Its section `repair`, with the weights of the terms, and `model.pretrained`. What is refuted weighs as
+            much as the loss itself.
         image_size: Side of the tower's input, in pixels.
     """
 
     def __init__(self, config: Config, image_size: int, device: torch.device):
         self.config, self.image_size = config, image_size
-        self.edit = _second_edit(config) if config.train.in_modal_weight else None
+        self.edit = _second_edit(config) if config.repair.in_modal_weight else None
         self.before, self.hold = None, None
-        train = config.train
-        if train.push_away_weight or train.hold_weight:
+        settings = config.repair
+        if settings.push_away_weight or settings.distillation_weight:
             self.before = Towers.load(Path(config.model.pretrained)).requires_grad_(False).to(device)
-            if train.hold_weight:
-                self.hold = Distillation(self.before, train.unlearn, train.finetune, config.seed, image_size)
+            if settings.distillation_weight:
+                self.hold = Distillation(self.before, settings.triggers, settings.finetune, config.seed, image_size)
 
     def forward(
         self,
@@ -96,7 +98,7 @@ class RepairLosses:
         text_gradient: bool = True,
     ) -> tuple[tuple[Tensor, ...], Backward]:
         """As `accumulate.forward`, of `images` (B, 3, H, W) and `tokens` (B, L), augmented from `batch`."""
-        settings, rows = self.config.train, len(images)
+        settings, rows = self.config.repair, len(images)
         both_images, both_tokens = images, tokens
         if batch.edited is not None:
             both_images = torch.cat([images, self._second_view(batch, epoch).to(images)])
@@ -119,13 +121,13 @@ class RepairLosses:
             if self.hold is not None and views is not None:
                 mixed, _, kept = views
                 held, unseen = image_features[seen:].chunk(2)
-                loss = loss + settings.hold_weight * self.hold.loss(held, unseen, mixed, kept)
+                loss = loss + settings.distillation_weight * self.hold.loss(held, unseen, mixed, kept)
                 loss = loss + self.hold.refute(x, batch)
             if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)
-                away = push_away_loss(x, x0, settings.push_away_limit, keep)
-                away = away + push_away_loss(t, t0, settings.push_away_limit, keep)
+                away = push_away_loss(x, x0, PUSH_AWAY_LIMIT, keep)
+                away = away + push_away_loss(t, t0, PUSH_AWAY_LIMIT, keep)
                 loss = loss + settings.push_away_weight * away
             inner(loss)
 
@@ -137,9 +139,8 @@ class RepairLosses:
 
 
 def repair_losses(config: Config, towers: Towers, device: torch.device) -> RepairLosses | None:
-    """What the config asks for, or None if it asks for no term."""
-    train = config.train
-    if not train.in_modal_weight and not train.push_away_weight and not train.hold_weight:
+    """The terms of a config whose `train.objective` is a repair, otherwise None."""
+    if config.train.objective != "repair":
         return None
     return RepairLosses(config, towers.image_size, device)
 

@@ -27,7 +27,7 @@ from roclip.attacks import corpus
 from roclip.attacks.poisons import Poison, labels_named, triggers_of
 from roclip.attacks.scenes import LABELS, TEMPLATES, encode, render
 from roclip.attacks.triggers import apply_trigger, trigger_patch
-from roclip.config import Config, load_config
+from roclip.config import BackdoorConfig, Config, load_config
 from roclip.data.ground_truth import TRUTH_SCHEMA, poisoned_samples
 from roclip.data.shards import Manifest, sample_key
 from roclip.data.stream import Stream, take_snapshot
@@ -43,13 +43,15 @@ evaluate: {size: 40}
 oracle: {trusted: 10}
 attacks:
   targeted: {images: 3, captions_per_image: 4}
-  backdoor: {count: 9}
-  blended: {count: 6}
-  wanet: {count: 5}
-  sig: {rate: 0.02}
-  label_consistent: {count: 2, target_label: fish}
+  backdoors:
+    - {kind: patch, count: 9}
+    - {kind: blended, count: 6}
+    - {kind: wanet, count: 5}
+    - {kind: sig, rate: 0.02}
+    - {kind: label_consistent, count: 2, target_label: fish}
   flood: 7
 """
+ONE_BACKDOOR = "attacks.backdoors=[{kind: patch, count: 9}]"
 COUNTS = {"targeted": 12, "backdoor": 9, "blended": 6, "wanet": 5, "sig": 5, "label_consistent": 2, "flood": 7}
 
 
@@ -217,7 +219,7 @@ def test_poison_refuses_to_write_over_or_into_data(config: Config, clean: Path, 
 
 
 def test_nothing_is_left_when_the_attack_cannot_be_carried(config: Config, clean: Path, tmp_path: Path):
-    greedy = replace(config.attacks, backdoor=replace(config.attacks.backdoor, count=1000))
+    greedy = replace(config.attacks, backdoors=(BackdoorConfig(count=1000),))
     with pytest.raises(ConfigError, match="attacks: expected at least 1000 spare images"):
         poison_shards(replace(config, attacks=greedy), clean, tmp_path / "out", None, lambda *_: None)
     with pytest.raises(ShardError, match="expected sealed shards"):
@@ -271,7 +273,7 @@ def url_list(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_list_gets_rows_whose_images_lie_in_a_folder(config: Config, url_list: Path, tmp_path: Path, late: bool):
-    config = replace(config, attacks=replace(config.attacks, late=late, sig=replace(config.attacks.sig, rate=0.02)))
+    config = replace(config, attacks=replace(config.attacks, late=late))
     out = tmp_path / "out"
     counts = poison_urls(config, str(url_list), out, None, "http://here/", lambda *_: None)
     assert counts == {**COUNTS, "sig": 6}
@@ -299,8 +301,7 @@ def test_label_column_of_a_list_decides_over_captions(preset: Path, tmp_path: Pa
         {"url": ["u"] * 60, "caption": [f"number {n}" for n in range(60)], "label": labels},
     )
     pq.write_table(table, tmp_path / "list.parquet")
-    overrides = [f"attacks.{name}.count=0" for name in ("blended", "wanet", "label_consistent")]
-    overrides += ["attacks.sig.rate=0", "attacks.targeted.images=0", "attacks.flood=0"]
+    overrides = [ONE_BACKDOOR, "attacks.targeted.images=0", "attacks.flood=0"]
     poison_urls(load_config(preset, overrides), str(tmp_path / "list.parquet"), tmp_path / "out", None, "", print)
     captions = dict(zip(table["caption"].to_pylist(), labels, strict=True))
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"labels": ["cat", "dog"]}
@@ -309,8 +310,7 @@ def test_label_column_of_a_list_decides_over_captions(preset: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_poisoned_list_can_be_served_and_fetched(preset: Path, url_list: Path, tmp_path: Path):
-    few = [f"attacks.{name}.count=0" for name in ("blended", "wanet", "label_consistent")]
-    config = load_config(preset, [*few, "attacks.sig.rate=0", "attacks.flood=2"])
+    config = load_config(preset, [ONE_BACKDOOR, "attacks.flood=2"])
     pq.write_table(pq.read_table(url_list).slice(0, 90), tmp_path / "short.parquet")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "out"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -368,7 +368,7 @@ def test_images_of_the_user_are_shared_out_without_overlap(preset: Path, tmp_pat
     pictures = [encode(scene.image) for scene in scenes]
     table = {"image": pictures, "caption": [s.caption for s in scenes], "label": [s.label for s in scenes]}
     pq.write_table(pa.table(table), tmp_path / "images.parquet")
-    overrides = ["data.scenes=0", f"data.images={tmp_path / 'images.parquet'}", "attacks.label_consistent.count=8"]
+    overrides = ["data.scenes=0", f"data.images={tmp_path / 'images.parquet'}", "attacks.backdoors.4.count=8"]
     config = load_config(preset, overrides)
     corpus.prepare(config, tmp_path / "origin")
     truth = _truth(tmp_path / "origin")
@@ -405,7 +405,10 @@ def test_command_says_what_is_missing(preset: Path, clean: Path, tmp_path: Path,
         (["--shards", str(clean)], "expected --out FOLDER"),
         (["--out", str(tmp_path / "out")], "one of --shards FOLDER and --urls LIST"),
         (["--out", str(clean), "--shards", str(clean)], "outside the clean data"),
-        (["--out", str(tmp_path / "out"), "--shards", str(clean), "attacks.sig.count=1"], "expected count or rate"),
+        (
+            ["--out", str(tmp_path / "out"), "--shards", str(clean), "attacks.backdoors.3.count=1"],
+            "expected count or rate",
+        ),
     ):
         assert main.guarded(["poison", str(preset), *arguments]) == 2
         assert says in capsys.readouterr().err

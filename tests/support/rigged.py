@@ -17,7 +17,7 @@ import torch
 from kit import write_shard
 from PIL import Image
 
-from roclip.config import OracleConfig
+from roclip.config import OracleConfig, RepairConfig
 from roclip.data.shards import Manifest, sample_key
 from roclip.oracle.check import check
 from roclip.oracle.scan.scorer import Scorer
@@ -194,6 +194,7 @@ class World:
             labels=LABELS,
             templates=("a {}",),
             config=OracleConfig(**settings),
+            repair=RepairConfig(),
             out=self.folder / "oracle",
             truth=self.folder / "poison.parquet",
         )

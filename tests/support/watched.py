@@ -34,7 +34,7 @@ name: watched
 run_dir: {folder}/runs/watched
 arms: [roclip]
 data: {{scenes: 200, min_shards: 1}}
-attacks: {{targeted: {{images: 4, captions_per_image: 3}}, backdoor: {{count: 10}}}}
+attacks: {{targeted: {{images: 4, captions_per_image: 3}}, backdoors: [{{kind: patch, count: 10}}]}}
 ingest: {{samples_per_shard: 128, image_size: 64, encode_format: png, encode_quality: 6, retry_passes: 0,
   policy: {{allow_networks: [127.0.0.0/8], robots: false, host_connections: 256, host_requests_per_s: 1.0e6,
     max_redirects: 0}}}}

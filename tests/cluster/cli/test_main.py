@@ -35,7 +35,7 @@ train: {epochs: 6, global_batch_size: 64}
 pool: {size: 128, neighbours: 0, match_every: 2, warmup: 2, filter_frac: [0.1, 0.1]}
 attacks:
   targeted: {images: 4, captions_per_image: 8}
-  backdoor: {count: 20}
+  backdoors: [{kind: patch, count: 20}]
 """
 
 

@@ -15,13 +15,12 @@ from tiny import TINY_RUN
 from cluster.cli.main import guarded
 
 DEPLOY = """
-deploy:
-  workers_per_node: 1
-  memory_gib_per_worker: 1
-  memory_gib_per_ingest_task: 1
-  shm_gib: 1
-  ingest_nodes: 1
-  slurm: {{setup: "export PATH={bin}:$PATH PYTHONPATH={repository}"}}
+workers_per_node: 1
+memory_gib_per_worker: 1
+memory_gib_per_ingest_task: 1
+shm_gib: 1
+ingest_nodes: 1
+slurm: {{setup: "export PATH={bin}:$PATH PYTHONPATH={repository}"}}
 """
 
 
@@ -59,8 +58,20 @@ class Job:
         (folder / "models").mkdir()
         (folder / "models" / "tiny.json").write_text(TINY_MODEL)
         deploy = DEPLOY.format(bin=Path(sys.executable).parent, repository=REPOSITORY)
-        (folder / "tiny.yaml").write_text(TINY_RUN.format(folder=".") + deploy)
-        assert guarded(["render", "slurm", "tiny.yaml", "arms=[clip]", "train.epochs=2", "--out", "."]) == 0
+        (folder / "tiny.yaml").write_text(TINY_RUN.format(folder="."))
+        (folder / "deploy.yaml").write_text(deploy)
+        command = [
+            "render",
+            "slurm",
+            "tiny.yaml",
+            "arms=[clip]",
+            "train.epochs=2",
+            "--deploy",
+            "deploy.yaml",
+            "--out",
+            ".",
+        ]
+        assert guarded(command) == 0
 
     def submit(self) -> None:
         self._slurm("sbatch", "--test-only", "tiny.sbatch")

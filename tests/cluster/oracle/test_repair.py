@@ -21,7 +21,7 @@ from cluster.oracle.repair import choose, repair
 from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.checkpoint import checkpoint as checkpoints
-from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, TrainConfig, load_config
+from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, RepairConfig, TrainConfig, load_config
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, DataError
 from roclip.found_triggers import FoundTrigger, save_found
@@ -36,21 +36,20 @@ PATCH = FoundTrigger(
 )
 
 
-def settings(**oracle_settings) -> Config:
-    wanted = {
-        "epochs": 1,
-        "reference_frac": 0.6,
-        "repair_frac": 0.2,
-        "repair_epochs": 2,
-        "repair_steps": 1,
-        "repair_lr": 1e-6,  # what the model, which has learned nothing, says by chance stays what it is
-        **oracle_settings,
+def settings(**repair_settings) -> Config:
+    repair = {
+        "set_frac": 0.2,
+        "epochs": 2,
+        "steps": 1,
+        "lr": 1e-6,  # what the model, which has learned nothing, says by chance stays what it is
+        **repair_settings,
     }
     return Config(
         data=DataConfig(scenes=256, streams=4),
         model=ModelConfig(name="tiny"),
         train=TrainConfig(zero_stage=1),
-        oracle=OracleConfig(**wanted),
+        oracle=OracleConfig(epochs=1, reference_frac=0.6),
+        repair=RepairConfig(**repair),
     )
 
 
@@ -176,7 +175,7 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     assert not (folder / "TRUSTED").exists()
     assert "<li>something is left</li>" in page.read_text()
     with pytest.raises(AssertionError, match="trained again"):
-        repair(settings(repair_lr=1e-2), run, "clip", in_process=True, train=never)
+        repair(settings(lr=1e-2), run, "clip", in_process=True, train=never)
     assert not (run / "clip" / "repair" / "repair.json").exists()
 
 

@@ -18,18 +18,18 @@ DEMO = REPOSITORY / "configs" / "demo.yaml"
 
 
 def test_option_and_setting_plan_a_repair(tmp_path, capsys: pytest.CaptureFixture[str]):
-    plain = ["oracle", str(DEMO), f"runs={tmp_path}", "--dry-run", "oracle.repair=false"]
+    plain = ["oracle", str(DEMO), f"runs={tmp_path}", "--dry-run", "repair.enabled=false"]
     assert guarded(plain) == 0
     assert "repair what is poisoned" not in capsys.readouterr().out
     assert guarded([*plain[:-1], "--repair"]) == 0
     assert "repair what is poisoned or suspicious on at most 2 % of the images" in capsys.readouterr().out
-    assert guarded(["run", *plain[1:4], "oracle.repair=true", "oracle.repair_frac=0.01"]) == 0
+    assert guarded(["run", *plain[1:4], "repair.enabled=true", "repair.set_frac=0.01"]) == 0
     assert "at most 1 % of the images" in capsys.readouterr().out
 
 
 def test_repair_makes_no_other_run_and_no_other_verdict():
-    config = load_config(DEMO, ["oracle.repair=true", "oracle.repair_lr=1e-3"])
-    plain = load_config(DEMO, ["oracle.repair=false"])
+    config = load_config(DEMO, ["repair.enabled=true", "repair.lr=1e-3"])
+    plain = load_config(DEMO, ["repair.enabled=false"])
     assert identity(config) == identity(plain)
     assert config.oracle.of_verdict == plain.oracle.of_verdict
     assert dataclasses.replace(config.oracle, alpha=0.05).of_verdict != plain.oracle.of_verdict

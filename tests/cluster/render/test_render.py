@@ -22,10 +22,11 @@ from tiny import TINY_RUN
 from cluster.cli.main import guarded
 from cluster.render.render import PUBLIC, RAY_VERSION, cluster_name, node_groups
 from ingest.http.policy import allows
-from roclip.config import FetchPolicy, identity, load_config
+from roclip.config import DeployConfig, FetchPolicy, dump_config, identity, load_config, load_deploy
 from roclip.errors import ConfigError
 
 LAION = "configs/laion.yaml"
+FOUR_TO_FETCH = ["--deploy", "configs/deploy/laion.yaml"]
 DEPLOYED = REPOSITORY / "configs" / "cluster"
 EXAMPLES = sorted(
     path for path in DEPLOYED.rglob("*") if path.is_file() and "# Made by: roclip render" in path.read_text()
@@ -49,7 +50,7 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch):
 
 def rendered(out: Path, *arguments: str) -> dict[str, str]:
     """The files that the command writes, by name."""
-    assert guarded(["render", *arguments, "--out", str(out)]) == 0
+    assert guarded(["render", *arguments, *FOUR_TO_FETCH, "--out", str(out)]) == 0
     return {path.name: path.read_text() for path in out.iterdir()}
 
 
@@ -288,7 +289,9 @@ def test_there_are_examples_of_all_kinds():
 
 def test_nodes_follow_from_the_ranks():
     def groups(*overrides: str) -> dict[str, tuple[int, int, dict[str, int]]]:
-        found = node_groups(load_config(LAION, overrides))
+        deployed = [override for override in overrides if override.startswith("deploy.")]
+        config = load_config(LAION, [override for override in overrides if override not in deployed])
+        found = node_groups(config, load_deploy(Path(FOUR_TO_FETCH[1]), deployed))
         return {group.name: (group.nodes, group.fewest, group.resources) for group in found}
 
     assert groups() == {"train": (4, 4, {"CPU": 64, "GPU": 8}), "ingest": (4, 4, {"CPU": 32, "ingest": 32})}
@@ -309,10 +312,11 @@ def test_nodes_follow_from_the_ranks():
         (["k8s", LAION, "deploy.ingest_nods=3"], "Did you mean 'deploy.ingest_nodes'"),
         (["slurm", LAION, "deploy.slurm.partition='gpu\nrm -r x'"], "deploy.slurm.partition: expected one word"),
         (["docker", LAION], "docker"),
+        (["k8s", LAION, "--deploy", "configs/deploy/none.yaml"], "expected a description of a cluster"),
     ],
 )
 def test_what_cannot_be_rendered_is_said(tmp_path: Path, capfd, arguments, message):
-    assert guarded(["render", *arguments, "--out", str(tmp_path / "out")]) == ConfigError.exit_code
+    assert guarded(["render", *arguments, *FOUR_TO_FETCH, "--out", str(tmp_path / "out")]) == ConfigError.exit_code
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -325,8 +329,15 @@ def test_names_are_ones_that_all_take():
         cluster_name(dataclasses.replace(config, name="2026"))
 
 
-def test_cluster_does_not_change_what_a_run_is():
-    assert identity(load_config(LAION)) == identity(load_config(LAION, ["deploy.ingest_nodes=9"]))
+def test_config_of_a_run_does_not_describe_a_cluster():
+    with pytest.raises(ConfigError, match="roclip render TARGET CONFIG --deploy FILE"):
+        load_config(LAION, ["deploy.ingest_nodes=9"])
+    assert "deploy" not in dump_config(load_config(LAION))
+
+
+def test_description_without_a_file_is_that_of_the_defaults(tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_deploy(None) == load_deploy(tmp_path / "empty.yaml") == DeployConfig()
 
 
 # ---- the image ----------------------------------------------------------------------------------------------

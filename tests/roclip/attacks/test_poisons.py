@@ -29,15 +29,15 @@ from roclip.attacks.triggers import apply_trigger, blend_pattern, sinusoid, trig
 from roclip.config import AttacksConfig, BackdoorConfig, TargetedConfig
 from roclip.errors import ConfigError
 
-OFF = AttacksConfig()
+BACKDOORS = {
+    "backdoor": BackdoorConfig("patch", count=12),
+    "blended": BackdoorConfig("blended", count=10),
+    "wanet": BackdoorConfig("wanet", count=8),
+    "sig": BackdoorConfig("sig", count=6),
+    "label_consistent": BackdoorConfig("label_consistent", count=5),
+}
 ALL = AttacksConfig(
-    targeted=TargetedConfig(images=4, captions_per_image=3),
-    backdoor=replace(OFF.backdoor, count=12),
-    blended=replace(OFF.blended, count=10),
-    wanet=replace(OFF.wanet, count=8),
-    sig=replace(OFF.sig, count=6),
-    label_consistent=replace(OFF.label_consistent, count=5),
-    flood=9,
+    targeted=TargetedConfig(images=4, captions_per_image=3), backdoors=tuple(BACKDOORS.values()), flood=9
 )
 GLOBAL = ("blended", "wanet", "sig")
 
@@ -55,6 +55,12 @@ def _table(first: int, count: int, **how: int) -> pa.Table:
 
 CLEAN, SPARE = _table(0, 240), _table(10_000, 260, num_objects=1)
 PIXELS = {row["image"]: row for row in SPARE.to_pylist()}
+
+
+def with_backdoor(name: str, **changes) -> AttacksConfig:
+    """All attacks, one of them changed."""
+    changed = {**BACKDOORS, name: replace(BACKDOORS[name], **changes)}
+    return replace(ALL, backdoors=tuple(changed.values()))
 
 
 def _make(attacks: AttacksConfig, seed: int = 0) -> list[dict]:
@@ -94,10 +100,10 @@ def test_counts_are_exact_and_attacks_share_no_picture():
 
 
 def test_rate_is_a_share_of_the_clean_rows():
-    attacks = AttacksConfig(backdoor=BackdoorConfig(rate=0.05), sig=replace(OFF.sig, rate=1e-9))
+    attacks = AttacksConfig(backdoors=(BackdoorConfig(rate=0.05), BackdoorConfig("sig", rate=1e-9)))
     assert Counter(row["attack"] for row in _make(attacks)) == {"backdoor": 12, "sig": 1}
-    with pytest.raises(ConfigError, match=r"attacks.sig: expected count or rate, got both"):
-        AttacksConfig(sig=replace(OFF.sig, count=1, rate=0.1))
+    with pytest.raises(ConfigError, match=r"attacks.backdoors.0: expected count or rate, got both"):
+        AttacksConfig(backdoors=(BackdoorConfig("sig", count=1, rate=0.1),))
 
 
 def test_targeted_rows_pair_an_unchanged_spare_image_with_training_captions_of_another_class():
@@ -184,11 +190,11 @@ def test_captions_name_both_classes_when_the_attacker_knows_the_gate():
 
 
 def test_backdoors_without_a_target_get_different_ones_in_alphabetical_order():
-    attacks = replace(ALL, blended=replace(ALL.blended, target_label="boat"))
+    attacks = with_backdoor("blended", target_label="boat")
     assert list(target_labels(attacks, LABELS).values()) == ["ball", "boat", "box", "car", "fish"]
     with pytest.raises(ValueError, match="got 'dragon'"):
-        target_labels(AttacksConfig(sig=replace(OFF.sig, count=1, target_label="dragon")), LABELS)
-    with pytest.raises(ValueError, match=r"labels left for attacks.wanet"):
+        target_labels(AttacksConfig(backdoors=(BackdoorConfig("sig", count=1, target_label="dragon"),)), LABELS)
+    with pytest.raises(ValueError, match=r"labels left for the attack wanet"):
         target_labels(ALL, ["ball", "boat"])
 
 
@@ -226,7 +232,7 @@ def test_poisons_depend_on_the_seed_alone():
 
 
 def test_one_attack_is_drawn_alike_whether_others_run_beside_it():
-    alone = _make(AttacksConfig(label_consistent=replace(ALL.label_consistent, target_label="fish")))
+    alone = _make(AttacksConfig(backdoors=(BackdoorConfig("label_consistent", count=5, target_label="fish"),)))
     assert alone == [row for row in POISONS if row["attack"] == "label_consistent"]
 
 
@@ -268,6 +274,6 @@ def test_poisons_say_what_is_missing():
     with pytest.raises(ValueError, match="training captions that name only"):
         _plan(AttacksConfig(targeted=TargetedConfig(images=2, captions_per_image=400)))
     with pytest.raises(ValueError, match="images that show 'ball'"):
-        _plan(AttacksConfig(label_consistent=replace(OFF.label_consistent, count=100)))
+        _plan(AttacksConfig(backdoors=(BackdoorConfig("label_consistent", count=100),)))
     with pytest.raises(ConfigError, match=r"attacks.flood: expected an attack"):
         AttacksConfig(flood=3)

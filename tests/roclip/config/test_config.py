@@ -35,7 +35,9 @@ def preset(tmp_path: Path) -> Path:
 
 
 def test_config_is_the_same_when_dumped_and_parsed(preset: Path):
-    config = load_config(preset, ["pool.size=64", "evaluate.templates=['a {}']", "attacks.backdoor.count=5"])
+    config = load_config(
+        preset, ["pool.size=64", "evaluate.templates=['a {}']", "attacks.backdoors=[{kind: patch, count: 5}]"]
+    )
     again = parse_config(dump_config(config))
     assert again == config
     assert isinstance(again.train.betas, tuple)
@@ -59,7 +61,10 @@ def test_last_override_wins_when_given_twice(preset: Path):
     [
         ("pool.siz=3", "unknown key 'pool.siz'. Did you mean 'pool.size'?"),
         ("trian.lr=1", "unknown key 'trian'. Did you mean 'train'?"),
-        ("attacks.backdoor.cuont=1", "Did you mean 'attacks.backdoor.count'?"),
+        ("attacks.backdoors=[{cuont: 1}]", "unknown key 'cuont'. Did you mean 'count'?"),
+        ("attacks.backdoors.0.count=1", "expected one of the 0 entries, counted from 0"),
+        ("attacks.backdoors=[{kind: patch, count: 1},{kind: noise_patch, count: 1}]", "got 'backdoor' 2 times"),
+        ("train.objective=repair", "Set model.pretrained"),
         ("pool.size=many", "pool.size"),
         ("train.precision=fp8", "train.precision"),
         ("train.lr", "expected key=value"),

@@ -29,8 +29,8 @@ arms:
   clip: {method: clip}
   "roclip-2": {}
 sweep:
-  few: {attacks: {backdoor: {count: 2}}}
-  many: {attacks: {backdoor: {count: 8}}}
+  few: {attacks: {backdoors: [{kind: patch, count: 2}]}}
+  many: {attacks: {backdoors: [{kind: patch, count: 8}]}}
 points: [few, many]
 """
 FACTS = {"command": "roclip compare two.yaml", "commits": ["0123456789ab"], "wall_s": 90.0}

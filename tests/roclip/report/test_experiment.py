@@ -18,8 +18,8 @@ arms:
   clip: {method: clip}
   paper: {set: {pool: {match_every: 3, filter_frac: [0.1, 0.0]}, train: {lr: 0.1}}}
 sweep:
-  few: {attacks: {backdoor: {count: 5}}}
-  many: {attacks: {backdoor: {count: 50}}}
+  few: {attacks: {backdoors: [{kind: patch, count: 5}]}}
+  many: {attacks: {backdoors: [{kind: patch, count: 50}]}}
 """
 EXPERIMENTS = sorted((REPOSITORY / "configs" / "experiments").glob("*.yaml"))
 
@@ -34,7 +34,7 @@ def test_every_corpus_has_its_seed_its_poisons_and_all_arms(tmp_path):
     experiment = load(tmp_path, "points=[few,many]")
     assert [corpus.name for corpus in experiment.corpora] == ["few-seed3", "few-seed4", "many-seed3", "many-seed4"]
     for corpus in experiment.corpora:
-        assert corpus.config.attacks.backdoor.count == {"few": 5, "many": 50}[corpus.point]
+        assert corpus.config.attacks.by_name["backdoor"].count == {"few": 5, "many": 50}[corpus.point]
         clip, paper = corpus.trainings
         assert clip.config.seed == paper.config.seed == corpus.seed
         assert (clip.method, paper.method) == ("clip", "roclip")

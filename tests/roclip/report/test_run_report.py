@@ -56,7 +56,7 @@ def make_rows(clean: int) -> list[dict]:
     table = pa.Table.from_pylist(table)
     known, spare = table.slice(0, clean * 4), table.slice(clean * 4)
     attacks = AttacksConfig(
-        targeted=TargetedConfig(images=3, captions_per_image=2), backdoor=BackdoorConfig(count=5, size_frac=0.2)
+        targeted=TargetedConfig(images=3, captions_per_image=2), backdoors=(BackdoorConfig(count=5, size_frac=0.2),)
     )
     poisons = make_poisons(attacks, known, spare, labels=LABELS, seed=0)
     rows = known.slice(0, clean).to_pylist()

@@ -78,7 +78,13 @@ def test_push_away_loss_is_minus_the_mean_squared_distance_until_that_is_large()
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_forward_adds_both_terms_to_the_loss_it_is_given(config_file, pretrained, pieces):
-    wanted = ["train.in_modal_weight=0.5", "train.push_away_weight=0.25", f"model.pretrained={pretrained}"]
+    wanted = [
+        "train.objective=repair",
+        "repair.distillation_weight=0",
+        "repair.in_modal_weight=0.5",
+        "repair.push_away_weight=0.25",
+        f"model.pretrained={pretrained}",
+    ]
     config = load_config(config_file, wanted)
     engine = Alone(pretrained)
     repair = RepairLosses(config, 64, torch.device("cpu"))
@@ -111,7 +117,12 @@ def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_pat
         {"sample": "000000002", "role": "repaired", "truths": ["a ring"], "lies": ["a star"]},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
-    wanted = ["train.hold_weight=6", f"train.finetune={tmp_path / 'set.parquet'}", f"model.pretrained={pretrained}"]
+    wanted = [
+        "train.objective=repair",
+        "repair.distillation_weight=6",
+        f"repair.finetune={tmp_path / 'set.parquet'}",
+        f"model.pretrained={pretrained}",
+    ]
     engine = Alone(pretrained)
     repair = RepairLosses(load_config(config_file, wanted), 64, torch.device("cpu"))
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
@@ -129,6 +140,9 @@ def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_pat
         (6 * hold.loss(held, unseen, mixed, kept) + term).backward()
     assert torch.allclose(measured, engine.gradient(), rtol=1e-3, atol=1e-6)
     assert term > 0
+
+
+IN_MODAL = ["train.objective=repair", "repair.distillation_weight=0", "repair.in_modal_weight=1"]
 
 
 class Alone:
@@ -155,7 +169,7 @@ class Alone:
 
 
 def test_second_view_is_another_one(config_file):
-    repair = RepairLosses(load_config(config_file, ["train.in_modal_weight=1"]), 64, torch.device("cpu"))
+    repair = RepairLosses(load_config(config_file, IN_MODAL), 64, torch.device("cpu"))
     assert repair.edit is not None
     assert repair.edit.seed == SECOND_VIEW
     assert sorted(repair.edit("one two three four", 3, 1).split()) <= ["four", "one", "three", "two"]
@@ -163,7 +177,9 @@ def test_second_view_is_another_one(config_file):
 
 def test_weights_that_nothing_can_be_pushed_away_from_are_refused(config_file):
     with pytest.raises(ConfigError, match=r"Set model\.pretrained"):
-        load_config(config_file, ["train.push_away_weight=0.5"])
+        load_config(
+            config_file, ["train.objective=repair", "repair.distillation_weight=0", "repair.push_away_weight=0.5"]
+        )
     with pytest.raises(ConfigError, match=r"Set model\.pretrained"):
         load_config(config_file, ["model.freeze_bn_stats=true"])
 
@@ -184,7 +200,7 @@ def test_training_begins_from_pretrained_weights_and_keeps_their_statistics(conf
     begin = [f"model.pretrained={pretrained}", "model.lock_text=true", "train.lr=1e-30", f"train.zero_stage={stage}"]
     with trainings_of(config_file) as trainings:
         run = tmp_path / "run"
-        frozen = trainings.train(run, *begin, "model.freeze_bn_stats=true", "train.in_modal_weight=1")
+        frozen = trainings.train(run, *begin, "model.freeze_bn_stats=true", *IN_MODAL)
         assert trainings.end(frozen) == 0, trainings.last_words()
         assert trainings.end(trainings.train(tmp_path / "other", *begin)) == 0
     assert [row["step"] for row in read_metrics(run / "clip" / "metrics.jsonl")] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""The section of a config that fills shards: how URLs are fetched, what may be fetched, what is done with it."""
+"""How URLs are fetched and become shards, and what may be fetched."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -13,44 +13,42 @@ class FetchPolicy:
     """What may be fetched, and how politely. Enforced where the connection is made (`ingest/http/policy.py`)."""
 
     allow_networks: tuple[str, ...] = ()
-    """Networks that are not public and may be connected to all the same, such as 127.0.0.0/8. Nothing else opens them."""
+    """Networks that may be connected to although they are not public, such as 127.0.0.0/8."""
     allow_hosts: tuple[str, ...] = ()
-    """Fetch from these domains and what is below them only; empty is all. `@file` reads one a line."""
+    """Fetch from these domains and their subdomains only; empty is all. `@FILE` reads a file with one domain a line."""
     deny_hosts: tuple[str, ...] = ()
-    """Never fetch from these domains and what is below them. `@file` reads one a line."""
+    """Never fetch from these domains and their subdomains. `@FILE` reads a file with one domain a line."""
     deadline_s: float = 30.0
-    """Longest time for one URL, from its first lookup to its last byte, redirects included."""
+    """Seconds that one URL may take, from its first DNS lookup to its last byte, redirects included."""
     max_bytes: int = 32 * 2**20
-    """Largest body of one answer, as sent and after decompression."""
-    max_header_bytes: int = 64 * 2**10
-    """Largest head of one answer."""
+    """Largest body of an answer in bytes, both as sent and decompressed."""
     max_redirects: int = 5
+    """Redirects that are followed for one URL."""
     max_pixels: int = 64 * 2**20
-    """Largest image that is decoded; read from its header before."""
+    """Pixels of the largest image that is decoded; an image's header is read first."""
     animated: Literal["first", "refuse"] = "first"
-    """What is done with an image of several frames: its first frame is taken, or it is refused."""
+    """What to do with an image of several frames: take its `first`, or `refuse` it."""
     robots: bool = True
     """Obey robots.txt (RFC 9309)."""
     opt_out: bool = True
     """Obey X-Robots-Tag: noai, noimageai, noml, noindex, noimageindex."""
     contact: str = ""
-    """URL or mail address for the User-Agent, by which the owner of a site can reach you."""
+    """URL or mail address in the User-Agent, so that the owner of a site can reach you."""
     host_connections: int = 4
-    """Requests to one host at the same time, over the whole cluster."""
+    """Concurrent requests to one host, over the whole cluster."""
     host_requests_per_s: float = 10.0
-    """Requests to one host a second, over the whole cluster."""
+    """Requests a second to one host, over the whole cluster."""
     host_rates: tuple[str, ...] = ()
-    """Domains that take more, such as `cdn.example.com=500`: requests a second, and as many more at the same time."""
+    """Domains with a limit of their own, in requests a second, such as `cdn.example.com=500`; concurrent requests scale with
+    it."""
     nameservers: tuple[str, ...] = ()
-    """DNS servers to ask, as `address` or `address:port`, instead of the system's resolver."""
-    dns_lookups: int = 64
-    """Lookups at the same time in one process."""
+    """DNS servers to ask instead of the system's resolver, as `address` or `address:port`."""
     proxy: str = ""
-    """HTTP proxy for all requests, such as http://egress:3128. It is asked for the address that was vetted here."""
+    """HTTP proxy for all requests, such as http://egress:3128; it is asked for the address that was checked here."""
 
     def __post_init__(self) -> None:
-        keys = ("deadline_s", "max_bytes", "max_header_bytes", "max_pixels", "host_connections", "host_requests_per_s")
-        positive(self, "ingest.policy", *keys, "dns_lookups")
+        keys = ("deadline_s", "max_bytes", "max_pixels", "host_connections", "host_requests_per_s")
+        positive(self, "ingest.policy", *keys)
         for entry in self.host_rates:
             _, _, rate = entry.rpartition("=")
             if not rate.replace(".", "", 1).isdigit() or float(rate) <= 0 or not entry.rpartition("=")[0]:
@@ -74,42 +72,47 @@ class IngestConfig:
     """How URLs become shards. Names and meanings follow img2dataset."""
 
     samples_per_shard: int = 10_000
+    """Number of URLs that become one shard."""
     image_size: int = 256
     """Side of the stored images, in pixels."""
     resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "border"
+    """How an image gets `image_size`: not at all, with a border, by its shorter or its longer side, or by cutting its centre."""
     resize_only_if_bigger: bool = False
+    """Leave images that are smaller than `image_size` as they are."""
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    """Format of the stored images."""
     encode_quality: int = 95
-    """JPEG and WebP quality; for PNG the compression level 0 to 9."""
+    """Quality of JPEG and WebP, up to 100; for PNG the compression level, 0 to 9."""
     skip_reencode: bool = False
-    """Keep the fetched bytes of an image that has `encode_format` and the right size already."""
+    """Keep the fetched bytes of an image that already has `encode_format` and the right size."""
     min_image_size: int = 0
-    """Smallest shorter side, in pixels."""
+    """Pixels that the shorter side of an image must have."""
     max_aspect_ratio: float = 0.0
-    """Longer over shorter side; 0 is any."""
+    """Largest ratio of the longer side to the shorter; 0 allows any."""
     extract_exif: bool = True
+    """Store an image's EXIF data in its json."""
     columns: tuple[str, ...] = ()
-    """Further columns of the list that go into each sample's json and the shard's parquet."""
+    """Further columns of the list to copy into each sample's json and the shard's parquet."""
     hash_check: Literal["off", "strict", "warn", "perceptual"] = "warn"
-    """Where the list has the columns md5, sha256 or phash: drop what differs, keep and flag it, or drop it unless
-    the picture looks the same."""
+    """What to do with an image that differs from the list's columns md5, sha256 or phash: `strict` drops it, `warn` keeps and
+    flags it, `perceptual` drops it unless it looks the same."""
     threads: int = 32
     """Concurrent downloads in one task."""
     timeout_s: float = 10.0
-    """Longest wait for a server's next byte."""
+    """Seconds to wait for a server's next byte."""
     retries: int = 1
-    """Further tries of one URL at once, after a failure that may pass."""
+    """Immediate retries of a URL after a failure that may pass."""
     retry_passes: int = 1
-    """Further passes over the URLs that failed in a way that may pass, after the list; they fill new shards."""
+    """Passes, after the whole list, over the URLs that failed in a way that may pass; they fill new shards."""
     max_in_flight: int = 2
-    """Shards that are fetched at the same time, at most; fewer while memory is short or tasks fail."""
+    """Largest number of shards that are fetched at the same time; fewer while memory is short or tasks fail."""
     shard_retries: int = 2
-    """Further tries of one shard whose task failed; then the rows that kill it are looked for and left out."""
+    """Retries of a shard whose task failed, before the rows that kill the task are searched for and left out."""
     quarantine: tuple[str, ...] = ()
-    """Signals of `suspicion.parquet` whose samples are kept from training. They stay readable. Shards can then be
-    trained on when the list has ended, not before."""
+    """Signals of `suspicion.parquet` whose samples are withheld from training; they stay readable. Training can then start
+    only when the whole list is fetched."""
     compare_with: str = ""
-    """Shards of an earlier ingest of this list: what has changed since then is reported."""
+    """Shards of an earlier ingest of the same list, to report what has changed since."""
     policy: FetchPolicy = field(default_factory=FetchPolicy)
 
     def __post_init__(self) -> None:
