@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kit import REPOSITORY
 
-from roclip.config import Config
+from roclip.config import Config, DeployConfig
 from roclip.report.experiment import Protocol
 
 MAX_LINES, MAX_COLUMNS, MAX_BYTES = 250, 120, 20_000
@@ -72,8 +72,8 @@ def cli() -> dict[str, set[str]]:
 
 @cache
 def keys() -> set[str]:
-    """Every key of a config and of an experiment, sections included."""
-    return {*_keys(Config), *_keys(Protocol)}
+    """Every key of a config, of an experiment and of a cluster's description, sections included."""
+    return {*_keys(Config), *_keys(Protocol), *_keys(DeployConfig, "deploy.")}
 
 
 def _keys(schema: type, prefix: str = "") -> set[str]:
