@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.display import told_standing
 from cluster.ingest.stage import fetching, index
 from cluster.monitoring.publisher import count, following, labels_of
 from cluster.oracle.case import is_step
@@ -142,7 +141,7 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
         here.need_ray()
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
-    with following(here.config, here.path / arm, "oracle"), here.display.follow("oracle", lambda: told_standing(said)):
+    with following(here.config, here.path / arm, "oracle"), here.display.follow_task("oracle", said):
         result = oracle(here.config, here.path, arm, **named)
     count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
     if here.config.repair.enabled and result["verdict"] in REPAIRED:
@@ -163,7 +162,7 @@ def _repair(here: Session, arm: str, **named: Any) -> dict:
     def say(text: str) -> None:
         here.display.say(f"repair   {text}")
 
-    with here.display.follow("recheck", lambda: told_standing(said)):
+    with here.display.follow_task("recheck", said):
         result = repair(here.config, here.path, arm, train=train, say=say, **named)
     say("nothing is left: TRUSTED" if result["accepted"] else f"not trusted. {' '.join(result['reasons'])}")
     return {key: value for key, value in result.items() if key not in ("schema", "subject", "moments")}

@@ -121,11 +121,11 @@ class _Drawer:
     def course(self, name: str, title: str, says: str, *, small: bool = False) -> list[dict[str, Any]]:
         """The chart of a metric; none where no arm has it."""
         curves = {
-            training.name: Curve(self.colors[training.name], course.means, course.reach)
+            training.name: Curve(self.colors[training.name], curve.means, curve.reach)
             for training in self.trainings
-            if (course := training.courses.get(name))
+            if (curve := training.curves.get(name))
         }
-        last = {training.name: training.courses[name].last for training in self.trainings if name in training.courses}
+        last = {training.name: training.curves[name].last for training in self.trainings if name in training.curves}
         return self._chart(curves, last, title, says, share=name in _SHARES, small=small)
 
     def metric(self, name: str) -> list[dict[str, Any]]:

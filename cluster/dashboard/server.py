@@ -97,7 +97,7 @@ class Dashboard:
                 self._news.notify_all()
 
     def _read(self) -> tuple[dict[str, str], bool]:
-        state = self._reader.look()
+        state = self._reader.read()
         return self.page.parts(state), state.behind
 
     async def _whole(self, request: web.Request) -> web.Response:

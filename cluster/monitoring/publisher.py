@@ -1,16 +1,14 @@
-"""Publishes what a run's files say as metrics of Ray, for a Prometheus that scrapes the nodes.
+"""Publishes the contents of a run's files as metrics of Ray, for a Prometheus that scrapes the nodes.
 
-An actor follows each training and each check, beside the driver, and reads what they write down; so the ranks need no Ray,
-and a resume by another driver shows the same. The actor ends with what it follows, also when the driver dies, and Ray then
-drops its gauges within two report intervals (`RAY_metrics_report_interval_ms`, 10 s each). What is counted as it happens
-goes through `count`, from the process where it happens. Measuring never ends a run.
+An actor beside the driver follows each training and each check through the reader of the run directory, so the ranks need
+no Ray, and a resume by another driver shows the same values. The actor ends with the training or check, also when the
+driver dies, and Ray then drops its gauges within two report intervals (`RAY_metrics_report_interval_ms`, 10 s each). Events
+are counted with `count` in the process where they happen. A failure to measure never ends a run.
 """
 
 import contextlib
 import functools
-import json
 import logging
-import re
 import shutil
 import threading
 import time
@@ -24,22 +22,23 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from roclip.config import Config
-from roclip.metrics.registry import METRICS, read_metrics
+from roclip.metrics.registry import METRICS
 from roclip.metrics.series import SERIES
-from roclip.report.training_state import LOG
+from roclip.report.oracle_state import VERDICTS, OracleState, PngStore, oracle_state
+from roclip.report.training_state import SavedCheckpoints, TrainingReader, TrainingState
+from roclip.report.watched_files import WatchedFiles
 
 Reading = tuple[str, float, dict[str, str]]
-"""Name of a series, value, and the labels that it has beside `run` and `arm`."""
+"""Name of a series, value, and its labels besides `run` and `arm`."""
 Stage = Literal["training", "oracle"]
 
 _EVERY_S = 2.0
-_LAST_WORDS_S = 20.0
-_STARTED = re.compile(r"(\d+) ranks from step \d+$", re.MULTILINE)
+_CLOSE_S = 20.0
 _log = logging.getLogger(__name__)
 
 
 def count(name: str, value: float = 1, /, **labels: Any) -> None:
-    """Add to a counter of `SERIES`, or set a gauge of it. Without Ray nothing is sent; nothing ever fails."""
+    """Add to a counter of `SERIES`, or set a gauge. Without Ray nothing is sent; it never raises."""
     if not value and SERIES[name].kind == "counter":
         return
     with contextlib.suppress(Exception):
@@ -57,24 +56,28 @@ def _made(name: str) -> Any:
 
 
 def job_config(config: Config, run: Path, commit: str) -> JobConfig:
-    """What Ray's dashboard says of the driver of a run: nothing that is secret, everybody who may look sees it."""
+    """What Ray's dashboard shows about the driver of a run. Everybody with access sees it, so it holds no secret."""
     arms, source = ", ".join(config.arms), Path(config.source).name
     run = run.resolve()
     return JobConfig(metadata={"run": run.name, "run_dir": str(run), "config": source, "arms": arms, "commit": commit})
 
 
 def labels_of(folder: Path) -> dict[str, str]:
-    """`run` and `arm` of a training's folder: the run is the directory above it that a session has locked."""
+    """The labels `run` and `arm` of a training's folder. The run is the directory above it that a session has locked."""
+    run = _run_of(folder)
+    return {"run": run.name, "arm": folder.resolve().relative_to(run).as_posix()}
+
+
+def _run_of(folder: Path) -> Path:
     folder = folder.resolve()
-    run = next((above for above in folder.parents if (above / "run.lock").exists()), folder.parent)
-    return {"run": run.name, "arm": folder.relative_to(run).as_posix()}
+    return next((above for above in folder.parents if (above / "run.lock").exists()), folder.parent)
 
 
 @contextlib.contextmanager
 def following(config: Config, folder: Path, stage: Stage) -> Iterator[None]:
-    """While the block runs, an actor publishes how a training, or the check of it, in `<run>/<arm>` stands.
+    """While the block runs, an actor publishes the state of the training in `<run>/<arm>`, or of its check.
 
-    Not on a local Ray without a dashboard, where nobody looks.
+    A local Ray without a dashboard gets no actor, because nobody would see its metrics.
     """
     actor: Any = None
     if ray.is_initialized() and (config.cluster.address != "local" or config.cluster.dashboard):
@@ -84,8 +87,8 @@ def following(config: Config, folder: Path, stage: Stage) -> Iterator[None]:
         yield
     finally:
         if actor is not None:
-            with contextlib.suppress(Exception):  # it ends itself, so that its last values are sent
-                ray.get(actor.close.remote(), timeout=_LAST_WORDS_S)
+            with contextlib.suppress(Exception):  # it ends itself after it has sent its last values
+                ray.get(actor.close.remote(), timeout=_CLOSE_S)
 
 
 def _start(folder: Path, stage: Stage) -> Any:
@@ -96,11 +99,11 @@ def _start(folder: Path, stage: Stage) -> Any:
 
 
 class Follower:
-    """Publishes the readings of a training's folder every two seconds, from a thread of its own."""
+    """Publishes the readings of a training's folder every two seconds from its own thread."""
 
     def __init__(self, folder: Path, stage: Stage):
         self.folder, self.labels = folder, labels_of(folder)
-        self._read = READERS[stage]
+        self._read = follow(folder, stage)
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
         self._thread.start()
@@ -119,9 +122,9 @@ class Follower:
 
     def _publish(self) -> None:
         try:
-            for name, value, labels in self._read(self.folder):
+            for name, value, labels in self._read():
                 count(name, value, **self.labels, **labels)
-        except Exception:  # a file of another version, a store that is away
+        except Exception:  # a file of another version, a store that cannot be reached
             _log.warning("%s: could not be read", self.folder, exc_info=True)
 
 
@@ -137,72 +140,63 @@ class Monitor:
         exit_actor()
 
 
-def training_readings(folder: Path) -> Iterator[Reading]:
-    """Of `metrics.jsonl`, the log of the ranks, the checkpoints and the disk below them."""
-    path, log = folder / "metrics.jsonl", folder / LOG
-    if times := [file.stat().st_mtime for file in (path, log) if file.exists()]:
-        yield "roclip_train_last_step_timestamp_seconds", max(times), {}
-    yield from _of_rows(read_metrics(path))
-    if starts := _STARTED.findall(log.read_text()) if log.exists() else []:
-        yield "roclip_train_ranks", int(starts[-1]), {}
-        yield "roclip_train_starts", len(starts), {}
-    yield from _of_checkpoints(folder)
+def follow(folder: Path, stage: Stage) -> Callable[[], Iterator[Reading]]:
+    """A function that reads what is new in a training's folder and gives all its readings."""
+    arm, files = labels_of(folder)["arm"], WatchedFiles(_run_of(folder))
+    if stage == "oracle":
+        images = PngStore()
+        return lambda: oracle_readings(oracle_state(files, arm, images))
+    reader = TrainingReader(files, arm)
+    return lambda: training_readings(reader.read_all(), folder)
+
+
+def training_readings(training: TrainingState, folder: Path) -> Iterator[Reading]:
+    """Readings of the steps, the ranks, the checkpoints, and the disk that holds the folder."""
+    if training.last_written_s:
+        yield "roclip_train_last_step_timestamp_seconds", training.last_written_s, {}
+    for name, value in training.newest.items():
+        metric = METRICS[name]
+        series = f"roclip_{metric.series}"
+        if not metric.series:
+            continue
+        if metric.summed:
+            yield series, training.totals[name], {}
+        elif metric.each:
+            yield from ((series, each, {metric.each: str(n)}) for n, each in enumerate(value))
+        else:
+            yield series, value == "matched" if name == "phase" else value, {}
+    if training.ranks is not None:
+        yield "roclip_train_ranks", training.ranks, {}
+        yield "roclip_train_starts", training.starts, {}
+    yield from _checkpoint_readings(training.checkpoints)
     disk = shutil.disk_usage(folder)
     yield "roclip_run_disk_free_bytes", disk.free, {}
     yield "roclip_run_disk_size_bytes", disk.total, {}
 
 
-def _of_rows(rows: list[dict]) -> Iterator[Reading]:
-    newest = {name: value for row in rows for name, value in row.items()}
-    for name, value in newest.items():
-        metric = METRICS.get(name)
-        if metric is None or not metric.series:
-            continue
-        series = f"roclip_{metric.series}"
-        if metric.summed:
-            yield series, sum(row.get(name, 0) for row in rows), {}
-        elif metric.each:
-            yield from ((series, each, {metric.each: str(n)}) for n, each in enumerate(value))
-        elif name == "phase":
-            yield series, value == "matched", {}
-        else:
-            yield series, value, {}
+def _checkpoint_readings(saved: SavedCheckpoints) -> Iterator[Reading]:
+    if saved.count:
+        yield "roclip_checkpoint_last_timestamp_seconds", saved.last["saved_s"], {}
+        yield "roclip_checkpoint_step", saved.last["step"], {}
+        yield "roclip_checkpoint_saves", saved.count, {}
+        yield "roclip_checkpoint_size_bytes", saved.last["size_bytes"], {}
+        yield "roclip_checkpoint_write_seconds", saved.last["write_s"], {}
+    if saved.last_copied:
+        yield "roclip_checkpoint_copy_seconds", saved.last_copied["copy_s"], {}
+        yield "roclip_checkpoint_copy_failures", saved.failed_copies, {}
 
 
-def _of_checkpoints(folder: Path) -> Iterator[Reading]:
-    saves = read_metrics(folder / "checkpoints" / "saves.jsonl")
-    if not saves:
-        return
-    last = saves[-1]
-    yield "roclip_checkpoint_last_timestamp_seconds", last["saved_s"], {}
-    yield "roclip_checkpoint_step", last["step"], {}
-    yield "roclip_checkpoint_saves", len(saves), {}
-    yield "roclip_checkpoint_size_bytes", last["size_bytes"], {}
-    yield "roclip_checkpoint_write_seconds", last["write_s"], {}
-    copies = [save for save in saves if save["copied"] is not None]
-    if copies:
-        yield "roclip_checkpoint_copy_seconds", copies[-1]["copy_s"], {}
-        yield "roclip_checkpoint_copy_failures", sum(not save["copied"] for save in copies), {}
-
-
-def oracle_readings(folder: Path) -> Iterator[Reading]:
-    """Of the check's progress, its report, and what came of the repair."""
-    if progress := _json(folder / "oracle" / "progress.json"):
-        done, total, _ = progress
+def oracle_readings(oracle: OracleState) -> Iterator[Reading]:
+    """Readings of the check's progress, of its report, and of the repair."""
+    if oracle.progress:
+        done, total, _ = oracle.progress
         yield "roclip_oracle_progress_ratio", done / total if total else 1.0, {}
-    if report := _json(folder / "oracle" / "report.json"):
+    if oracle.verdict:
         for verdict in VERDICTS:
-            yield "roclip_oracle_verdict", report["verdict"] == verdict, {"verdict": verdict}
-        yield "roclip_oracle_suspects", report["numbers"]["victims"], {}
-    if repair := _json(folder / "repair" / "repair.json"):
-        yield "roclip_oracle_repair_accepted", repair["accepted"], {}
-        if "after" in repair:
-            yield "roclip_oracle_repair_attack_ratio", repair["after"]["attack"], {}
-
-
-VERDICTS = ("clean", "suspicious", "poisoned", "inconclusive")
-READERS: dict[Stage, Callable[[Path], Iterator[Reading]]] = {"training": training_readings, "oracle": oracle_readings}
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+            yield "roclip_oracle_verdict", oracle.verdict == verdict, {"verdict": verdict}
+        if oracle.victims is not None:
+            yield "roclip_oracle_suspects", oracle.victims, {}
+    if oracle.repair:
+        yield "roclip_oracle_repair_accepted", oracle.repair.accepted, {}
+        if oracle.repair.attack_after is not None:
+            yield "roclip_oracle_repair_attack_ratio", oracle.repair.attack_after, {}

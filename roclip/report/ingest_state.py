@@ -1,4 +1,4 @@
-"""Where the ingest of a run stands, by what it logs, by the manifest, which is ahead of the log, and by its end mark."""
+"""The state of a run's ingest, read from its log, from the manifest, which is ahead of the log, and from its end mark."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from typing import Any
 from roclip.data.shards import END, HELD, PACK, Manifest
 from roclip.report.ingest_progress import ShardCounts
 from roclip.report.training_state import is_number
-from roclip.report.watched_files import UNUSABLE, Tail, WatchedFiles
+from roclip.report.watched_files import UNUSABLE, WatchedFiles
 
 COUNTED_SHARDS = 20_000
-"""Above so many the manifest is not counted again and again: the log tells the same, twice a minute."""
+"""With more shards the manifest is not counted at each read: the log has the same numbers twice a minute."""
 _REASONS = 40
 
 
@@ -29,41 +29,41 @@ class IngestState:
     images_per_s: float | None
     ended: bool
     """No more shards will come."""
-    changed_s: float | None
-    """When a shard was sealed or the log was written last, in seconds since 1970."""
+    last_update_s: float | None
+    """When a shard was last sealed or the log last written, in seconds since 1970."""
     ends_s: float | None
-    """When the list will be done at this pace."""
+    """When the list will be done at the present rate, in seconds since 1970."""
     duplicates: int | None = None
-    """Samples whose bytes are those of an earlier one."""
+    """Samples whose bytes are those of an earlier sample."""
     suspicion: Mapping[str, int] = field(default_factory=dict)
     """Samples by signal."""
 
     @property
     def usable(self) -> float | None:
-        """Share of the URLs done."""
+        """Share of the fetched URLs that gave a sample."""
         return self.succeeded / self.done_urls if self.done_urls else None
 
 
 class IngestReader:
-    """Reads what an ingest leaves, again and again.
+    """Reads the files of an ingest again and again; each read costs only what is new.
 
     Args:
-        files: Of the run.
+        files: The files of the run.
     """
 
     def __init__(self, files: WatchedFiles):
         self.files = files
-        self._tail = Tail(files.root / "ingest" / "progress.jsonl")
+        self._tail = files.tail("ingest/progress.jsonl")
         self._row: dict[str, Any] = {}
         self._counted: tuple[tuple[int, ...], dict[str, Any]] = ((), {})
 
-    def look(self, shards: Path | None) -> IngestState | None:
-        """Read what is new; None where nothing was ingested.
+    def read(self, shards: Path | None) -> IngestState | None:
+        """Read what is new; None if nothing was ingested.
 
         Args:
-            shards: Where the sealed shards lie; None leaves all to the log.
+            shards: Folder of the sealed shards; without it the log alone is read.
         """
-        for row in self._tail.look(self._row.clear):
+        for row in self._tail.read(self._row.clear):
             self._row = row
         log, manifest = dict(self._row), f"{shards}/manifest"
         end = self.files.table(f"{manifest}/{END}") if shards else {}
@@ -83,14 +83,16 @@ class IngestReader:
             total_shards=_whole(counts.get("shards") if end else log.get("total_shards")),
             images_per_s=log["images_per_s"] if is_number(log.get("images_per_s")) else None,
             ended=bool(end),
-            changed_s=max(filter(None, map(self.files.changed_s, ("ingest/progress.jsonl", manifest))), default=None),
+            last_update_s=max(
+                filter(None, map(self.files.changed_s, ("ingest/progress.jsonl", manifest))), default=None
+            ),
             ends_s=logged_s + eta_s if not end and is_number(eta_s) and is_number(logged_s) else None,
             duplicates=_whole(_part(_part(signals, "duplicates"), "bytes").get("surplus")),
             suspicion={name[:60]: _whole(_part(suspicion, name).get("samples")) or 0 for name in suspicion},
         )
 
     def _count(self, root: Path) -> dict[str, Any]:
-        """What the manifest says, counted again when it has changed; empty where it is ahead of nothing."""
+        """Counts of the manifest, made again when it has changed; empty if the log is no older."""
         folders = [root / "manifest", root / HELD]
         try:
             stamps = tuple(folder.stat().st_mtime_ns for folder in folders if folder.is_dir())
@@ -114,7 +116,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _part(found: Any, key: str) -> dict[str, Any]:
-    """An object within an object; empty where it is something else."""
+    """An object inside an object; empty if it is anything else."""
     part = found.get(key)
     return part if isinstance(part, dict) else {}
 

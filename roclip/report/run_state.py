@@ -1,6 +1,6 @@
-"""A run directory as one frozen value: all that a page or a terminal shows of a run, read from its files alone.
+"""The one reader of a run directory: everything that a terminal, a monitor or a page shows of a run, as one frozen value.
 
-It needs no Ray and takes no lock, so it works while the run goes on, after it, and after a crash.
+It reads files alone, needs no Ray and takes no lock, so it works during a run, after it, and after a crash.
 """
 
 import shutil
@@ -17,80 +17,82 @@ from roclip.report.training_state import TrainingReader, TrainingState, is_numbe
 from roclip.report.watched_files import WatchedFiles
 
 SILENT_S = 45.0
-"""Of a run that works something is written every ten seconds (`cost.json`); after so long it does not."""
+"""A run that works writes something every ten seconds (`cost.json`); after this long it counts as stopped."""
 Status = Literal["waiting", "running", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the way from the URL list to the verdict."""
+    """One stage between the URL list and the verdict."""
 
     title: str
     status: Status
     share: float | None = None
-    """Done of it."""
+    """Share that is done."""
     text: str = ""
     ends_s: float | None = None
-    """When it will have ended at its pace, in seconds since 1970."""
+    """When it will end at the present rate, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run directory says."""
+    """Everything that is known about a run."""
 
     path: Path
     name: str
     config: Config | None
     config_text: str
+    summary: Mapping[str, Any]
+    """The content of summary.json; empty until the run has ended."""
     commit: str
     machine: Mapping[str, Any]
     packages: Mapping[str, Any]
     status: Literal["running", "finished", "failed", "stopped"]
-    sign_s: float | None
-    """When something was written last, in seconds since 1970."""
+    last_update_s: float | None
+    """When something was last written, in seconds since 1970."""
     wall_s: float | None
     peak_rss_bytes: float | None
     disk_free_frac: float
     ingest: IngestState | None
     trainings: tuple[TrainingState, ...]
     repairs: tuple[TrainingState, ...]
-    """The fine-tunings of the repairs that have begun."""
+    """The fine-tunings of the repairs that have started."""
     oracles: tuple[OracleState, ...]
     stages: tuple[Stage, ...]
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Files that are there and cannot be used, and why."""
+    """Files that exist and cannot be used, and why."""
     behind: bool = False
-    """There is more to read at once."""
+    """Whether the next read will find more that was already written."""
 
 
 class RunReader:
-    """Reads a run directory again and again; each look costs what has changed.
+    """Reads a run directory again and again; each read costs only what has changed.
 
     Args:
         path: The run directory.
-        pictures: Where the oracle's pictures are kept.
+        images: Keeps the oracle's images.
     """
 
-    def __init__(self, path: Path, pictures: PngStore):
-        self.path, self.pictures = path, pictures
-        self._files = WatchedFiles(path)
-        self._ingest = IngestReader(self._files)
+    def __init__(self, path: Path, images: PngStore):
+        self.path, self.images = path, images
+        self.files = WatchedFiles(path)
+        self._ingest = IngestReader(self.files)
         self._trainings: dict[str, TrainingReader] = {}
 
-    def look(self) -> RunState:
-        """Read what is new. Raises nothing for what is broken: that stands in `unreadable`."""
-        files = self._files
-        config_text = files.words("config.yaml")
+    def read(self) -> RunState:
+        """Read what is new. A broken file raises nothing; it is named in `unreadable`."""
+        files = self.files
+        config_text = files.text("config.yaml")
         config = files.read("config.yaml", _config)
         arms: list[str] = [*config.arms] if config else self._found_arms()
-        ingest = self._ingest.look(_shards(config, self.path))
+        ingest = self._ingest.read(_shards(config, self.path))
         trainings = tuple(self._training(arm) for arm in arms)
         repairs = tuple(self._training(f"{arm}/repair/clip") for arm in arms if (self.path / arm / "repair").is_dir())
-        oracles = tuple(oracle_state(files, arm, self.pictures) for arm in arms)
-        self.pictures.drop_all_but(set().union(*(oracle.pictures for oracle in oracles)))
+        oracles = tuple(oracle_state(files, arm, self.images) for arm in arms)
+        self.images.drop_all_but(set().union(*(oracle.images for oracle in oracles)))
         summary, cost, provenance = map(files.table, ("summary.json", "cost.json", "provenance.json"))
-        sign_s = self._last_sign(trainings + repairs, ingest, arms)
-        alive = sign_s is not None and time.time() - sign_s < SILENT_S
+        last_update_s = self._last_update_s(trainings + repairs, ingest, arms)
+        alive = last_update_s is not None and time.time() - last_update_s < SILENT_S
         stages = _stages(config, ingest, trainings, repairs, oracles, alive)
         finished = bool(summary) and all(stage.status == "done" for stage in stages)
         failed = any(training.failure for training in trainings)
@@ -99,11 +101,12 @@ class RunReader:
             name=config.name if config else self.path.resolve().name,
             config=config,
             config_text=config_text,
+            summary=summary,
             commit=str(provenance.get("commit", ""))[:12],
             machine=_plain(provenance.get("machine")),
             packages=_plain(provenance.get("packages")),
             status="finished" if finished else "running" if alive else "failed" if failed else "stopped",
-            sign_s=sign_s,
+            last_update_s=last_update_s,
             wall_s=_number(cost, "wall_s"),
             peak_rss_bytes=_number(cost, "peak_rss_bytes"),
             disk_free_frac=_free(self.path),
@@ -116,21 +119,31 @@ class RunReader:
             behind=any(reader.behind for reader in self._trainings.values()),
         )
 
+    def read_all(self) -> RunState:
+        """Read everything that is written so far, however long that takes."""
+        state = self.read()
+        while state.behind:
+            state = self.read()
+        return state
+
     def _training(self, name: str) -> TrainingState:
         if name not in self._trainings:
-            self._trainings[name] = TrainingReader(self._files, name)
-        return self._trainings[name].look()
+            self._trainings[name] = TrainingReader(self.files, name)
+        return self._trainings[name].read()
 
     def _found_arms(self) -> list[str]:
-        """Folders with a training in them, where no config names the arms."""
+        """Folders that hold a training, for a run without a readable config."""
         return sorted(path.parent.name for path in self.path.glob("*/metrics.jsonl"))[:16]
 
-    def _last_sign(
+    def _last_update_s(
         self, trainings: tuple[TrainingState, ...], ingest: IngestState | None, arms: list[str]
     ) -> float | None:
-        told = [f"{arm}/{part}oracle/progress.json" for arm in arms for part in ("", "repair/")]
-        times = [*map(self._files.changed_s, ["cost.json", *told]), *(training.changed_s for training in trainings)]
-        return max(filter(None, [*times, ingest and ingest.changed_s]), default=None)
+        checks = [f"{arm}/{part}oracle/progress.json" for arm in arms for part in ("", "repair/")]
+        times = [
+            *map(self.files.changed_s, ["cost.json", *checks]),
+            *(training.last_update_s for training in trainings),
+        ]
+        return max(filter(None, [*times, ingest and ingest.last_update_s]), default=None)
 
 
 def is_run(path: Path) -> bool:
@@ -148,7 +161,7 @@ def _stages(
     oracles: tuple[OracleState, ...],
     alive: bool,
 ) -> tuple[Stage, ...]:
-    """In the order in which a run goes through them. What has begun and not ended is stopped where nothing lives."""
+    """The stages in the order in which a run goes through them. A stage that has begun counts as stopped if the run is dead."""
     halted: Status = "running" if alive else "stopped"
     stages = []
     if ingest is not None or (config and config.data.fetches):
@@ -158,8 +171,8 @@ def _stages(
     for oracle in oracles:
         stages.append(_oracle_stage(oracle, halted))
         if oracle.repair is not None:
-            words = "nothing is left: trusted" if oracle.repair.accepted else "not trusted"
-            stages.append(Stage(f"repair of {oracle.arm}", "done", 1.0, words))
+            text = "no trigger is left: trusted" if oracle.repair.accepted else "not trusted"
+            stages.append(Stage(f"repair of {oracle.arm}", "done", 1.0, text))
         elif oracle.rechecking is not None:
             done, total, text = oracle.rechecking
             stages.append(
@@ -203,7 +216,9 @@ def _training_stage(training: TrainingState, title: str, config: Config | None, 
     if training.failure:
         return Stage(title, "failed" if halted == "stopped" else "running", share, training.failure)
     ends_s = (
-        training.changed_s + row["eta_s"] if training.changed_s and "eta_s" in row and halted == "running" else None
+        training.last_update_s + row["eta_s"]
+        if training.last_update_s and "eta_s" in row and halted == "running"
+        else None
     )
     return Stage(title, halted, share, text, ends_s)
 
@@ -223,8 +238,8 @@ def _config(content: bytes) -> Config:
 
 
 def _shards(config: Config | None, run: Path) -> Path | None:
-    """Where the manifest lies, as `roclip.data.tar_sources.shards_root` says, but asked of this machine alone and
-    without listing a folder of a million shards: None for that of a store."""
+    """The folder of the manifest, as `roclip.data.tar_sources.shards_root` finds it, but on this machine alone and without
+    listing a folder of a million shards; None if it is on a store."""
     where, own = config.data.shards if config else "", run.resolve() / "shards"
     given = Path(where.removeprefix("file://")).expanduser()
     if where and "://" not in where.removeprefix("file://") and (given / "manifest").is_dir():
@@ -237,7 +252,7 @@ def _number(found: Mapping[str, Any], key: str) -> float | None:
 
 
 def _plain(found: Any) -> dict[str, Any]:
-    """Words and numbers of an object."""
+    """The texts and numbers of an object, cut to a length that a page can show."""
     if not isinstance(found, dict):
         return {}
     return {str(key)[:60]: value if is_number(value) else str(value)[:120] for key, value in list(found.items())[:40]}

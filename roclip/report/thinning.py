@@ -1,4 +1,4 @@
-"""A curve of any length in little memory: neighbours are put together as it grows, and no extreme is lost."""
+"""Keep a curve of any length in little memory by merging adjacent points as it grows, without losing an extreme."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ class _Group:
 
 
 class Thinned:
-    """Takes points one by one and keeps at most `2 * limit` groups of neighbours.
+    """Takes points one by one and keeps at most `2 * limit` groups of adjacent points.
 
-    A group holds as many points as every other but the last, so what is kept depends on the points alone, not on when
-    they came.
+    All groups but the last hold the same number of points, so the result depends on the points alone, not on when they
+    arrived.
     """
 
     def __init__(self, limit: int = 200):
@@ -35,12 +35,12 @@ class Thinned:
 
     @property
     def means(self) -> tuple[tuple[float, float], ...]:
-        """(x of its last point, mean of y) of each group."""
+        """For each group, (x of the last point, mean of y)."""
         return tuple((group.x, group.total / group.points) for group in self._groups)
 
     @property
     def reach(self) -> tuple[tuple[float, float], ...]:
-        """(least, greatest y) of each group; empty as long as each is one point."""
+        """For each group, (minimum, maximum) of y; empty while every group is a single point."""
         if self._points_per_group == 1:
             return ()
         return tuple((group.low, group.high) for group in self._groups)

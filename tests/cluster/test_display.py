@@ -1,6 +1,6 @@
 import json
 
-from cluster.display import Display, told_standing, training_standing
+from cluster.display import Display
 from cluster.train.restarts import note
 from roclip.report.ingest_progress import IngestProgress
 from roclip.report.training_state import LOG
@@ -32,7 +32,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
 
 def test_following_a_training_shows_its_last_step(capsys, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    with Display() as display, display.follow("roclip", lambda: training_standing(metrics, 4), every_s=0.01):
+    with Display() as display, display.follow_training("roclip", tmp_path, 4):
         metrics.write_text(
             json.dumps(STEP) + "\n" + json.dumps({**STEP, "progress": 4.0, "epoch": 4}) + "\n{unfinished"
         )
@@ -52,8 +52,11 @@ def test_following_a_training_says_once_what_befalls_its_ranks(capsys, tmp_path)
     assert said.splitlines() == ["roclip   rank 1 died; restart 1 of 2", "roclip   1 ranks from step 8"]
 
 
-def test_what_a_task_tells_is_shown(tmp_path):
-    told = tmp_path / "progress.json"
-    assert told_standing(told) is None
-    told.write_text(json.dumps([3, 15, "segmenter: epoch 3 of 15"]))
-    assert told_standing(told) == (3, 15, "segmenter: epoch 3 of 15")
+def test_following_a_task_shows_what_it_writes_of_its_progress(capsys, tmp_path):
+    progress = tmp_path / "progress.json"
+    with Display() as display, display.follow_task("oracle", progress):
+        pass
+    assert capsys.readouterr().out == ""
+    with Display() as display, display.follow_task("oracle", progress):
+        progress.write_text(json.dumps([3, 15, "segmenter: epoch 3 of 15"]))
+    assert capsys.readouterr().out == "oracle    20%  segmenter: epoch 3 of 15\n"

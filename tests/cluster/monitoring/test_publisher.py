@@ -22,7 +22,7 @@ from watched import WATCHED_RUN, Head, Prometheus, names_in, promtool, ray_head,
 
 from cluster.monitoring.alerts import alerts
 from cluster.monitoring.grafana import dashboards
-from cluster.monitoring.publisher import count, labels_of, training_readings
+from cluster.monitoring.publisher import count, follow, labels_of
 from roclip.metrics.registry import read_metrics
 from roclip.metrics.series import SERIES
 
@@ -199,11 +199,11 @@ def test_readings_follow_what_ranks_and_checkpoints_write(seen, tmp_path):
     shutil.copytree(seen.run / "roclip" / "log", folder / "log")
     with (folder / "log" / "ranks.log").open("a") as log:
         log.write("2026-01-01 00:00:00 rank 1 died; restart 1 of 1\n2026-01-01 00:00:09 2 ranks from step 4\n")
-    before = {name: value for name, value, _ in training_readings(folder)}
+    before = {name: value for name, value, _ in follow(folder, "training")()}
     assert before["roclip_train_ranks"] == 2
     assert before["roclip_train_starts"] == 2
     assert not {name for name in before if name.startswith(("roclip_checkpoint_", "roclip_pool_"))}
-    after = {name: value for name, value, _ in training_readings(seen.run / "roclip")}
+    after = {name: value for name, value, _ in follow(seen.run / "roclip", "training")()}
     newest = seen.run / "roclip" / "checkpoints" / f"step-{after['roclip_checkpoint_step']:08d}"
     assert after["roclip_checkpoint_size_bytes"] == sum(file.stat().st_size for file in newest.iterdir())
     assert after["roclip_checkpoint_copy_failures"] == 0

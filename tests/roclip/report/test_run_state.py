@@ -1,6 +1,7 @@
 """A run directory read while it grows: each line once, no extreme lost, little memory; what to do next."""
 
 import json
+import math
 import os
 import time
 from dataclasses import replace
@@ -48,7 +49,7 @@ def run_of(folder: Path, *rows: dict) -> Path:
 
 
 def state_of(run: Path) -> RunState:
-    return RunReader(run, PngStore()).look()
+    return RunReader(run, PngStore()).read()
 
 
 def advice(run: Path, disk_free_frac: float = 0.5) -> str:
@@ -62,20 +63,20 @@ def advice(run: Path, disk_free_frac: float = 0.5) -> str:
 
 def test_tail_reads_each_line_once_and_a_half_one_when_it_is_whole(tmp_path):
     tail, begun = Tail(tmp_path / "log"), []
-    assert list(tail.look(lambda: begun.append(1))) == []
+    assert list(tail.read(lambda: begun.append(1))) == []
     with (tmp_path / "log").open("w") as file:
         file.write('{"a": 1}\n{"a": 2}\n{"a"')
         file.flush()
-        assert [line["a"] for line in tail.look(lambda: begun.append(1))] == [1, 2]
+        assert [line["a"] for line in tail.read(lambda: begun.append(1))] == [1, 2]
         file.write(": 3}\n")
         file.flush()
-        assert [line["a"] for line in tail.look(lambda: begun.append(1))] == [3]
+        assert [line["a"] for line in tail.read(lambda: begun.append(1))] == [3]
     assert len(begun) == 1
     write_atomic(tmp_path / "log", '{"a": 9}\n{"a": 8}\n{"a": 7}\n')  # as a resume writes it anew, no shorter
-    assert [line["a"] for line in tail.look(lambda: begun.append(1))] == [9, 8, 7]
+    assert [line["a"] for line in tail.read(lambda: begun.append(1))] == [9, 8, 7]
     assert len(begun) == 2
     (tmp_path / "log").unlink()
-    assert list(tail.look(lambda: begun.append(1))) == []
+    assert list(tail.read(lambda: begun.append(1))) == []
     assert len(begun) == 3
 
 
@@ -85,7 +86,7 @@ def test_tail_takes_a_long_log_in_pieces_and_passes_over_what_is_no_row(tmp_path
     (tmp_path / "log").write_text("\n".join(lines) + "\n")
     tail, read, looks = Tail(tmp_path / "log", most_bytes=1000), [], 0
     while looks == 0 or tail.share_read < 1:
-        read += [line["a"] for line in tail.look(lambda: None)]
+        read += [line["a"] for line in tail.read(lambda: None)]
         looks += 1
     assert read == list(range(1000))
     assert looks > 10
@@ -128,15 +129,51 @@ def test_spike_in_a_long_log_is_seen_and_memory_does_not_grow(tmp_path):
             loss, phase = 50.0 if step == 12_345 else 1.0, "matched" if step % 7 < 3 else "plain"
             file.write(json.dumps(row(step, loss=loss, phase=phase)) + "\n")
     reader = TrainingReader(WatchedFiles(tmp_path), "roclip")
-    state = reader.look()
+    state = reader.read()
     while reader.behind:
-        state = reader.look()
-    loss = state.courses["loss"]
+        state = reader.read()
+    loss = state.curves["loss"]
     assert state.row["step"] == 29_999
     assert len(loss.means) <= 400
     assert max(high for _, high in loss.reach) == 50.0
     assert len(state.matched) <= 400
     assert state.matched[-1][1] <= 3000
+
+
+def test_second_read_of_a_run_reads_only_what_is_new(tmp_path):
+    run = run_of(tmp_path, *(row(step) for step in range(1, 2001)))
+    reader = RunReader(run, PngStore())
+    reader.read_all()
+    first_bytes = reader.files.bytes_read
+    assert first_bytes >= (run / "roclip" / "metrics.jsonl").stat().st_size
+    reader.read_all()
+    assert reader.files.bytes_read == first_bytes
+    line = json.dumps(row(2001)) + "\n"
+    with (run / "roclip" / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    assert reader.read_all().trainings[0].row["step"] == 2001
+    assert reader.files.bytes_read == first_bytes + len(line)
+
+
+def test_sums_newest_values_and_checkpoints_are_counted_as_the_files_grow(tmp_path):
+    run = run_of(tmp_path, row(1, cache_hits=3, loss=2.0), row(2, cache_hits=4, loss=float("nan")))
+    saves = run / "roclip" / "checkpoints" / "saves.jsonl"
+    saves.parent.mkdir()
+    saves.write_text('{"step": 1, "copied": false}\n{"step": 2, "copied": null}\n')
+    reader = TrainingReader(WatchedFiles(run), "roclip")
+    training = reader.read()
+    assert training.totals["cache_hits"] == 7
+    assert math.isnan(training.newest["loss"])
+    assert "loss" not in training.row
+    assert (training.checkpoints.count, training.checkpoints.failed_copies) == (2, 1)
+    assert (training.checkpoints.last["step"], training.checkpoints.last_copied["step"]) == (2, 1)
+    MetricsWriter(run / "roclip" / "metrics.jsonl", 1).write(row(2, cache_hits=1))
+    with saves.open("a") as file:
+        file.write('{"step": 3, "copied": true}\n')
+    training = reader.read()
+    assert training.totals["cache_hits"] == 4
+    assert training.newest["loss"] == 1.0
+    assert (training.checkpoints.count, training.checkpoints.last_copied["step"]) == (3, 3)
 
 
 def test_matched_stretches_reach_from_step_to_step(tmp_path):
@@ -148,29 +185,29 @@ def test_matched_stretches_reach_from_step_to_step(tmp_path):
 def test_resume_takes_back_what_came_after_the_checkpoint(tmp_path):
     run = run_of(tmp_path, row(1), row(2), row(3, loss=9.0))
     reader = RunReader(run, PngStore())
-    assert reader.look().trainings[0].courses["loss"].last == 9.0
+    assert reader.read().trainings[0].curves["loss"].last == 9.0
     MetricsWriter(run / "roclip" / "metrics.jsonl", 2)
-    assert reader.look().trainings[0].row["step"] == 2
-    assert [y for _, y in reader.look().trainings[0].courses["loss"].means] == [1.0, 1.0]
+    assert reader.read().trainings[0].row["step"] == 2
+    assert [y for _, y in reader.read().trainings[0].curves["loss"].means] == [1.0, 1.0]
 
 
 def test_ingest_is_counted_from_the_manifest_between_the_lines_of_its_log(tmp_path):
     shards, reader = tmp_path / "shards", IngestReader(WatchedFiles(tmp_path))
-    assert reader.look(shards) is None
+    assert reader.read(shards) is None
     page = IngestPage(tmp_path / "ingest", shards, "list")
     write_shard(shards, 0, scene_samples(0, 8))
     page.show(IngestProgress(8, 40, 8, {"http_404": 1}, 1, 5, 20.0, 60.0))
-    now = reader.look(shards)
+    now = reader.read(shards)
     assert now is not None
     assert (now.done_urls, now.total_urls, now.shards, now.total_shards, now.ended) == (8, 40, 1, 5, False)
     assert now.ends_s is not None
     assert 50 < now.ends_s - time.time() < 61
     write_shard(shards, 1, scene_samples(8, 8))  # sealed, and the log is silent
-    now = reader.look(shards)
+    now = reader.read(shards)
     assert now is not None
     assert (now.done_urls, now.succeeded, now.shards) == (16, 16, 2)
     Manifest(shards).finish({"urls": 18, "succeeded": 16, "failed": {"timeout": 2}, "shards": 2})
-    now = reader.look(shards)
+    now = reader.read(shards)
     assert now is not None
     assert (now.done_urls, now.total_urls, now.failed, now.ended, now.ends_s) == (18, 18, {"timeout": 2}, True, None)
 
