@@ -6,7 +6,7 @@ from typing import Literal
 
 from roclip.data.outcomes import REASONS
 from roclip.report.oracle_state import OracleState
-from roclip.report.readable import percent
+from roclip.report.pages import percent
 from roclip.report.run_state import RunState
 from roclip.report.training_state import TrainingState
 

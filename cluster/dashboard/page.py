@@ -1,171 +1,82 @@
-"""The page of `roclip dashboard` in parts: each is HTML of its own, so that only what has changed goes to the browser.
+"""The page of `roclip dashboard` in parts, each with its own HTML, so that only what has changed goes to the browser.
 
-All that came from the web or from a file is escaped by the template; the charts are made of numbers.
+The templates escape everything that came from the web or from a file; the charts hold numbers only.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from cluster.dashboard.live_chart import live_chart, rank_columns
 from cluster.dashboard.next_steps import SLOW_RANK, next_steps
-from roclip.data.outcomes import REASONS, is_passing
-from roclip.metrics.registry import METRICS
-from roclip.report import PAGES
-from roclip.report.curves import (
-    ATTACK_SAYS,
-    COLORS,
-    SHARE_CURVES,
-    SHARES,
-    Curve,
-    attack_curve,
-    attack_names,
-    share_curve,
-)
-from roclip.report.readable import duration, percent, plain, size
+from roclip.report.charts import rank_columns
+from roclip.report.curves import COLORS
+from roclip.report.ingest_progress import failure_reasons
+from roclip.report.pages import environment
+from roclip.report.run_charts import RunCharts
 from roclip.report.run_state import RunState
 from roclip.report.training_state import TrainingState
 
-TEMPLATE, DOOR = (Path(__file__).with_name(name) for name in ("page.html.jinja", "door.html.jinja"))
-_FOLDERS = (TEMPLATE.parent, PAGES)
-"""The second has the style that it shares with the report of a run."""
 PARTS: tuple[str, ...] = ("head", "steps", "stages", "arms", "curves", "pool", "ranks", "data", "oracle", "about")
-"""Of the page, in their order; each is a macro of the template."""
+"""Parts of the page in their order; each is a macro of parts.html.jinja."""
 _POOL = ("pool_similarity", "pool_own", "pool_duplicates", "pool_staleness", "pool_entropy", "agreement", "suspected")
 _SPEED = ("samples_per_s", "data_wait_frac", "grad_norm")
-_TITLES = {
-    "pool_similarity": "Similarity",
-    "pool_own": "Own caption found",
-    "pool_duplicates": "Duplicates",
-    "pool_staleness": "Staleness",
-    "pool_entropy": "Entropy",
-    "agreement": "Agreement",
-    "suspected": "Suspected",
-    "samples_per_s": "Pace",
-    "data_wait_frac": "Waiting for data",
-    "grad_norm": "Gradient norm",
-}
-_SHARES = {"pool_own", "pool_duplicates", "agreement", "data_wait_frac"}
 
 
 class Page:
-    """Makes HTML of a run's state."""
+    """Renders a run's state as HTML."""
 
     def __init__(self) -> None:
-        environment = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FileSystemLoader(_FOLDERS)
-        )
-        environment.filters.update(percent=percent, duration=duration, size=size, plain=plain, clock=_clock)
-        self._whole, self._door = (environment.get_template(path.name) for path in (TEMPLATE, DOOR))
-        self._parts: Any = self._whole.module
+        templates = environment(Path(__file__).parent)
+        self._page, self._door = (templates.get_template(f"{name}.html.jinja") for name in ("page", "door"))
+        self._parts: Any = templates.get_template("parts.html.jinja").module
 
     def parts(self, state: RunState) -> dict[str, str]:
-        """Each part's HTML by its name."""
+        """The HTML of each part."""
         view = _view(state)
         return {name: str(getattr(self._parts, name)(state, view)) for name in PARTS}
 
     def whole(self, parts: Mapping[str, str], *, nonce: str, version: str) -> str:
-        """The page of these parts.
+        """The whole page.
 
         Args:
-            nonce: Of its style and script.
-            version: Where its script goes on to listen.
+            nonce: Allows its style and its script.
+            version: The version from which its script asks for changes.
         """
-        shown = {name: Markup(parts[name]) for name in PARTS}  # escaped when they were made
-        page = self._whole.render(parts=shown, nonce=nonce, version=version, now_s=time.time(), colors=COLORS)
+        shown = {name: Markup(parts[name]) for name in PARTS}  # already escaped
+        page = self._page.render(parts=shown, nonce=nonce, version=version, now_s=time.time())
         return page.lstrip()
 
     def door(self, nonce: str) -> str:
-        """What somebody sees who has not shown the token."""
+        """The page for a visitor without the token."""
         return self._door.render(nonce=nonce)
 
 
 def _view(state: RunState) -> dict[str, Any]:
-    """What the template shows beside the state itself."""
+    """What the template needs besides the state."""
     colors = {training.name: f"var(--arm{place % len(COLORS)})" for place, training in enumerate(state.trainings)}
     until = max((training.row.get("epochs", 0.0) for training in state.trainings), default=0.0)
     shaded = [span for training in state.trainings for span in training.matched]
-    draw = _Drawer(state.trainings, colors, shaded, until)
+    draw = RunCharts(state.trainings, colors, shaded, until)
     return {
         "steps": next_steps(state),
         "places": {training.name: place % len(COLORS) for place, training in enumerate(state.trainings)},
         "shaded": bool(shaded),
-        "curves": draw.course("loss", "Training loss", "symmetric InfoNCE; a matched period learns with other captions")
-        + draw.evaluations(),
+        "curves": draw.loss() + draw.evaluations(),
         "speed": [chart for name in _SPEED for chart in draw.metric(name)],
         "pool": [chart for name in _POOL for chart in draw.metric(name)],
         "ranks": {training.name: _ranks(training) for training in state.trainings},
-        "reasons": _reasons(state.ingest.failed) if state.ingest else [],
+        "reasons": failure_reasons(state.ingest.failed) if state.ingest else [],
         "share": _whole_share(state),
     }
 
 
-class _Drawer:
-    """Draws every arm's curve of something into one chart."""
-
-    def __init__(
-        self,
-        trainings: Sequence[TrainingState],
-        colors: Mapping[str, str],
-        shaded: Sequence[tuple[float, float]],
-        until: float,
-    ):
-        self.trainings, self.colors, self.shaded, self.until = trainings, colors, shaded, until
-
-    def course(self, name: str, title: str, says: str, *, small: bool = False) -> list[dict[str, Any]]:
-        """The chart of a metric; none where no arm has it."""
-        curves = {
-            training.name: Curve(self.colors[training.name], curve.means, curve.reach)
-            for training in self.trainings
-            if (curve := training.curves.get(name))
-        }
-        last = {training.name: training.curves[name].last for training in self.trainings if name in training.curves}
-        return self._chart(curves, last, title, says, share=name in _SHARES, small=small)
-
-    def metric(self, name: str) -> list[dict[str, Any]]:
-        """The same, small, in the words of the registry."""
-        known = METRICS[name]
-        unit = f", {known.unit}" if known.unit not in ("", "1") and name not in _SHARES else ""
-        return self.course(name, _TITLES[name], f"{known.help}{unit}", small=True)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Charts of attack success and accuracy over the evaluated epochs."""
-        charts = []
-        for name in attack_names(row for training in self.trainings for row in training.evaluations):
-            charts += self._evaluated(f"{name} attack success".capitalize(), ATTACK_SAYS, attack_curve, name)
-        for key, title, says in SHARES:
-            if key in SHARE_CURVES:
-                charts += self._evaluated(title[0].upper() + title[1:], says, share_curve, key)
-        return charts
-
-    def _evaluated(self, title: str, says: str, curve_of: Callable[..., Curve], key: str) -> list[dict[str, Any]]:
-        found = {
-            training.name: curve_of(self.colors[training.name], training.evaluations, key)
-            for training in self.trainings
-        }
-        curves = {arm: curve for arm, curve in found.items() if curve.points}
-        last = {arm: curve.points[-1][1] for arm, curve in curves.items()}
-        return self._chart(curves, last, title, says, share=True, small=False)
-
-    def _chart(
-        self, curves: Mapping[str, Curve], last: Mapping[str, float], title: str, says: str, *, share: bool, small: bool
-    ) -> list[dict[str, Any]]:
-        if not curves:
-            return []
-        size = {"width": 220, "height": 104} if small else {}
-        svg = live_chart(list(curves.values()), self.shaded, share=share, until=self.until, **size)
-        values = [{"arm": arm, "value": percent(value) if share else f"{value:.4g}"} for arm, value in last.items()]
-        return [{"title": title, "says": says, "svg": svg, "values": values}]
-
-
 def _ranks(training: TrainingState) -> dict[str, Any] | None:
-    """How fast each rank is, and which one the others wait for."""
+    """The speed of each rank, and the slowest one."""
     times = training.step_s_p50
     if not times:
         return None
@@ -180,29 +91,7 @@ def _ranks(training: TrainingState) -> dict[str, Any] | None:
     }
 
 
-def _reasons(failed: Mapping[str, int]) -> list[dict[str, Any]]:
-    most = max(failed.values(), default=0)
-    return [
-        {
-            "name": name.replace("_", " "),
-            "rows": rows,
-            "share": rows / most,
-            "help": REASONS[name].help if name in REASONS else "",
-            "kind": "refused"
-            if name in REASONS and REASONS[name].refused
-            else "passing"
-            if is_passing(name)
-            else "bad",
-        }
-        for name, rows in failed.items()
-    ]
-
-
 def _whole_share(state: RunState) -> float:
-    """Of the whole way, each stage counting the same."""
+    """Share of the whole run that is done, with equal weight for each stage."""
     shares: Iterable[float] = [1.0 if stage.status == "done" else stage.share or 0.0 for stage in state.stages]
     return math.fsum(shares) / max(1, len(state.stages))
-
-
-def _clock(moment_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment_s))

@@ -2,7 +2,7 @@
 
     GET /                 the page as it is now
     GET /events           the parts that have changed since a version, then each change as it comes
-    GET /picture/<sha256> a picture that the page shows; no path ever comes from a request
+    GET /image/<sha256> an image that the page shows; no path ever comes from a request
     GET /enter            the token for a cookie, where one is needed
 
 One reader looks at the run directory each second while somebody watches; all browsers share what it finds. A browser that is
@@ -40,8 +40,8 @@ class Dashboard:
     """
 
     def __init__(self, run: Path, guard: Guard):
-        self.guard, self.page, self.pictures = guard, Page(), PngStore()
-        self._reader = RunReader(run, self.pictures)
+        self.guard, self.page, self.images = guard, Page(), PngStore()
+        self._reader = RunReader(run, self.images)
         self._parts: dict[str, str] = {}
         self._changed = dict.fromkeys(PARTS, 0)
         self._version, self._start = 0, secrets.token_hex(4)
@@ -59,7 +59,7 @@ class Dashboard:
         for path, handler in {
             "/": self._whole,
             "/events": self._events,
-            "/picture/{name}": self._picture,
+            "/image/{name}": self._image,
             "/enter": self._enter,
         }.items():
             application.router.add_get(path, handler, allow_head=False)
@@ -142,12 +142,12 @@ class Dashboard:
                 return False
         return True
 
-    async def _picture(self, request: web.Request) -> web.Response:
+    async def _image(self, request: web.Request) -> web.Response:
         self._need_token(request)
         try:
-            content = self.pictures[request.match_info["name"]]
+            content = self.images[request.match_info["name"]]
         except KeyError:
-            raise web.HTTPNotFound(text="No such picture.\n") from None
+            raise web.HTTPNotFound(text="No such image.\n") from None
         cached = {"Cache-Control": "private, max-age=86400, immutable"}  # its name is its content
         return web.Response(body=content, content_type="image/png", headers={**plain_headers(), **cached})
 

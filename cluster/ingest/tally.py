@@ -41,12 +41,16 @@ class OutcomeTally:
         """Hosts with few URLs that are no longer counted."""
         self._seen: set[str] = set()
 
-    def look(self) -> None:
-        """Count what has been sealed since the last look."""
+    def update(self) -> None:
+        """Count the shards that were sealed since the last update."""
         for record in self._manifest.records():
             if record.name not in self._seen:
                 self._seen.add(record.name)
                 self._take(record)
+
+    def outcomes(self) -> Counter[str]:
+        """Rows by outcome, over all hosts."""
+        return sum(self.hosts.values(), Counter())
 
     def top_hosts(self, number: int) -> list[tuple[str, Counter[str]]]:
         """The hosts with the most URLs, the greatest first."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,12 +26,11 @@ from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.segmenters.base import Segmenter
 from roclip.oracle.victims import Victims
-from roclip.report import PAGES
+from roclip.report.pages import environment
 from roclip.storage import write_atomic
 
 SCHEMA = 5
 """Version of report.json."""
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = 24
 """Suspect pictures in report.html; the first half of them are in report.json too."""
 _PANEL_PX = 144
@@ -176,24 +174,21 @@ def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any]
     """The page. `shows`: pictures `suspects` and `others` as `_pictures` makes them, `exhibits` as `trigger_figure` does, one a
     trigger, and all `labels`. `repair`: the content of repair.json."""
     checked = [row for row in report["labels"] if "lies" in row]
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader([TEMPLATE.parent, PAGES]),
-    )
-    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"
     labels = shows["labels"]
-    return environment.get_template(TEMPLATE.name).render(
-        report=report,
-        repair=repair,
-        checked=checked,
-        longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
-        suspects=shows["suspects"],
-        others=shows["others"],
-        exhibits=list(zip(report["triggers"], shows["exhibits"], strict=True)),
-        colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
-        min_belief=statistics.MIN_BELIEF,
+    return (
+        environment(Path(__file__).parent)
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            repair=repair,
+            checked=checked,
+            longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
+            suspects=shows["suspects"],
+            others=shows["others"],
+            exhibits=list(zip(report["triggers"], shows["exhibits"], strict=True)),
+            colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
+            min_belief=statistics.MIN_BELIEF,
+        )
     )
 
 

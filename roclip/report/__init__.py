@@ -2,8 +2,3 @@
 
 In: the files of a run. Out: `RunState`, `report.html`, and an experiment's tables and figures.
 """
-
-from pathlib import Path
-
-PAGES = Path(__file__).parent
-"""Folder of the templates and the stylesheet that all pages share."""

@@ -5,16 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from roclip.config import dump_config, strict
 from roclip.report.comparison import attack_names, comparison
+from roclip.report.curves import COLORS
 from roclip.report.experiment import Experiment
 from roclip.report.frontier import arm_colors, dose_response, frontier, save
-from roclip.report.readable import duration, percent
+from roclip.report.pages import duration, environment, percent
 from roclip.storage import write_atomic
-
-TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 
 
 def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,11 +32,11 @@ def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, A
         drawings["frontier"] = save(frontier([row for row in rows if row["point"] == main], colors), folder, "frontier")
         if len(points) > 1:
             drawings["sweep"] = save(dose_response(rows, points, colors), folder, "sweep")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, duration=duration, poisons=said_poisons, suspects=said_suspects)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    templates = environment()
+    templates.filters.update(poisons=poisons_text, suspects=suspects_text)
+    page = templates.get_template("comparison.html.jinja").render(
         **result,
-        colors=colors,
+        places={arm: place % len(COLORS) for place, arm in enumerate(experiment.arms)},
         attacks=attack_names(rows),
         drawings=drawings,
         first={row["point"]: row["worst"] for row in rows if row["arm"] == experiment.arms[0]},
@@ -61,7 +58,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             row["arm"],
             *_useful(worst, first.get(row["point"])),
             *_pooled(worst, attacks),
-            *([said_suspects(row)] if ranked else []),
+            *([suspects_text(row)] if ranked else []),
         ]
         for row, worst in ((row, row["worst"]) for row in rows)
     ]
@@ -71,7 +68,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"`{result['command']}`, commit {', '.join(result['commits'])}, {duration(result['wall_s'])}",
         "",
-        *(f"- {point}: {said_poisons(counts)}" for point, counts in points.items()),
+        *(f"- {point}: {poisons_text(counts)}" for point, counts in points.items()),
         "",
         f"Mean over {_seeds(rows)}, each figure of the worse of the last matched and the last plain epoch. In brackets: "
         f"difference from {result['arms'][0]} in points; successes of all seeds with their 95 % interval (Wilson), and how many "
@@ -87,39 +84,39 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def said_poisons(counts: Mapping[str, Any]) -> str:
+def poisons_text(counts: Mapping[str, Any]) -> str:
     """'160 backdoor (1.00 %), 16 targeted (0.10 %) among 16,176 pairs'."""
     pairs = counts["pairs"]
-    said = ", ".join(f"{n:,} {attack} ({percent(n / pairs, 2)})" for attack, n in counts["poisons"].items())
-    return f"{said or 'no poisons'} among {pairs:,} pairs"
+    text = ", ".join(f"{n:,} {attack} ({percent(n / pairs, 2)})" for attack, n in counts["poisons"].items())
+    return f"{text or 'no poisons'} among {pairs:,} pairs"
 
 
-def said_suspects(row: Mapping[str, Any]) -> str:
+def suspects_text(row: Mapping[str, Any]) -> str:
     """'backdoor 0.991 / 0.870, …'; a dash where training left none."""
     found = row.get("suspects") or {}
-    said = (f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f}" for attack, each in found.items())
-    return ", ".join(said) or "–"
+    text = (f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f}" for attack, each in found.items())
+    return ", ".join(text) or "–"
 
 
 def _useful(view: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[str]:
     cells = []
     for key in ("zero_shot_top1", "linear_probe_top1"):
         share = view.get(key)
-        told = percent(share["mean"] if share else None)
+        text = percent(share["mean"] if share else None)
         if share and first and first is not view and key in first:
-            told += f" ({100 * (share['mean'] - first[key]['mean']):+.1f})"
-        cells.append(told)
+            text += f" ({100 * (share['mean'] - first[key]['mean']):+.1f})"
+        cells.append(text)
     return cells
 
 
 def _pooled(view: Mapping[str, Any], attacks: Sequence[str]) -> list[str]:
-    def told(result: Mapping[str, Any]) -> str:
+    def pooled(result: Mapping[str, Any]) -> str:
         low, high = result["ci95"]
         clean = f"; clean {percent(result['clean']['rate'])}" if "clean" in result else ""
         counts = f"{result['successes']}/{result['n']}, {100 * low:.1f} to {100 * high:.1f}{clean}"
         return f"{percent(result['rate'])} ({counts})"
 
-    return _attack_cells(view, attacks, told)
+    return _attack_cells(view, attacks, pooled)
 
 
 def _by_seed(view: Mapping[str, Any], attacks: Sequence[str]) -> list[str]:
@@ -127,9 +124,9 @@ def _by_seed(view: Mapping[str, Any], attacks: Sequence[str]) -> list[str]:
 
 
 def _attack_cells(
-    view: Mapping[str, Any], attacks: Sequence[str], told: Callable[[Mapping[str, Any]], str]
+    view: Mapping[str, Any], attacks: Sequence[str], cell: Callable[[Mapping[str, Any]], str]
 ) -> list[str]:
-    return [told(view["attacks"][name]) if name in view["attacks"] else "–" for name in attacks]
+    return [cell(view["attacks"][name]) if name in view["attacks"] else "–" for name in attacks]
 
 
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What a chart shows, apart from how it is drawn: the curves of an arm, from its logged steps and its evaluations."""
+"""The contents of a chart, apart from how it is drawn: curves of one arm, from its logged steps and its evaluations."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 COLORS = ("#d9622b", "#1f6feb", "#7c3aed", "#0f766e", "#a16207")
-"""Of the arms, in their order."""
+"""Colours of the arms, in their order."""
+DARK_COLORS = ("#f08a55", "#5c9bff", "#b18cff", "#34c3b3", "#e0b04a")
+"""The same on a dark page."""
 SHARES = (
     ("zero_shot_top1", "zero-shot top-1", "held-out images whose nearest label is the true one"),
     ("zero_shot_top5", "zero-shot top-5", "the same among the five nearest labels"),
@@ -19,10 +21,9 @@ SHARES = (
     ("recall_at_5", "recall@5", "the same among the first five"),
     ("recall_at_10", "recall@10", "the same among the first ten"),
 )
-"""Of an evaluation: key, title, and what it counts."""
+"""Shares in an evaluation: key, title, and what is counted."""
 SHARE_CURVES = ("zero_shot_top1", "linear_probe_top1", "recall_at_1")
-ATTACK_SAYS = "attacked images that are taken for the attacker's label"
-_MOST_POINTS = 800
+ATTACK_SAYS = "attacked images that the model takes for the attacker's label"
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,12 @@ class Curve:
     band: Sequence[tuple[float, float]] = ()
     """95 % interval of each point."""
     filled: Sequence[bool] = ()
-    """Whether a point gets a full marker (taken after a matched epoch) or a hollow one; empty is none."""
+    """For each point, whether its marker is full (taken after a matched epoch) or hollow; empty for no markers."""
 
     @property
     def reach(self) -> Sequence[tuple[float, float]]:
-        """(least, greatest) value of each point: its interval, where it has one."""
+        """(minimum, maximum) of each point: its interval, or its value twice."""
         return self.band or [(y, y) for _, y in self.points]
-
-
-def loss_curve(color: str, rows: Sequence[Mapping[str, Any]]) -> Curve:
-    """The loss of the logged steps of one arm; of very many, the means of neighbours."""
-    points = [(row["progress"], row["loss"]) for row in rows if "loss" in row]
-    group = -(-len(points) // _MOST_POINTS) or 1
-    pieces = [points[start : start + group] for start in range(0, len(points), group)]
-    return Curve(color, [(piece[-1][0], sum(loss for _, loss in piece) / len(piece)) for piece in pieces])
 
 
 def share_curve(color: str, rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
@@ -71,12 +64,12 @@ def attack_curve(color: str, rows: Sequence[Mapping[str, Any]], attack: str) -> 
 
 
 def attack_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the attacks in rows that may have `attacks`, in order of appearance."""
+    """Names of all attacks in the rows, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.get("attacks") or {}))
 
 
 def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[float]:
-    """The mean over `reach` neighbours on each side, of the same epoch only: phases differ."""
+    """The mean over `reach` adjacent points on each side within the same epoch, because phases differ."""
     means = []
     for i, (progress, _) in enumerate(points):
         window = points[max(0, i - reach) : i + reach + 1]

@@ -1,6 +1,9 @@
-"""Usefulness against attack success, and attack success against the share of poisons: the figures of an experiment."""
+"""The figures of an experiment, drawn with matplotlib because they are files too (`frontier.svg`, `.png`): usefulness against
+attack success, and attack success against the share of poisons.
+"""
 
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from roclip.report.charts import GRID, INK, STYLE, inline_svg
 from roclip.report.comparison import attack_names
 from roclip.report.curves import COLORS
 from roclip.storage import write_atomic
 
+INK, GRID = "#475569", "#e5e9f0"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
 PANEL_INCHES = (3.3, 3.1)
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
 
@@ -105,7 +122,7 @@ def save(figure: Figure, folder: Path, stem: str) -> Markup:
         figure.savefig(pixels, format="png", dpi=200, metadata={"Software": None})
     write_atomic(folder / f"{stem}.svg", text.getvalue())
     write_atomic(folder / f"{stem}.png", pixels.getvalue())
-    return Markup(inline_svg(text.getvalue()))  # drawn from numbers and checked names only
+    return Markup(_inline_svg(text.getvalue()))  # drawn from numbers and checked names only
 
 
 def _apart(shares: Iterable[float], least: float = 1.5) -> list[float]:
@@ -155,3 +172,17 @@ def _name(axes: Axes, means: Mapping[str, tuple[float, float]], colors: Mapping[
             fontsize=8,
             fontweight="bold",
         )
+
+
+def _inline_svg(svg: str) -> str:
+    """The <svg> element alone, without metadata, a fixed size, or ids that every figure of matplotlib has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", svg)  # as matplotlib before 3.9 writes it
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    return re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)

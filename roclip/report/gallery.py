@@ -1,4 +1,4 @@
-"""Samples of a run as a report shows them: read out of the shards, made small, triggers marked."""
+"""Samples of a run for a report: read from the shards, scaled down, with triggers marked."""
 
 import base64
 import io
@@ -33,13 +33,13 @@ class GalleryImage:
     target_label: str = ""
     """What its caption says."""
     box: Box | None = None
-    """The trigger: left, top, width and height in percent of the picture."""
+    """The trigger: left, top, width and height in percent of the image."""
     size_px: tuple[int, int] = (0, 0)
     """Width and height as stored."""
 
 
-def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> list[GalleryImage]:
-    """The first usable samples of each shard, `count` in all, none of the keys `without`."""
+def sample_images(shards: Path, count: int, without: Iterable[str] = ()) -> list[GalleryImage]:
+    """The first usable samples of each shard, `count` in all, without the given keys."""
     records, skipped = Manifest(shards).records(), set(without)
     found: list[GalleryImage] = []
     for place, record in enumerate(records):
@@ -52,21 +52,21 @@ def sample_pictures(shards: Path, count: int, without: Iterable[str] = ()) -> li
     return found
 
 
-def pictures_of(
+def images_of(
     shards: Path, shard: str, keys: Iterable[str], boxes: Mapping[str, Sequence[int] | None]
 ) -> list[GalleryImage]:
-    """Samples of one shard by their keys, each with its box (left, top, right, bottom, in pixels as stored) where it has one."""
+    """Samples of one shard by their keys, each with its box if it has one (left, top, right, bottom, in pixels as stored)."""
     record = Manifest(shards).get(shard)
     if record is None:
         return []
     wanted = pc.field("key").isin(pa.array(list(keys), pa.string()))
     rows = read_index(shards, shard).filter(wanted).to_pylist()
-    pictures = _take(tar_path(shards, record), rows, len(rows))
-    return [replace(picture, box=_in_percent(boxes.get(picture.key), picture.size_px)) for picture in pictures]
+    images = _take(tar_path(shards, record), rows, len(rows))
+    return [replace(image, box=_in_percent(boxes.get(image.key), image.size_px)) for image in images]
 
 
-def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "border") -> list[GalleryImage]:
-    """`count` poisoned samples of each attack, of different labels; none where there is no ground truth.
+def poison_images(shards: Path, truth: Path, count: int, resize_mode: str = "border") -> list[GalleryImage]:
+    """`count` poisoned samples of each attack with different labels; empty without a ground truth.
 
     `truth` is the parquet with the columns key, attack, target_label, source_label and trigger_box (left,
     top, right, bottom, in pixels of the original image).
@@ -85,22 +85,22 @@ def poison_pictures(shards: Path, truth: Path, count: int, resize_mode: str = "b
             kind = (poison["attack"], poison["source_label"], poison["target_label"])
             if len(chosen) >= count or kind in shown:
                 continue
-            for picture in _take(tar_path(shards, record), [row], 1):
+            for image in _take(tar_path(shards, record), [row], 1):
                 box = _box(shards, record.name, row["key"], poison["trigger_box"], resize_mode)
                 labels = {name: poison[name] or "" for name in ("attack", "source_label", "target_label")}
-                chosen.append(replace(picture, **labels, box=box))
+                chosen.append(replace(image, **labels, box=box))
                 shown.add(kind)
-    return [picture for chosen in found.values() for picture in chosen]
+    return [image for chosen in found.values() for image in chosen]
 
 
 def poison_keys(truth: Path) -> set[str]:
-    """The keys in the ground truth; empty where there is none."""
+    """The keys in the ground truth; empty without one."""
     return set(pq.read_table(truth, columns=["key"])["key"].to_pylist()) if truth.exists() else set()
 
 
 def _take(tar: Path, rows: Iterable[Mapping[str, Any]], count: int) -> list[GalleryImage]:
-    """The first `count` of the index rows whose image opens."""
-    return [picture for picture, _ in zip(_read(tar, rows), range(count), strict=False)] if count > 0 else []
+    """The first `count` index rows whose image can be decoded."""
+    return [image for image, _ in zip(_read(tar, rows), range(count), strict=False)] if count > 0 else []
 
 
 def _read(tar: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[GalleryImage]:
@@ -136,7 +136,7 @@ def _in_percent(box: Sequence[int] | None, size_px: tuple[int, int]) -> Box | No
 
 
 def _box(shards: Path, tar: str, key: str, trigger: list[int] | None, resize_mode: str) -> Box | None:
-    """Where the trigger lies in the stored image, which img2dataset has resized about its centre."""
+    """The trigger's box in the stored image, which img2dataset has resized about its centre."""
     if not trigger:
         return None
     columns = ["key", "width", "height", "original_width", "original_height"]

@@ -1,41 +1,43 @@
-"""Where an ingest stands, counted shard by shard, and in a line of words."""
+"""The progress of an ingest: counted shard by shard, and as a line of text."""
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from roclip.data.outcomes import REASONS
+from roclip.data.outcomes import REASONS, is_passing
 from roclip.data.shards import ShardRecord
 
 
 @dataclass(frozen=True)
 class IngestProgress:
-    """Where an ingest stands. Counts are of sealed shards, rates of what this call has sealed."""
+    """The progress of an ingest. Counts cover all sealed shards, rates the shards that this call has sealed."""
 
     done_urls: int
-    """Rows of the list; one that was fetched again counts once."""
+    """Rows of the list; a row that was fetched again counts once."""
     total_urls: int | None
-    """None as long as nothing tells it."""
+    """None until it is known."""
     succeeded: int
     """Usable samples."""
     failed: dict[str, int]
-    """Other rows, by the reason of their last failure."""
+    """Rows without a sample, by the reason of their last failure."""
     shards: int
     total_shards: int | None
     images_per_s: float
     eta_s: float | None
-    """Seconds left of the list or of its pass at this rate; None as long as there is none."""
+    """Seconds left for the list or the later pass at this rate; None until there is a rate."""
     published: int = 0
     """Shards that training may read; fewer than `shards` while `ingest.quarantine` holds them."""
     pass_number: int = 0
-    """0 for the list itself, then the later pass over what failed."""
+    """0 for the list itself, then the number of the later pass over what failed."""
     again_done: int = 0
     again_total: int = 0
-    """Rows of that pass."""
+    """Rows of the later pass."""
     duplicates: int | None = None
-    """Samples that are the same as an earlier one, where that is known."""
+    """Samples equal to an earlier one, if known."""
     estimated: bool = False
-    """`total_urls` is a guess, by how much of the list was read."""
+    """Whether `total_urls` is estimated from the part of the list that was read."""
 
     @property
     def refused(self) -> int:
@@ -44,7 +46,7 @@ class IngestProgress:
 
 
 def describe(now: IngestProgress) -> str:
-    """Counts, rate, success and the most frequent failures, in a line."""
+    """Counts, rate, success and the most frequent failures in one line."""
     rate = now.succeeded / now.done_urls if now.done_urls else 0.0
     reasons = ", ".join(f"{name} {rows}" for name, rows in Counter(now.failed).most_common(3))
     about = "~" if now.estimated else ""
@@ -61,8 +63,31 @@ def describe(now: IngestProgress) -> str:
     )
 
 
+def failure_reasons(failed: Mapping[str, int], of: int | None = None) -> list[dict[str, Any]]:
+    """Reasons for rows without a sample, for a page: `name`, `rows`, `share` of `of` (by default of the most frequent
+    reason), `help`, and `kind`: refused, passing or bad."""
+    whole = of or max(failed.values(), default=0)
+    return [
+        {"name": name, "rows": rows, "share": rows / whole, "help": _help(name), "kind": _kind(name)}
+        for name, rows in sorted(failed.items(), key=lambda item: -item[1])
+        if rows
+    ]
+
+
+def _help(reason: str) -> str:
+    if reason in REASONS:
+        return REASONS[reason].help
+    return f"the server answered {reason.removeprefix('http_')}" if reason.startswith("http_") else ""
+
+
+def _kind(reason: str) -> str:
+    if reason in REASONS and REASONS[reason].refused:
+        return "refused"
+    return "passing" if is_passing(reason) else "bad"
+
+
 class ShardCounts:
-    """Counts sealed shards: what was there when this call began, and what it has added."""
+    """Counts sealed shards: those from before this call, and those that it has added."""
 
     def __init__(self, records: tuple[ShardRecord, ...]):
         self.urls = self.samples = self.shards = self.fetched = 0
@@ -73,11 +98,11 @@ class ShardCounts:
         self._started_s = time.monotonic()
 
     def add(self, record: ShardRecord) -> None:
-        """Count a shard that was just sealed."""
+        """Add a shard that was just sealed."""
         self._count(record)
 
     def correct(self, record: ShardRecord, by: ShardRecord) -> None:
-        """Count a shard otherwise, of which samples were taken out."""
+        """Replace the counts of a shard from which samples were removed."""
         self.samples += by.samples - record.samples
         self.failed.update(by.failed)
         self.failed.subtract(record.failed)
@@ -88,12 +113,12 @@ class ShardCounts:
 
     @property
     def images_per_s(self) -> float:
-        """Of this call."""
+        """Rate of this call."""
         return round((self.samples - self._samples_before) / max(self.wall_s, 1e-9), 2)
 
     @property
     def rows_per_s(self) -> float:
-        """Of this call; rows that are fetched again count again."""
+        """Rate of this call; a row that is fetched again counts again."""
         return (self.fetched - self._fetched_before) / max(self.wall_s, 1e-9)
 
     def reasons(self) -> dict[str, int]:

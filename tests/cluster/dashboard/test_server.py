@@ -141,11 +141,11 @@ def test_pictures_are_served_by_their_content_alone(server):
 
     async def ask() -> None:
         _, text, _ = await get(address)
-        names = re.findall(r'src="picture/(\w+)"', text)
+        names = re.findall(r'src="image/(\w+)"', text)
         assert len(names) > 4
         async with aiohttp.ClientSession() as session:
             for name in names:
-                async with session.get(f"{address}picture/{name}") as answer:
+                async with session.get(f"{address}image/{name}") as answer:
                     assert (answer.status, answer.content_type) == (200, "image/png")
                     assert (await answer.read()).startswith(b"\x89PNG")
 
@@ -341,7 +341,7 @@ def test_only_get_is_answered(server, method):
 
 
 @pytest.mark.parametrize(
-    "path", ["picture/../config.yaml", "picture/..%2f..%2fconfig.yaml", "config.yaml", "picture/", "%2e%2e/etc/passwd"]
+    "path", ["image/../config.yaml", "image/..%2f..%2fconfig.yaml", "config.yaml", "image/", "%2e%2e/etc/passwd"]
 )
 def test_no_path_leads_to_a_file(server, path):
     from yarl import URL
@@ -359,7 +359,7 @@ def test_page_for_other_machines_needs_the_token(made):
             status, text, _ = await get(address)
             assert "A token is needed" in text
             assert "watched" not in text
-            for path in ("events", "picture/0"):
+            for path in ("events", "image/0"):
                 assert (await get(address + path))[0] == 403
             for told in ("Bearer nonsense", "Bearer ", f"Basic {guard.token}", f"Bearer {guard.token}é"):
                 assert (await get(f"{address}enter", headers={"Authorization": told}))[0] == 403

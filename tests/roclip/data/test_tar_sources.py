@@ -27,7 +27,7 @@ from roclip.data.stream import Stream, take_snapshot
 from roclip.data.tar_sources import expand, index_tars, is_pattern
 from roclip.defence.suspects import write_suspects
 from roclip.errors import DataError
-from roclip.report.gallery import sample_pictures
+from roclip.report.gallery import sample_images
 
 
 def members(first: int, count: int) -> list[tuple[str, bytes]]:
@@ -149,7 +149,7 @@ def test_tars_become_shards_and_samples_of_equal_names_stay_apart(laion):
     assert all(bool(batch.valid.all()) for batch in found)
     assert min(captions) >= 0
     assert sorted(captions.values()) == sorted(2 * [caption for _, caption in scene_samples(0, 12, size_px=32)])
-    (picture,) = sample_pictures(manifest.root, 1)
+    (picture,) = sample_images(manifest.root, 1)
     assert picture.caption == scene_samples(0, 1, size_px=32)[0][1]
 
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit import scene_samples, write_shard
 
-from cluster.dashboard.live_chart import live_chart, rank_columns
 from cluster.dashboard.next_steps import next_steps
 from cluster.ingest.report import IngestPage
 from roclip.config import dump_config, load_config
 from roclip.data.shards import Manifest
 from roclip.metrics.registry import MetricsWriter
+from roclip.report.charts import chart, rank_columns
 from roclip.report.curves import Curve
 from roclip.report.ingest_progress import IngestProgress
 from roclip.report.ingest_state import IngestReader
@@ -338,7 +338,7 @@ def test_silent_run_is_stopped_and_a_summary_ends_it(tmp_path):
 
 def test_chart_leaves_a_gap_where_nothing_was_logged():
     points = [(n / 10, 1.0) for n in range(10)] + [(5 + n / 10, 2.0) for n in range(10)]
-    svg = live_chart([Curve("var(--arm0)", points)], [(5.0, 6.0)], share=False, until=8)
+    svg = chart([Curve("var(--arm0)", points)], [(5.0, 6.0)], share=False, until=8)
     assert svg.count('class="line"') == 2
     assert svg.count('class="shade"') == 1
     assert 'data-x="0 8"' in svg
@@ -348,7 +348,7 @@ def test_chart_leaves_a_gap_where_nothing_was_logged():
 @pytest.mark.parametrize("values", [[0.0], [5.0], [-3.0, -3.0], [1e-9, 2e-9], [1e12, 3e12], [0.0, 0.0]])
 @pytest.mark.parametrize("share", [True, False])
 def test_chart_of_any_range_can_be_drawn(values, share):
-    svg = live_chart([Curve("red", list(enumerate(values)))], share=share)
+    svg = chart([Curve("red", list(enumerate(values)))], share=share)
     assert "nan" not in svg
     assert "inf" not in svg
     assert svg.count("<text") >= 2
