@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli import jobs
+from cluster.cli.config import CONFIG_EXAMPLES, config
 from cluster.cli.dashboard import DASHBOARD_EXAMPLES, dashboard
 from cluster.cli.doctor import DOCTOR_EXAMPLES, doctor
 from cluster.cli.options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
@@ -258,6 +259,7 @@ def export(
     return 0
 
 
+app.command(epilog=CONFIG_EXAMPLES)(config)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=POISON_EXAMPLES)(poison)
 app.command(epilog=DASHBOARD_EXAMPLES)(dashboard)
