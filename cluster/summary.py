@@ -1,4 +1,4 @@
-"""The summary of a run as a table on the terminal, and where its report lies."""
+"""The summary of a run as a table on the terminal, with the paths of its reports."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from roclip.report.pages import percent
 
 VERDICT_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "inconclusive": "yellow", "poisoned": "bold red"}
 _SHARES = (
@@ -21,7 +23,7 @@ _SHARES = (
 
 
 def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
-    """Print what a command returned: ingest counts, one column an arm, and the files of the run."""
+    """Print the result of a command: ingest counts, one column for each arm, and the paths of the reports."""
     if ingest := result.get("ingest"):
         failed = ", ".join(f"{count:,} {reason}" for reason, count in ingest.get("failed", {}).items())
         console.print(
@@ -39,7 +41,8 @@ def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
 
 
 def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
-    """Metrics down, arms across; attacks as successes of n with rate and 95 % interval, then the verdict."""
+    """One row for each metric and one column for each arm; attacks as successes of n with rate and 95 % interval, then the
+    verdict."""
     table = Table(title="Summary", title_justify="left")
     table.add_column("")
     for arm in arms:
@@ -60,11 +63,6 @@ def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def percent(share: float | None) -> str:
-    """0.1234 as '12.3 %'; a dash for None."""
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
 def attack(result: dict[str, Any] | None) -> str:
     """An attack's successes of n, rate and 95 % interval, in one cell."""
     if not result:
@@ -79,5 +77,5 @@ def _repair(result: dict[str, Any] | None) -> Text:
         return Text("–", "dim")
     if not result.get("samples"):
         return Text("nothing to repair with", "yellow")
-    words = f"{percent(result['before']['attack'])} -> {percent(result['after']['attack'])}, "
-    return Text(words + ("trusted" if result["accepted"] else "not trusted"), "green" if result["accepted"] else "red")
+    text = f"{percent(result['before']['attack'])} -> {percent(result['after']['attack'])}, "
+    return Text(text + ("trusted" if result["accepted"] else "not trusted"), "green" if result["accepted"] else "red")

@@ -1,9 +1,10 @@
-"""Who may see the page of `roclip dashboard`: whoever reaches loopback under a loopback name, else who has the token.
+"""Who may see the page of `roclip dashboard`: everybody who reaches loopback under a loopback name, otherwise everybody
+with the token.
 
-a name of somebody else's that points here (DNS rebinding)   Host header: 421
-no token, where one is needed                                page that asks for it, or 403
-anything but GET                                             405
-script, style, picture, frame from elsewhere                 Content-Security-Policy
+a foreign name that points to this machine (DNS rebinding)   Host header: 421
+no token where one is needed                                 a page that asks for it, or 403
+any method but GET                                           405
+script, style, image, frame from elsewhere                   Content-Security-Policy
 """
 
 import hmac
@@ -27,21 +28,21 @@ _STRICTEST = "default-src 'none'; frame-ancestors 'none'"
 
 
 class Guard:
-    """Answers for a page on one address.
+    """Decides which requests to one address are answered.
 
     Args:
-        host: What the server listens on. Anything but loopback needs a token.
+        host: The address on which the server listens. Any address but loopback needs a token.
     """
 
     def __init__(self, host: str):
         self.host = host
         self.token = "" if is_loopback(host) else secrets.token_urlsafe(32)
-        """Empty where none is needed."""
+        """Empty if none is needed."""
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header names this machine; the port does not matter, so that a tunnel may have another.
+        """Whether a Host header names this machine. The port may differ, as it does behind a tunnel.
 
-        An address is no name that somebody could point elsewhere.
+        With a token any IP address is accepted, because an address cannot be pointed elsewhere as a name can.
         """
         name = _name_of(host)
         if not self.token:
@@ -54,21 +55,23 @@ class Guard:
         }
 
     def lets_in(self, request: web.Request) -> bool:
-        """Whether a request has the token, where one is needed."""
+        """Whether a request may pass: it has the token, or none is needed."""
         return not self.token or self.is_token(request.cookies.get(COOKIE, ""))
 
-    def is_token(self, told: str) -> bool:
-        """Compares in constant time."""
-        return hmac.compare_digest(told.encode(), self.token.encode())
+    def is_token(self, given: str) -> bool:
+        """Compare in constant time."""
+        return hmac.compare_digest(given.encode(), self.token.encode())
 
     @property
     def middleware(self) -> Middleware:
-        """Checks each request, and puts the headers on each answer."""
+        """Checks each request and adds the headers to each answer."""
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
             if not self.knows(request.headers.get("Host", "")):
-                raise web.HTTPMisdirectedRequest(text="This name is not one of this page.\n", headers=_safe(_STRICTEST))
+                raise web.HTTPMisdirectedRequest(
+                    text="This page is not served under this name.\n", headers=_safe(_STRICTEST)
+                )
             try:
                 return await handler(request)
             except web.HTTPException as answer:

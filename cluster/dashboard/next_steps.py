@@ -1,4 +1,4 @@
-"""What to do next, by what a run directory says: where something failed, what it was and the command that goes on."""
+"""What to do next in a run: what failed, why, and the command that continues."""
 
 import shlex
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from roclip.report.run_state import RunState
 from roclip.report.training_state import TrainingState
 
 DATA_WAIT_FRAC = 0.3
-"""Of a step's time, above which loading holds training up."""
+"""Share of a step's time spent waiting, above which loading slows the training down."""
 USABLE_FRAC = 0.5
 DISK_FREE_FRAC = 0.05
 SLOW_RANK = 1.5
-"""Times the median rank."""
+"""A rank is slow if it takes this many times as long as the median rank."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """A line of advice."""
+    """One piece of advice."""
 
     tone: Literal["bad", "warn", "good"]
     title: str
@@ -29,10 +29,10 @@ class NextStep:
 
 
 def next_steps(state: RunState) -> tuple[NextStep, ...]:
-    """The worst first."""
+    """All advice, the most urgent first."""
     run = shlex.quote(str(state.path))
     again = f"roclip run {run}"
-    steps = [step for training in state.trainings for step in _of_training(state, training, again)]
+    steps = [step for training in state.trainings for step in _training_steps(state, training, again)]
     if state.status == "stopped":
         at = next((stage.title for stage in state.stages if stage.status == "stopped"), "between two stages")
         steps.append(
@@ -40,28 +40,30 @@ def next_steps(state: RunState) -> tuple[NextStep, ...]:
                 "bad", "Nobody works on this run", f"It stopped at: {at}. The same command goes on from there.", again
             )
         )
-    steps += _of_ingest(state)
-    steps += [step for oracle in state.oracles for step in _of_oracle(oracle, run, state)]
+    steps += _ingest_steps(state)
+    steps += [step for oracle in state.oracles for step in _oracle_steps(oracle, run, state)]
     if state.disk_free_frac < DISK_FREE_FRAC:
         steps.append(
             NextStep(
                 "warn",
                 "The disk is nearly full",
                 f"{percent(state.disk_free_frac)} of it is free. Checkpoints are written whole or not at all, so a full disk "
-                "stops the run; train.keep_checkpoints says how many stay.",
+                "stops the run; train.keep_checkpoints says how many are kept.",
             )
         )
     if state.unreadable:
         names = ", ".join(f"unreadable: {name} ({why})" for name, why in sorted(state.unreadable.items()))
         steps.append(
             NextStep(
-                "warn", "Files that cannot be read", f"{names}. What they said before stays as long as this page runs."
+                "warn",
+                "Files that cannot be read",
+                f"{names}. Their previous contents stay on this page as long as it runs.",
             )
         )
     return tuple(sorted(steps, key=lambda step: ("bad", "warn", "good").index(step.tone)))
 
 
-def _of_training(state: RunState, training: TrainingState, again: str) -> list[NextStep]:
+def _training_steps(state: RunState, training: TrainingState, again: str) -> list[NextStep]:
     steps, name = [], training.name
     cause, step = training.failure.rstrip("."), training.latest or "the beginning"
     if training.failure and state.status != "running":
@@ -86,8 +88,8 @@ def _of_training(state: RunState, training: TrainingState, again: str) -> list[N
             NextStep(
                 "warn",
                 f"{name} left out {len(training.left_out)} steps",
-                f"The last: {training.left_out[-1]}. Their samples stand in {name}/diverged.json; a smaller train.lr or a longer "
-                "train.warmup_epochs helps where there are many.",
+                f"The last: {training.left_out[-1]}. Their samples are listed in {name}/diverged.json; a lower train.lr or a longer "
+                "train.warmup_epochs helps if there are many.",
             )
         )
     if state.status == "running" and training.row.get("data_wait_frac", 0.0) > DATA_WAIT_FRAC:
@@ -102,7 +104,7 @@ def _of_training(state: RunState, training: TrainingState, again: str) -> list[N
     return steps
 
 
-def _of_ingest(state: RunState) -> list[NextStep]:
+def _ingest_steps(state: RunState) -> list[NextStep]:
     ingest = state.ingest
     if ingest is None or ingest.usable is None or ingest.usable >= USABLE_FRAC or not ingest.failed:
         return []
@@ -117,7 +119,7 @@ def _of_ingest(state: RunState) -> list[NextStep]:
     ]
 
 
-def _of_oracle(oracle: OracleState, run: str, state: RunState) -> list[NextStep]:
+def _oracle_steps(oracle: OracleState, run: str, state: RunState) -> list[NextStep]:
     arm, trusted = oracle.arm, {training.name: training.trusted for training in state.trainings}.get(oracle.arm, "")
     export = f"roclip export {run} --arm {shlex.quote(arm)} --out model"
     page = f"{arm}/oracle/report.html says why"
@@ -134,7 +136,7 @@ def _of_oracle(oracle: OracleState, run: str, state: RunState) -> list[NextStep]
             NextStep(
                 "bad",
                 f"{arm} is poisoned",
-                f"Towards {labels}; {page}. Do not ship it: a repair fine-tunes it on a few pictures and checks it again.",
+                f"Towards {labels}; {page}. Do not ship it: a repair fine-tunes it on a few images and checks it again.",
                 f"roclip oracle {run} 'arms=[{arm}]' --repair",
             )
         ]

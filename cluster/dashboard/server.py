@@ -5,8 +5,8 @@
     GET /image/<sha256> an image that the page shows; no path ever comes from a request
     GET /enter            the token for a cookie, where one is needed
 
-One reader looks at the run directory each second while somebody watches; all browsers share what it finds. A browser that is
-slow, or that comes back after its connection was lost, gets what has changed since, not all that it has missed.
+One reader reads the run directory each second while somebody watches, for all browsers. A browser that is slow, or that
+comes back after its connection was lost, gets the parts that have changed since, not every version that it has missed.
 """
 
 import asyncio
@@ -25,18 +25,18 @@ from roclip.errors import StageError
 from roclip.report.oracle_state import PngStore
 from roclip.report.run_state import RunReader
 
-LOOK_EVERY_S = 1.0
+READ_EVERY_S = 1.0
 HEARTBEAT_S = 15.0
-"""Between two signs of life on a quiet connection: proxies cut those that say nothing."""
+"""Seconds between two heartbeats on a quiet connection: proxies cut silent ones."""
 MAX_WATCHERS = 64
 
 
 class Dashboard:
-    """The server's state: the parts of the page, and the version in which each has changed last.
+    """The server's state: the parts of the page, and the version in which each last changed.
 
     Args:
         run: The run directory.
-        guard: Who may see it.
+        guard: Decides who may see it.
     """
 
     def __init__(self, run: Path, guard: Guard):
@@ -46,10 +46,10 @@ class Dashboard:
         self._changed = dict.fromkeys(PARTS, 0)
         self._version, self._start = 0, secrets.token_hex(4)
         self._behind = False
-        self._looked_s = -LOOK_EVERY_S
+        self._read_s = -READ_EVERY_S
         self._watchers = 0
-        self._news = asyncio.Condition()
-        self._looking = asyncio.Lock()
+        self._changes = asyncio.Condition()
+        self._reading = asyncio.Lock()
         self.closing = asyncio.Event()
 
     @property
@@ -66,35 +66,35 @@ class Dashboard:
         return application
 
     async def watch(self) -> None:
-        """Look at the run directory as long as somebody watches the page."""
+        """Read the run directory again and again while somebody watches the page."""
         while not self.closing.is_set():
             if self._watchers:
-                await self._look()
-            pause_s = 0.0 if self._behind and self._watchers else LOOK_EVERY_S
+                await self._update()
+            pause_s = 0.0 if self._behind and self._watchers else READ_EVERY_S
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.closing.wait(), pause_s or 0.01)
 
     async def close(self) -> None:
-        """End the connections that wait for news."""
+        """End the connections that wait for changes."""
         self.closing.set()
-        async with self._news:
-            self._news.notify_all()
+        async with self._changes:
+            self._changes.notify_all()
 
-    async def _look(self) -> None:
-        """Bring the parts up to date, in a thread: a log of millions of lines takes a while."""
-        async with self._looking:
+    async def _update(self) -> None:
+        """Bring the parts up to date, in a thread because a long log takes a while."""
+        async with self._reading:
             now_s = asyncio.get_running_loop().time()
-            if now_s - self._looked_s < LOOK_EVERY_S / 2 and not self._behind:
+            if now_s - self._read_s < READ_EVERY_S / 2 and not self._behind:
                 return
             parts, self._behind = await asyncio.to_thread(self._read)
-            self._looked_s = asyncio.get_running_loop().time()
+            self._read_s = asyncio.get_running_loop().time()
         changed = [name for name in PARTS if parts[name] != self._parts.get(name)]
         if changed:
             self._version += 1
             self._parts = parts
             self._changed.update(dict.fromkeys(changed, self._version))
-            async with self._news:
-                self._news.notify_all()
+            async with self._changes:
+                self._changes.notify_all()
 
     def _read(self) -> tuple[dict[str, str], bool]:
         state = self._reader.read()
@@ -104,14 +104,16 @@ class Dashboard:
         nonce = secrets.token_urlsafe(16)
         if not self.guard.lets_in(request):
             return web.Response(text=self.page.door(nonce), content_type="text/html", headers=page_headers(nonce))
-        await self._look()
+        await self._update()
         text = self.page.whole(self._parts, nonce=nonce, version=self._id)
         return web.Response(text=text, content_type="text/html", headers=page_headers(nonce))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         self._need_token(request)
         if self._watchers >= MAX_WATCHERS:
-            raise web.HTTPServiceUnavailable(text=f"{MAX_WATCHERS} watch already.\n", headers={"Retry-After": "30"})
+            raise web.HTTPServiceUnavailable(
+                text=f"{MAX_WATCHERS} browsers watch already.\n", headers={"Retry-After": "30"}
+            )
         seen = self._version_of(request.headers.get("Last-Event-ID") or request.query.get("since", ""))
         answer = web.StreamResponse(headers={**plain_headers(), "X-Accel-Buffering": "no"})
         answer.content_type = "text/event-stream"
@@ -121,9 +123,9 @@ class Dashboard:
             await answer.write(b"retry: 2000\n\n")
             while not self.closing.is_set():
                 if seen < self._version:
-                    news = {name: self._parts[name] for name in PARTS if self._changed[name] > seen}
-                    seen, told = self._version, self._id
-                    await answer.write(f"id: {told}\ndata: {json.dumps(news)}\n\n".encode())
+                    changes = {name: self._parts[name] for name in PARTS if self._changed[name] > seen}
+                    seen, version = self._version, self._id
+                    await answer.write(f"id: {version}\ndata: {json.dumps(changes)}\n\n".encode())
                 elif not await self._wait(seen):
                     await answer.write(b": nothing new\n\n")
         except ConnectionError:
@@ -133,9 +135,9 @@ class Dashboard:
         return answer
 
     async def _wait(self, seen: int) -> bool:
-        """Whether there is something newer, or the end, within a heartbeat."""
-        async with self._news:
-            newer = self._news.wait_for(lambda: self._version > seen or self.closing.is_set())
+        """Whether a newer version, or the end, comes within a heartbeat."""
+        async with self._changes:
+            newer = self._changes.wait_for(lambda: self._version > seen or self.closing.is_set())
             try:
                 await asyncio.wait_for(newer, HEARTBEAT_S)
             except asyncio.TimeoutError:
@@ -152,8 +154,8 @@ class Dashboard:
         return web.Response(body=content, content_type="image/png", headers={**plain_headers(), **cached})
 
     async def _enter(self, request: web.Request) -> web.Response:
-        scheme, _, told = request.headers.get("Authorization", "").partition(" ")
-        if scheme != "Bearer" or not self.guard.token or not self.guard.is_token(told):
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme != "Bearer" or not self.guard.token or not self.guard.is_token(token):
             raise web.HTTPForbidden(text="This is not the token.\n")
         answer = web.Response(text="welcome\n", headers=plain_headers())
         answer.set_cookie(COOKIE, self.guard.token, httponly=True, samesite="Strict", path="/")
@@ -167,9 +169,9 @@ class Dashboard:
     def _id(self) -> str:
         return f"{self._start}-{self._version}"
 
-    def _version_of(self, told: str) -> int:
-        """The version that a browser has; 0, so that it gets all, where it had it of another server."""
-        start, _, version = told.partition("-")
+    def _version_of(self, event_id: str) -> int:
+        """The version that a browser has; 0, so that it gets everything, if another server process sent it."""
+        start, _, version = event_id.partition("-")
         return int(version) if start == self._start and version.isdecimal() and len(version) < 12 else 0
 
 

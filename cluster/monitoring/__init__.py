@@ -1,1 +1,1 @@
-"""What Prometheus, Grafana and alerts see of a run: published from its files, defined in one registry."""
+"""Monitoring by Prometheus and Grafana: values from a run's files, dashboards and alerts from one registry of series."""

@@ -1,4 +1,4 @@
-"""Alert rules for Prometheus, made of the registry of series: `configs/cluster/prometheus/alerts.yml`."""
+"""Alert rules for Prometheus, generated from the registry of series: `configs/cluster/prometheus/alerts.yml`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,11 +28,11 @@ class Alert:
     name: str
     expr: str
     lasts: str
-    """How long the expression must hold, as Prometheus writes it."""
+    """How long the expression must hold, in the notation of Prometheus."""
     severity: Literal["warning", "critical"]
     summary: str
     do: str
-    """What it means and what to do."""
+    """What the alert means and what to do."""
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Alert:
 
 
 def alerts() -> tuple[Alert, ...]:
-    """All of them."""
+    """All alert rules."""
     return (
         Alert(
             "RoclipNoStep",
@@ -181,7 +181,7 @@ def _name(short: str) -> str:
 
 
 def _arms(expr: str, how: str = "max") -> str:
-    """Without the labels that Ray adds: after a resume the values come from another process."""
+    """The value without the labels that Ray adds, which change when a resume starts another process."""
     return f"{how} by (run, arm) ({expr})"
 
 
@@ -195,7 +195,7 @@ def _grown(short: str, window: str) -> str:
 
 
 def _new(short: str, by: str, window: str) -> str:
-    """Where a counter has grown; one that begins with 1 has, too, which `increase` does not see."""
+    """True where a counter has grown, also where it has just started at 1, which `increase` does not see."""
     now, before = (f"sum by ({by}) ({_name(short)}{offset})" for offset in ("", f" offset {window}"))
     return f"({now} - {before}) > 0 or ({now} unless {before})"
 

@@ -18,7 +18,7 @@ from roclip.storage import write_atomic
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH, HEIGHT = 12, 8
 _UNITS = {"seconds": "s", "bytes": "bytes", "ratio": "percentunit"}
-"""Grafana's names of units, by the ending of a series' name."""
+"""Grafana's unit for each ending of a series' name."""
 
 
 _LINK = {
@@ -55,7 +55,7 @@ class Board:
 
 
 def dashboards() -> tuple[Board, ...]:
-    """All of them."""
+    """All dashboards."""
     return (
         Board("ingest", tuple(_ingest())),
         Board("training", tuple(_training()), of_training=True),
@@ -93,7 +93,7 @@ def _ingest() -> Iterator[Panel]:
     yield _rates("Failed rows a second, by reason", "ingest_failed")
     yield _rates("Rows that a rule refused, a second", "ingest_refused")
     yield _values("Rows that are left", "ingest_backlog_rows")
-    yield _values("Tasks in flight, and how many may be", "ingest_in_flight_tasks", "ingest_window_tasks")
+    yield _values("Tasks in flight, and their limit", "ingest_in_flight_tasks", "ingest_window_tasks")
     yield _rates("Bytes sealed a second", "ingest_bytes", unit="Bps")
     yield _rates("Shards sealed a second", "ingest_shards")
     yield _rates("Time of the tasks, by phase", "ingest_phase_seconds", unit="short")
@@ -117,7 +117,7 @@ def _training() -> Iterator[Panel]:
     yield Panel(
         "Done",
         (Query(f"{_most('train_done_epochs')} / {_most('train_epochs')}", "{{run}}/{{arm}}"),),
-        "Epochs done of those to be done",
+        "Share of the epochs that is done",
         "percentunit",
         "bargauge",
     )
@@ -143,7 +143,7 @@ def _training() -> Iterator[Panel]:
     yield Panel(
         "Age of the last checkpoint",
         (Query(f"time() - {_most('checkpoint_last_timestamp_seconds')}", "{{run}}/{{arm}}"),),
-        "What a kill would cost now",
+        "Work that would be lost if the training died now",
         "s",
     )
     yield _values("Time to write and to copy a checkpoint", "checkpoint_write_seconds", "checkpoint_copy_seconds")
@@ -163,8 +163,8 @@ def _pool() -> Iterator[Panel]:
     yield _values("Age of the captions found", "pool_staleness_steps")
     yield _values("Entropy of the captions found", "pool_entropy_nats")
     yield _values("Captions in the pool", "pool_captions")
-    yield _values("Agreement with the own caption", "gate_agreement_ratio")
-    yield _values("Pairs of a batch that the gate suspects", "gate_suspected_samples")
+    yield _values("Agreement with the own caption", "filter_agreement_ratio")
+    yield _values("Pairs of a batch that the sample filter suspects", "filter_suspected_samples")
 
 
 def _oracle() -> Iterator[Panel]:
@@ -174,7 +174,7 @@ def _oracle() -> Iterator[Panel]:
         SERIES["roclip_oracle_verdicts"].help,
         kind="bargauge",
     )
-    yield _values("How far the check is", "oracle_progress_ratio")
+    yield _values("Progress of the check", "oracle_progress_ratio")
     yield Panel(
         "Verdict on the newest checkpoint",
         (Query(f"{_most('oracle_verdict')} == 1", "{{run}}/{{arm}}: {{verdict}}"),),
@@ -198,10 +198,12 @@ def _nodes() -> Iterator[Panel]:
     yield Panel(
         "Tasks by state",
         (Query('sum by (State) (ray_tasks{State!~"FINISHED|FAILED"})', "{{State}}"),),
-        "Ray tasks that are not over",
+        "Ray tasks that have not ended",
     )
     yield Panel(
-        "Actors by state", (Query('sum by (State) (ray_actors{State!="DEAD"})', "{{State}}"),), "Ray actors that live"
+        "Actors by state",
+        (Query('sum by (State) (ray_actors{State!="DEAD"})', "{{State}}"),),
+        "Ray actors that are alive",
     )
 
 
@@ -209,21 +211,21 @@ def _nodes() -> Iterator[Panel]:
 
 
 def _values(title: str, *names: str) -> Panel:
-    """Gauges as they are."""
+    """A panel of gauges."""
     ending = names[0].rpartition("_")[2]
     queries = tuple(Query(_most(name), _legend(name, several=len(names) > 1)) for name in names)
     return Panel(title, queries, _help(names), _UNITS.get(ending, "short"))
 
 
 def _rates(title: str, *names: str, unit: str = "short") -> Panel:
-    """Counters, a second."""
+    """A panel of counters, per second."""
     by = ", ".join(SERIES[f"roclip_{names[0]}"].labels)
     queries = tuple(Query(_rate(name, by), _legend(name, several=len(names) > 1)) for name in names)
     return Panel(title, queries, _help(names), unit)
 
 
 def _node(title: str, expr: str, unit: str, *, needs_gpu: bool = False) -> Panel:
-    """Of Ray's own metrics, by node."""
+    """A panel of one of Ray's own metrics, by node."""
     return Panel(title, (Query(f"sum by (instance) ({expr})", "{{instance}}"),), expr, unit, needs_gpu=needs_gpu)
 
 
@@ -244,7 +246,7 @@ def _selected(name: str) -> str:
 
 
 def _most(name: str) -> str:
-    """Without the labels that Ray adds: after a resume the values come from another process."""
+    """The value without the labels that Ray adds, which change when a resume starts another process."""
     return f"max by ({', '.join(SERIES[f'roclip_{name}'].labels)}) ({_selected(name)})"
 
 

@@ -1,4 +1,4 @@
-"""Other displays of `metrics.jsonl`: TensorBoard, Weights & Biases. The file stays the truth; these only show it."""
+"""Loggers that mirror `metrics.jsonl`: TensorBoard, Weights & Biases. The file stays the truth."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Logger(Protocol):
-    """Shows one logged step after the other."""
+    """Shows logged steps."""
 
     def write(self, row: dict) -> None: ...
 
@@ -15,16 +15,16 @@ class Logger(Protocol):
 
 
 def loggers(names: Sequence[str], folder: Path, resume_step: int, closing: ExitStack) -> list[Logger]:
-    """Those that a config names, for a training in `<run>/<arm>`, from the step after `resume_step` on; closed with
-    `closing`."""
+    """Open the loggers that a config names for a training in `<run>/<arm>`, from the step after `resume_step`; `closing`
+    closes them."""
     opened = [_KNOWN[name](folder, resume_step) for name in names]
-    for mirror in opened:
-        closing.callback(mirror.close)
+    for logger in opened:
+        closing.callback(logger.close)
     return opened
 
 
 def numbers(row: dict) -> Iterator[tuple[str, float]]:
-    """The numbers of a logged step as (name, value): of a list its largest, of an object each under `name/key`."""
+    """The numbers of a logged step as (name, value): the largest of a list, each value of an object under `name/key`."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", float(each)) for key, each in value.items())
@@ -35,7 +35,7 @@ def numbers(row: dict) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Event files in `<run>/<arm>/tensorboard`; after a resume the steps that were taken back are hidden."""
+    """Event files in `<run>/<arm>/tensorboard`; after a resume the removed steps are hidden."""
 
     def __init__(self, folder: Path, resume_step: int):
         from tensorboardX import SummaryWriter
@@ -51,8 +51,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named after the folder, the same one after a resume. Project, entity and mode are those of its own
-    environment (`WANDB_PROJECT`, `WANDB_MODE=offline`, …)."""
+    """A run named after the folder, also after a resume. Project, entity and mode come from the library's environment
+    variables (`WANDB_PROJECT`, `WANDB_MODE=offline`, …)."""
 
     def __init__(self, folder: Path, resume_step: int):
         import wandb  # seconds to import

@@ -1,6 +1,6 @@
-"""One registry of metric names, units and reductions. `metrics.jsonl` is the truth; other displays mirror it.
+"""One registry of metric names, units and reductions. `metrics.jsonl` is the truth; loggers and Prometheus mirror it.
 
-`roclip/metrics/series.py` has the whole of what Prometheus sees, these metrics among it.
+`roclip/metrics/series.py` lists everything that Prometheus sees, including these metrics.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Literal
 from roclip.storage import write_atomic
 
 Progress = Callable[[int, int, str], None]
-"""What long work calls now and then: done, total, and what it is doing."""
+"""Called from time to time by a long task with done, total, and a text that says what it is doing."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Metric:
     unit: str
     help: str
     reduction: Literal["global", "mean", "sum", "max"] = "global"
-    """How the ranks' values become one; `global` is the same on every rank already."""
+    """How the values of the ranks are reduced to one; a `global` value is already the same on every rank."""
     series: str = ""
-    """Its name in Prometheus, after `roclip_`; empty for what only the file tells."""
+    """Its name in Prometheus, after `roclip_`; empty if Prometheus does not see it."""
     each: str = ""
-    """What the values of a list are of: its label."""
+    """For a list, the label that tells its values apart."""
     summed: bool = False
-    """Prometheus sees the sum of all rows."""
+    """Whether Prometheus sees the sum over all rows."""
 
 
 METRICS: dict[str, Metric] = {
@@ -163,7 +163,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "poisons_met",
             "samples",
-            "poisoned images that found a caption of a poison with the same aim",
+            "poisoned images matched with the caption of a poison that has the same target",
             series="pool_poisons_met_samples",
         ),
         Metric(
@@ -171,17 +171,20 @@ METRICS: dict[str, Metric] = {
             "1",
             "mean share of the pool that is farther from an image than its own caption",
             "mean",
-            series="gate_agreement_ratio",
+            series="filter_agreement_ratio",
         ),
         Metric(
-            "suspected", "samples", "pairs of the global batch that the gate suspected", series="gate_suspected_samples"
+            "suspected",
+            "samples",
+            "pairs of the global batch that the sample filter suspects",
+            series="filter_suspected_samples",
         ),
     )
 }
 
 
 class MetricsWriter:
-    """Appends logged steps to `metrics.jsonl`. On resume, steps after the checkpoint are taken back first."""
+    """Appends logged steps to `metrics.jsonl`. On resume, it first removes the steps after the checkpoint."""
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
@@ -189,7 +192,7 @@ class MetricsWriter:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
-        """Append one object. Raises `KeyError` for a name that the registry lacks."""
+        """Append one object. Raises `KeyError` for a name that is not in the registry."""
         for name in row:
             METRICS[name]
         with self.path.open("a") as file:
@@ -199,7 +202,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All complete lines of a `metrics.jsonl`; a line that is still being written is left for later."""
+    """All complete lines of a `metrics.jsonl`, without a line that is still being written."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,10 +1,9 @@
-"""One registry of what Prometheus sees of a run, through Ray's own endpoint on each node.
+"""One registry of all series that Prometheus sees of a run, through Ray's endpoint on each node.
 
-Ray puts `ray_` before each name and `_total` behind a counter's. Names are `roclip_<part>_<what>_<unit>`, units base ones
+Ray puts `ray_` before each name and `_total` after that of a counter. Names are `roclip_<part>_<what>_<unit>`, units base ones
 (seconds, bytes, ratio). Every series has the label `run`, the name of the run directory; `arm` is the training's folder in
-it. What `metrics.jsonl` says of a step is here by `roclip.metrics.registry.Metric.series`, and published by whoever
-follows that file.
-A total that should be seen from 0 on, and go with its run, is a gauge: Ray keeps counters for as long as the node lives.
+it. The metrics of a step in `metrics.jsonl` are included by `roclip.metrics.registry.Metric.series`.
+A total that should be visible from 0 on, and vanish with its run, is a gauge: Ray keeps a counter as long as the node lives.
 """
 
 from collections.abc import Iterator
@@ -48,22 +47,24 @@ SERIES: dict[str, Series] = {
     for series in (
         *_of_steps(),
         _ingest("images", "Images that are in sealed shards"),
-        _ingest("urls", "Rows of the list that sealed shards stand for, once for each pass"),
-        _ingest("failed", "Rows that gave no sample, each time", "reason"),
-        _ingest("refused", "Those of them that a rule refused", "rule"),
+        _ingest("urls", "Rows of the list in sealed shards, counted once for each pass"),
+        _ingest("failed", "Rows that gave no sample, counted at each attempt", "reason"),
+        _ingest("refused", "Rows that gave no sample because a rule refused them", "rule"),
         _ingest("bytes", "Size of the sealed tars"),
         _ingest("shards", "Shards that were sealed"),
         _ingest("task_failures", "Tasks that ended without a shard", "how"),
-        _ingest("host_errors", "Rows that failed, of the hosts with the most", "host"),
+        _ingest("host_errors", "Failed rows of the hosts with the most of them", "host"),
         _ingest("phase_seconds", "Time in a phase of the tasks", "phase"),
-        Series("roclip_ingest_backlog_rows", "gauge", "Rows that are left, as far as that is known", ("run",)),
+        Series("roclip_ingest_backlog_rows", "gauge", "Rows that are left, if known", ("run",)),
         Series("roclip_ingest_in_flight_tasks", "gauge", "Tasks that run or wait for a node", ("run",)),
         Series("roclip_ingest_window_tasks", "gauge", "Tasks that may be in flight now", ("run",)),
         Series(
             "roclip_train_last_step_timestamp_seconds", "gauge", "When a step was last logged, or the ranks started"
         ),
         Series("roclip_train_ranks", "gauge", "Training ranks, since they last started"),
-        Series("roclip_train_starts", "gauge", "How often the ranks have started; each but the first is a restart"),
+        Series(
+            "roclip_train_starts", "gauge", "How often the ranks have started; each start but the first is a restart"
+        ),
         Series("roclip_checkpoint_last_timestamp_seconds", "gauge", "When a checkpoint was last complete"),
         Series("roclip_checkpoint_step", "gauge", "Step of the newest complete checkpoint"),
         Series("roclip_checkpoint_saves", "gauge", "Checkpoints that were written so far"),
@@ -73,11 +74,11 @@ SERIES: dict[str, Series] = {
         Series("roclip_checkpoint_copy_failures", "gauge", "Checkpoints that could not be copied there, so far"),
         Series("roclip_run_disk_free_bytes", "gauge", "Free space of the file system with the run directory"),
         Series("roclip_run_disk_size_bytes", "gauge", "Size of that file system"),
-        Series("roclip_oracle_progress_ratio", "gauge", "How far the part of the check is that it is at"),
+        Series("roclip_oracle_progress_ratio", "gauge", "Progress of the present part of the check"),
         Series("roclip_oracle_verdict", "gauge", "1 for the verdict on the newest checkpoint", (*OF_ARM, "verdict")),
         Series("roclip_oracle_suspects", "gauge", "Images that the check names as poisoned"),
-        Series("roclip_oracle_repair_accepted", "gauge", "1 when the repaired checkpoint is trusted, 0 when it is not"),
+        Series("roclip_oracle_repair_accepted", "gauge", "1 if the repaired checkpoint is trusted, else 0"),
         Series("roclip_oracle_repair_attack_ratio", "gauge", "Success of the found triggers after the repair"),
-        Series("roclip_oracle_verdicts", "counter", "Verdicts that were given", (*OF_ARM, "verdict")),
+        Series("roclip_oracle_verdicts", "counter", "Verdicts given so far", (*OF_ARM, "verdict")),
     )
 }

@@ -47,7 +47,7 @@ def test_every_series_is_shown_and_every_query_asks_for_one():
 
 def test_names_follow_the_rules_of_prometheus():
     for series in SERIES.values():
-        assert re.fullmatch(r"roclip_(ingest|data|train|pool|gate|checkpoint|oracle|run)_[a-z0-9_]+", series.name)
+        assert re.fullmatch(r"roclip_(ingest|data|train|pool|filter|checkpoint|oracle|run)_[a-z0-9_]+", series.name)
         assert not series.name.endswith(("_total", "_count", "_sum", "_s", "_frac"))
         assert series.labels[0] == "run"
     text = ""
