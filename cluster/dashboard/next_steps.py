@@ -88,8 +88,8 @@ def _training_steps(state: RunState, training: TrainingState, again: str) -> lis
             NextStep(
                 "warn",
                 f"{name} left out {len(training.left_out)} steps",
-                f"The last: {training.left_out[-1]}. Their samples are listed in {name}/diverged.json; a lower train.lr or a longer "
-                "train.warmup_epochs helps if there are many.",
+                f"The last: {training.left_out[-1]}. Their samples are listed in {name}/diverged.json; a lower train.lr "
+                "or a longer train.warmup_epochs helps if there are many.",
             )
         )
     if state.status == "running" and training.row.get("data_wait_frac", 0.0) > DATA_WAIT_FRAC:
