@@ -18,6 +18,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 from roclip.config import environment_defaults
 
+for watcher in ("STATE_TRACKING", "PREEMPTION_WATCHER"):  # a process each beside every training; `watched.py` has them
+    os.environ.setdefault(f"RAY_TRAIN_ENABLE_{watcher}", "0")
 environment_defaults()
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers beside the other half of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes

@@ -165,6 +165,7 @@ def _with(token: str) -> dict[str, str]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=token,
         RAY_TRAIN_ENABLE_STATE_TRACKING="1",
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="1",
         RAY_metrics_report_interval_ms=str(int(1000 * REPORT_S)),
         OMP_NUM_THREADS="1",
     )
