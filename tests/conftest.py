@@ -22,6 +22,7 @@ for watcher in ("STATE_TRACKING", "PREEMPTION_WATCHER"):  # a process each besid
     os.environ.setdefault(f"RAY_TRAIN_ENABLE_{watcher}", "0")
 environment_defaults()
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers beside the other half of the tests
+os.environ.setdefault("RAY_agent_register_timeout_ms", "240000")  # a node's agents may start beside other Rays
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
 LONGEST = (
