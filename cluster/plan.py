@@ -228,8 +228,6 @@ def stages_of(config: Config, plan: RunPlan, command: str) -> list[str]:
         "evaluate": [f"evaluate the newest checkpoint of {arms}: zero-shot, linear probe, retrieval, attack success"],
         "oracle": [f"oracle: {segmenter}, then check {arms}; a clean checkpoint becomes TRUSTED", *_repair(config)],
         "export": [f"export a checkpoint of {arms} in open_clip's format"],
-        "doctor": ["check this machine against the plan"],
-        "poison": ["choose pictures and captions for the attacks", "write a poisoned copy and its ground truth"],
     }
     if command != "run":
         return by_command[command]

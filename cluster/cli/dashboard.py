@@ -11,19 +11,18 @@ from roclip.errors import ConfigError
 
 DASHBOARD_EXAMPLES = examples(
     "dashboard runs/2026-01-31-demo",
-    "dashboard runs/2026-01-31-demo --port 8321 --open",
+    "dashboard runs/2026-01-31-demo --port 8321",
     "dashboard /shared/runs/laion --host 0.0.0.0",
 )
 
 
 def dashboard(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 0,
     host: Annotated[
         str,
-        typer.Option(metavar="ADDRESS", help="To listen on. Anything but loopback needs the token that is printed."),
+        typer.Option(metavar="ADDRESS", help="Address to listen on. Any but loopback needs the token that is printed."),
     ] = "127.0.0.1",
-    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser of this machine.")] = False,
 ) -> int:
     """Show a run in a browser: progress, curves, pool, ingest, ranks, verdict. Live, and read-only.
 
@@ -53,10 +52,6 @@ def dashboard(
             )
             address += f"#token={guard.token}"
         typer.echo(f"dashboard {address}")
-        if open_:
-            import webbrowser
-
-            webbrowser.open(address)
 
     asyncio.run(serve(run, host, port, ready))
     return 0

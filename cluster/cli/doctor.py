@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.cli.options import DryRun, Overrides, examples, resolve, show_dry_run
+from cluster.cli.options import Overrides, examples, resolve
 from roclip.config import Config
 from roclip.errors import ConfigError
 
@@ -22,34 +22,35 @@ DOCTOR_EXAMPLES = examples(
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Check for what this config needs, too.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also check for what this config needs.")
     ] = None,
     overrides: Overrides = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Check every node of the Ray cluster and what lies between them.")
     ] = False,
     address: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Of that cluster; else cluster.address, or RAY_ADDRESS.")
+        str,
+        typer.Option(metavar="HOST:PORT", help="Address of that cluster; without it, cluster.address or RAY_ADDRESS."),
     ] = "",
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=1.0, help="A node that answers later has failed.")
+        float,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            min=1.0,
+            help="Time in which each node must answer.",
+        ),
     ] = 60.0,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="A line a check and node, instead of a line a check.")
+        bool, typer.Option("--verbose", "-v", help="One line for each check and node, instead of one for each check.")
     ] = False,
-    dry_run: DryRun = False,
 ) -> int:
-    """Does this machine have what is needed: cores, memory, disk, compiler, GPUs, FAISS, ports?
+    """Check that this machine has what a run needs: cores, memory, disk, compiler, GPUs, FAISS, ports.
 
-    With --cluster, on every node: versions, disks, stores, clocks, names, all-reduce, GPUs, limits, dashboard, token.
+    With --cluster, check every node: versions, disks, stores, clocks, names, all-reduce, GPUs, limits, dashboard, token.
     Ends with 7 if a check failed, and leaves nothing behind.
     """
     settings = resolve(config, overrides) if config else None
-    if dry_run and settings is not None:
-        return show_dry_run(settings, "doctor")
-    if dry_run:
-        typer.echo("would check this machine; name a config to check for what it needs")
-        return 0
     if cluster or address:
         return _cluster(settings, address, timeout_s, verbose)
     from cluster.doctor.checks import doctor as run_checks

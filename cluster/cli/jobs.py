@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
+from cluster.cli.options import ConfigPath, Overrides, examples, resolve
 from roclip.errors import ConfigError
 
 SUBMIT_EXAMPLES = examples(
     "submit configs/laion.yaml data.shards=s3://mine/laion runs=/fsx/runs --address http://head:8265",
     "submit configs/laion.yaml runs=/fsx/runs --run-id laion-b16 --detach",
-    "submit configs/demo.yaml --dry-run",
+    "submit configs/demo.yaml runs=/shared/runs",
 )
 STATUS_EXAMPLES = examples("status", "status laion-b16", "status laion-b16.2 --address http://head:8265")
 LOGS_EXAMPLES = examples("logs laion-b16", "logs laion-b16.2 --follow")
@@ -41,28 +41,21 @@ def submit(
     overrides: Overrides = None,
     address: Address = "",
     run_id: Annotated[str, typer.Option(metavar="NAME", help="The run directory's name, in `runs`.")] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="Send it and return; do not follow its log.")] = False,
-    ship_code: Annotated[
-        bool,
-        typer.Option("--ship-code", help="Also send our packages as they are here, instead of those installed there."),
-    ] = False,
-    dry_run: DryRun = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is sent; do not follow its log.")] = False,
 ) -> int:
     """Send a run to a cluster as a Ray Job and follow it; ends with the run's own exit code.
 
-    Ctrl-C detaches; the job goes on. A run that has a living job is followed instead of sent; one that was stopped or
-    lost goes on in its run directory, which must lie where all nodes see it. The token is Ray's: RAY_AUTH_TOKEN,
+    Ctrl-C detaches and leaves the job running. A run whose job is still alive is followed, not sent again; one that was
+    stopped or lost resumes in its run directory, which all nodes must see. The token is Ray's: RAY_AUTH_TOKEN,
     RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
     """
     settings = resolve(config, overrides)
     if (run_id and not run_id.strip(".")) or "/" in run_id:
         raise ConfigError(f"--run-id: expected a folder's name, got {run_id!r}.")
-    if dry_run:
-        return show_dry_run(settings, "run")
     from cluster.jobs.jobs import Jobs
 
     jobs = Jobs(address)
-    job, new = jobs.submit(settings, run_id=run_id, code=ship_code)
+    job, new = jobs.submit(settings, run_id=run_id)
     _say(f"job      {job.id} {'sent to' if new else 'is there already, on'} {jobs.address}")
     if not new:
         _say("         followed, not sent again: its config is the one that it began with")
@@ -73,7 +66,7 @@ def submit(
 
 
 def status(name: Annotated[str, typer.Argument(metavar="[RUN|JOB]")] = "", address: Address = "") -> int:
-    """What a run on a cluster does: its newest job, or the newest of all."""
+    """Show how a run on a cluster is doing: its newest job, or the newest of all."""
     from cluster.jobs.jobs import Jobs
     from cluster.jobs.log import last_progress
 
@@ -94,10 +87,10 @@ def status(name: Annotated[str, typer.Argument(metavar="[RUN|JOB]")] = "", addre
 
 def logs(
     name: JobName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the job ends.")] = False,
     address: Address = "",
 ) -> int:
-    """The log of a run on a cluster. With --follow it ends with the run's own exit code."""
+    """Print the log of a run on a cluster. With --follow, ends with the run's own exit code."""
     from cluster.jobs.jobs import Jobs
     from cluster.jobs.log import Log
 
@@ -110,7 +103,7 @@ def logs(
 
 
 def stop(name: JobName, address: Address = "") -> int:
-    """Stop a run on a cluster as Ctrl-C would: it ends cleanly, and `roclip submit` of the same config goes on from there."""
+    """Stop a run on a cluster cleanly, as Ctrl-C would; `roclip submit` of the same config resumes it."""
     from cluster.jobs.jobs import Jobs
 
     jobs = Jobs(address)
@@ -124,7 +117,7 @@ def stop(name: JobName, address: Address = "") -> int:
 
 
 def runs(address: Address = "") -> int:
-    """The runs that `roclip submit` sent to a cluster: living ones first, then the newest."""
+    """List the runs that `roclip submit` sent to a cluster: live ones first, then the newest."""
     from cluster.jobs.jobs import Jobs
     from cluster.jobs.log import last_progress
 

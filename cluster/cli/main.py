@@ -77,9 +77,9 @@ def run(
     ] = "",
     dry_run: DryRun = False,
 ) -> int:
-    """The whole system: ingest, train while it still runs, evaluate, check with the oracle, report.
+    """Run the whole system: ingest, train meanwhile, evaluate, check with the oracle, report.
 
-    The same config goes on where it stopped.
+    Running the same config again resumes where it stopped.
     """
     settings = resolve(config, [*(overrides or ()), *([f"cluster.address={address}"] if address else [])])
     if dry_run:
@@ -96,7 +96,7 @@ def run(
     )
 )
 def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
-    """URL lists to sealed shards and their manifest. Running it again fetches only what is missing."""
+    """Fetch URL lists into sealed shards with a manifest. Running it again fetches only what is missing."""
     settings = resolve(config, overrides)
     if dry_run:
         return show_dry_run(settings, "ingest")
@@ -113,7 +113,7 @@ def ingest(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
     )
 )
 def train(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> int:
-    """Train every arm on shards that were ingested before. Goes on from the newest checkpoint."""
+    """Train every arm on shards that were ingested before, from the newest checkpoint if there is one."""
     settings = resolve(config, overrides)
     return show_dry_run(settings, "train") if dry_run else _finish(settings, _pipeline().train_only(settings))
 
@@ -129,7 +129,7 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Measure this checkpoint, or one that was exported.")
+        str | None, typer.Option(metavar="DIR", help="Checkpoint, or exported model, to measure.")
     ] = None,
     dry_run: DryRun = False,
 ) -> int:
@@ -154,18 +154,20 @@ def oracle(
     overrides: Overrides = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(metavar="DIR|STEP", help="A step of the run, or any folder with weights of open_clip."),
+        typer.Option(metavar="DIR|STEP", help="A step of the run, or any folder with open_clip weights."),
     ] = None,
     data: Annotated[
         str, typer.Option(metavar="DATA", help="Shards, tars, a parquet, or a folder of images with a .txt each.")
     ] = "",
     truth: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="poison.parquet: measures the victims that are named.")
+        Path | None,
+        typer.Option(metavar="FILE", help="poison.parquet with the true victims, to measure those that are named."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the report is written.")] = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the report.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Work in this process, without Ray.")] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Fine-tune what is found poisoned or suspicious, and check it again.")
+        bool,
+        typer.Option("--repair", help="Repair a checkpoint that is found poisoned or suspicious, and check it again."),
     ] = False,
     dry_run: DryRun = False,
 ) -> int:
@@ -196,7 +198,7 @@ def compare(
 ) -> int:
     """Train several arms on the same poisoned data with several seeds, and write one report.
 
-    The same command goes on where it stopped; with another seed, arm or point it trains only what is new.
+    Running it again resumes where it stopped; another seed, arm or point trains only what is new.
     """
     from roclip.report.experiment import load_experiment
 
@@ -229,13 +231,14 @@ def export(
     ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; required.")] = None,
-    arm: Annotated[str, typer.Option(help="Which training; the last of `arms` unless given.")] = "",
+    arm: Annotated[str, typer.Option(help="Arm to take; without it, the last of `arms`.")] = "",
     untrusted: Annotated[
-        bool, typer.Option("--untrusted", help="Take the newest checkpoint, which no oracle called clean.")
+        bool,
+        typer.Option("--untrusted", help="Take the newest checkpoint, although the oracle has not called it clean."),
     ] = False,
     dry_run: DryRun = False,
 ) -> int:
-    """Write a TRUSTED checkpoint as safetensors that open_clip loads ('local-dir:DIR'); refuses any other."""
+    """Write a TRUSTED checkpoint as safetensors for open_clip ('local-dir:DIR'); any other is refused."""
     if out is None:
         raise ConfigError("export: expected --out DIR, got none. Name the folder to write.")
     if (target / "open_clip_config.json").is_file():
@@ -306,7 +309,7 @@ def verdict_code(config: Config, summary: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Run the command and end with its exit code; errors of ours are one line, others a traceback."""
+    """Run the command and end with its exit code; our own errors are one line, others a traceback."""
     environment_defaults()
     code = guarded(sys.argv[1:] or ["--help"])
     if code == INTERRUPTED:
@@ -315,7 +318,7 @@ def main() -> None:
 
 
 def guarded(arguments: list[str]) -> int:
-    """Run a command line and return its exit code; say on stderr what went wrong."""
+    """Run a command line and return its exit code; report errors on stderr."""
     try:
         return app(arguments, prog_name="roclip", standalone_mode=False) or 0
     except RoclipError as error:

@@ -1,4 +1,4 @@
-"""What the commands of `roclip` share: arguments, examples, and how a config is found."""
+"""What the commands share: arguments, examples, and how a config is found."""
 
 import dataclasses
 from pathlib import Path
@@ -19,17 +19,17 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the resolved config, the plan, the steps and the bytes; do nothing."),
+    typer.Option("--dry-run", help="Only print the resolved config, the plan, the steps and the bytes."),
 ]
 
 
 def examples(*lines: str) -> str:
-    """Command lines as the end of a command's help."""
+    """Examples of command lines, for the end of a command's help."""
     return "[bold]Examples[/]\n\n" + "\n\n".join(f"  roclip {line}" for line in lines)
 
 
 def resolve(path: Path, overrides: list[str] | None) -> Config:
-    """The config of a preset, or of a run directory, with overrides. Raises `ConfigError`."""
+    """Load the config of a preset or a run directory, with overrides. Raises `ConfigError`."""
     if not path.is_dir():
         return load_config(path, overrides or ())
     if not (path / "config.yaml").is_file():
@@ -38,7 +38,7 @@ def resolve(path: Path, overrides: list[str] | None) -> Config:
 
 
 def show_dry_run(config: Config, command: str) -> int:
-    """Print what a command would do; its exit code."""
+    """Print what a command would do, and return the exit code."""
     from cluster.plan import make_plan, show_plan, stages_of
 
     plan = make_plan(config)

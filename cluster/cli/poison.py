@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.options import ConfigPath, DryRun, Overrides, examples, resolve, show_dry_run
+from cluster.cli.options import ConfigPath, Overrides, examples, resolve
 from roclip.errors import ConfigError
 
 POISON_EXAMPLES = examples(
     "poison configs/demo.yaml --shards runs/2026-01-31-demo/shards --out poisoned",
-    "poison configs/demo.yaml 'attacks.backdoors=[{kind: wanet, rate: 0.005}]' --shards clean --out poisoned",
+    "poison configs/demo.yaml attacks.backdoors.0.kind=wanet --shards clean --out poisoned",
     "poison configs/demo.yaml --urls urls.parquet --out list --base-url http://localhost/",
 )
 
@@ -27,13 +27,12 @@ def poison(
         Path | None, typer.Option(metavar="FILE", help="Class names: a JSON list, or a text with one a line.")
     ] = None,
     base_url: Annotated[
-        str, typer.Option(metavar="URL", help="With --urls: what stands before images/… in the new rows.")
+        str, typer.Option(metavar="URL", help="With --urls: what the new rows' URLs begin with, before images/…")
     ] = "",
-    dry_run: DryRun = False,
 ) -> int:
-    """Copy clean shards or a clean URL list with the attacks of the config in it, and the ground truth beside it.
+    """Copy clean shards or a clean URL list, add the attacks of the config, and write the ground truth beside the copy.
 
-    For evaluation only. The source is only read; an --out that is not empty is refused. Train on the copy with
+    For evaluation only. The source is not changed, and --out must be a new or empty folder. Train on the copy with
     data.shards=FOLDER or data.urls=FOLDER/urls.parquet.
     """
     settings = resolve(config, overrides)
@@ -44,8 +43,6 @@ def poison(
             "poison: expected --out FOLDER and one of --shards FOLDER and --urls LIST, got "
             f"--out {out}, --shards {shards}, --urls {urls or None}."
         )
-    if dry_run:
-        return show_dry_run(settings, "poison")
     from cluster import poison
     from cluster.display import Display
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.options import DryRun, examples
+from cluster.cli.options import examples
 from roclip.config import OracleConfig
 from roclip.errors import ConfigError
 
@@ -37,24 +37,20 @@ def train_segmenter(
     label_col: Annotated[str, typer.Option(metavar="NAME", help="Photos on white: the column of labels.")] = "label",
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = OracleConfig.epochs,
     holdout: Annotated[
-        float, typer.Option(help="Share of the images that it is calibrated on instead.")
+        float, typer.Option(help="Share of the images that calibrate it instead of training it.")
     ] = OracleConfig.reference_frac,
-    limit: Annotated[int, typer.Option(help="Use at most so many images, drawn by the seed; 0 is all.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the weights, the order and the draw.")] = 0,
-    licence: Annotated[str, typer.Option(metavar="TEXT", help="Of the images and masks, for the report.")] = "",
-    dry_run: DryRun = False,
+    limit: Annotated[int, typer.Option(help="Largest number of images to use, drawn by the seed; 0 is all.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the order and the draw.")] = 0,
+    licence: Annotated[str, typer.Option(metavar="TEXT", help="Licence of the images and masks, for the report.")] = "",
 ) -> int:
     """Train an oracle from masks: a small segmentation network that knows which labels it can see.
 
-    Only masks teach it, never captions or crawled images. Name its folder in oracle.weights. The same command does
-    nothing when it is done.
+    It learns from masks only, never from captions or crawled images. Name its folder in oracle.weights. Running the same
+    command again does nothing once it is done.
     """
     if out is None:
         raise ConfigError("train-segmenter: expected --out DIR, got none. Name the folder to write.")
     settings = OracleConfig(epochs=epochs, reference_frac=holdout)
-    if dry_run:
-        typer.echo(f"would train a segmenter on {source} for {epochs} epochs and write it to {out}")
-        return 0
     from cluster.display import Display
     from roclip.oracle.segmenters.mask_sets import PhotoColumns, read_labels, read_masks, without_background
     from roclip.oracle.segmenters.trained import train_on
@@ -75,5 +71,5 @@ def train_segmenter(
     unseen = [label for label in segmenter.labels if not segmenter.covers(label)]
     typer.echo(f"wrote {out}; use it with oracle.weights={out}")
     if unseen:
-        typer.echo(f"unchecked, for it cannot tell them apart: {', '.join(unseen)}")
+        typer.echo(f"unchecked, as it cannot tell them apart: {', '.join(unseen)}")
     return 0

@@ -113,13 +113,12 @@ class Jobs:
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             self._client = _Client(self.address, headers=headers)
 
-    def submit(self, config: Config, *, run_id: str = "", code: bool = False) -> tuple[Job, bool]:
+    def submit(self, config: Config, *, run_id: str = "") -> tuple[Job, bool]:
         """Send a run; the job, and whether it is new. A job that works in the same run directory is returned instead.
 
         Args:
             run_id: Name of the run directory, in `runs`; else the config's, or the one that an earlier job of the same
                 config had, or a dated one.
-            code: Send our packages as they are here, too.
         """
         known = self.all()
         config = self.placed(config, run_id, known)
@@ -130,7 +129,7 @@ class Jobs:
         run_id = request["metadata"]["run_id"]
         job_id = f"{run_id}.{1 + sum(job.metadata['run_id'] == run_id for job in known)}"
         with tempfile.TemporaryDirectory(prefix="roclip-job-") as folder, self._answered(self.address):
-            pack(config, Path(folder), code=code)
+            pack(config, Path(folder))
             request["runtime_env"]["working_dir"] = folder
             self._send(submission_id=job_id, **request)  # of two at the same time Ray refuses one
         return self.get(job_id), True

@@ -1,19 +1,17 @@
-"""What of a run is sent to a cluster: its resolved config, the JSON of its model and, if asked, our packages.
+"""What is sent to a cluster for a run: its resolved config and the JSON of its model.
 
-The config goes with absolute paths: run directory and data must lie where every node sees them under the same name, or on
-a store.
+The config is sent with absolute paths: run directory and data must lie where every node sees them under the same name, or
+on a store. The nodes must have our packages installed.
 """
 
 import dataclasses
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 from roclip.config import Config, dump_config, identity, model_file
 from roclip.storage import write_atomic
 
-PACKAGES = ("roclip", "ingest", "cluster")
 _PATHS = {
     "data": ("urls", "images", "shards", "cache_dir"),
     "ingest": ("compare_with",),
@@ -46,19 +44,11 @@ def identity_digest(config: Config) -> str:
     return hashlib.sha256(identity(config).encode()).hexdigest()[:16]
 
 
-def pack(config: Config, folder: Path, *, code: bool) -> None:
-    """Fill the working directory of a job; the config has the name of its preset.
-
-    Args:
-        code: Also our packages, as they are here; else those that the nodes have installed.
-    """
+def pack(config: Config, folder: Path) -> None:
+    """Fill the working directory of a job; the config has the name of its preset."""
     write_atomic(folder / Path(config.source).name, dump_config(dataclasses.replace(config, source="")))
     if (model := model_file(config)) is not None:
         write_atomic(folder / "models" / model.name, model.read_text())
-    if code:
-        here = Path(__file__).resolve().parents[2]
-        for name in PACKAGES:
-            shutil.copytree(here / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _absolute(where: str) -> str:

@@ -35,17 +35,11 @@ def test_paths_are_sent_absolute_and_names_and_urls_as_they_are(config, tmp_path
 
 
 def test_parcel_is_the_same_run_with_its_model_and_no_source(config, tmp_path):
-    pack(config, tmp_path / "parcel", code=False)
+    pack(config, tmp_path / "parcel")
     assert sorted(p.name for p in (tmp_path / "parcel").rglob("*") if p.is_file()) == ["preset.yaml", "tiny.json"]
     arrived = load_config(tmp_path / "parcel" / "preset.yaml")
     assert identity(arrived) == identity(config)
     assert model_file(arrived) == tmp_path / "parcel" / "models" / "tiny.json"
-
-
-def test_parcel_with_code_has_our_packages(config, tmp_path):
-    pack(config, tmp_path / "parcel", code=True)
-    assert (tmp_path / "parcel" / "cluster" / "main.py").is_file()
-    assert not list((tmp_path / "parcel").rglob("__pycache__"))
 
 
 def test_run_that_moves_to_another_cluster_is_the_same_run(config):
@@ -105,6 +99,6 @@ def test_last_progress_is_that_of_the_newest_stage():
 
 
 def test_shipped_config_is_what_was_resolved(config, tmp_path):
-    pack(for_cluster(config), Path("parcel"), code=False)
+    pack(for_cluster(config), Path("parcel"))
     text = (tmp_path / "parcel" / "preset.yaml").read_text()
     assert dataclasses.replace(parse_config(text), source=config.source) == for_cluster(config)
