@@ -60,7 +60,8 @@ def chart(
     ends = [x for curve in curves for x, _ in curve.points] + [end for _, end in shaded]
     frame = _Frame((0.0, max([until, *ends]) or 1.0), _range(values, share), width, height)
     parts = [
-        f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" aria-hidden="true" data-x="0 {frame.x[1]:g}" '
+        f'<svg class="plot{" wide" if width > 400 else ""}" viewBox="0 0 {width:g} {height:g}" aria-hidden="true" '
+        f'data-x="0 {frame.x[1]:g}" '
         f'data-y="{frame.y[0]:g} {frame.y[1]:g}" data-box="{_LEFT:g} {_TOP:g} {frame.right:g} {frame.bottom:g}" '
         f'data-unit="{"%" if share else ""}">'
     ]

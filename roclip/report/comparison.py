@@ -1,4 +1,4 @@
-"""The figures of an experiment, out of the files that its trainings left: one row an arm and point of the sweep.
+"""The figures of an experiment, from the files of its trainings: one row for each arm and point of the sweep.
 
 A training has two faces: RoCLIP's attack success and usefulness depend on whether its last epoch was matched or plain.
 A row's headline is the worse of the two, figure by figure; `phases` has both, and `end` is the last checkpoint.
@@ -20,15 +20,15 @@ from roclip.metrics.registry import read_metrics
 from roclip.report.experiment import Experiment
 
 SHARES = ("zero_shot_top1", "zero_shot_top5", "linear_probe_top1", "recall_at_1", "recall_at_5", "recall_at_10")
-"""What is kept of an evaluation besides its attacks, where it was measured."""
+"""Shares that are kept from an evaluation, besides its attacks, if they were measured."""
 SUSPECTS = "suspects.parquet"
-"""What training suspects, in the folder of an arm: key, and a score that is higher the more suspect."""
+"""The suspects of a training, in the folder of an arm: key, and a score that is higher for a more suspect sample."""
 Figures = Mapping[str, Any]
 """Shares by name, and `attacks`: for each the successes, n and rate."""
 
 
 def comparison(folder: Path, experiment: Experiment) -> dict[str, Any]:
-    """What `compare.json` holds of the results.
+    """The results, as `compare.json` holds them.
 
     Returns:
         `points`: for each of the sweep the number of pairs and of poisons by attack. `rows`, in the order of points and
@@ -82,7 +82,7 @@ def _row(done: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_training(arm: Path, epochs: int) -> dict[str, Any] | None:
-    """The evaluations of a finished training: `end`, and `phases`, the last of each phase; None where it is not done.
+    """The evaluations of a finished training: `end`, and `phases`, the last of each phase; None if it is not done.
 
     A phase that was last seen in the first half of the epochs, as a warm-up is, is not one that a checkpoint is
     taken in: it is left out.
@@ -94,7 +94,7 @@ def read_training(arm: Path, epochs: int) -> dict[str, Any] | None:
 
 
 def worst(phases: Sequence[Figures]) -> dict[str, Any]:
-    """Of each share the lowest, of each attack the evaluation with the highest rate."""
+    """The worse phase: for each share the lowest value, for each attack the evaluation with the highest rate."""
     names = list(dict.fromkeys(name for figures in phases for name in figures.get("attacks") or {}))
     attacks = {
         name: max((view["attacks"][name] for view in phases if name in (view.get("attacks") or {})), key=_rate)
@@ -105,7 +105,7 @@ def worst(phases: Sequence[Figures]) -> dict[str, Any]:
 
 
 def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
-    """Seeds together: means of shares, pooled counts of attacks."""
+    """All seeds together: means of shares, pooled counts of attacks."""
     shares = {}
     for key in SHARES:
         if all(seed.get(key) is not None for seed in figures):
@@ -126,7 +126,7 @@ def summarise(figures: Sequence[Figures]) -> dict[str, Any]:
 
 
 def poison_counts(origin: Path) -> dict[str, Any]:
-    """Pairs that the origin serves, and how many of them are poisons of which attack."""
+    """The number of pairs that the origin serves, and the number of poisons of each attack."""
     if not (origin / "poison.parquet").exists():
         return {"pairs": 0, "poisons": {}}
     counts = Counter(pq.read_table(origin / "poison.parquet", columns=["attack"])["attack"].to_pylist())
@@ -135,7 +135,7 @@ def poison_counts(origin: Path) -> dict[str, Any]:
 
 
 def suspects(path: Path, origin: Path) -> dict[str, dict[str, float]]:
-    """How well the suspects of a training separate the poisons of each attack from the clean pairs; empty without."""
+    """How well a training's suspects separate the poisons of each attack from the clean pairs; empty without either."""
     if not path.exists() or not (origin / "poison.parquet").exists():
         return {}
     ranked = pq.read_table(path, columns=["key", "score"])
@@ -167,7 +167,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """sum_n (R_n - R_(n-1)) P_n over the thresholds from the highest, R recall and P precision; ties fall together."""
+    """sum_n (R_n - R_(n-1)) P_n over the thresholds from the highest, R recall and P precision; tied scores share a threshold."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     found = np.cumsum(positive[order])[ends]
@@ -176,7 +176,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def attack_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All attacks of the rows, in the order of appearance."""
+    """All attacks in the rows, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["worst"]["attacks"]))
 
 

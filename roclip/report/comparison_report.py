@@ -1,4 +1,4 @@
-"""The report of an experiment: `compare.json`, `table.md` as a README carries it, `frontier.*` and `compare.html`."""
+"""The report of an experiment: `compare.json`, `table.md` for a README, `frontier.*` and `compare.html`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from roclip.storage import write_atomic
 
 
 def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write every file of the report into the experiment's folder and return what `compare.json` holds.
+    """Write every file of the report into the experiment's folder and return the content of `compare.json`.
 
     Args:
         facts: `command`, `commits` that trained, `machine` and `wall_s`.
@@ -92,7 +92,7 @@ def poisons_text(counts: Mapping[str, Any]) -> str:
 
 
 def suspects_text(row: Mapping[str, Any]) -> str:
-    """'backdoor 0.991 / 0.870, …'; a dash where training left none."""
+    """'backdoor 0.991 / 0.870, …'; a dash without suspects."""
     found = row.get("suspects") or {}
     text = (f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f}" for attack, each in found.items())
     return ", ".join(text) or "–"
@@ -135,7 +135,7 @@ def _seeds(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _grid(titles: list[str], cells: list[list[str]], points: Mapping[str, Any], rows: Sequence[Any]) -> list[str]:
-    """A Markdown table; with several points, which one stands in a first column."""
+    """A Markdown table; with several points, the first column names the point."""
     if len(points) > 1:
         titles = ["poisons", *titles]
         cells = [[row["point"], *line] for row, line in zip(rows, cells, strict=True)]

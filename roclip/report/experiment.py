@@ -1,14 +1,14 @@
-"""What `roclip compare` trains: several arms on the same poisoned data, several times.
+"""An experiment for `roclip compare`: several arms on the same poisoned data, with several seeds.
 
 An experiment's file is a preset with four more keys:
 
     seeds: [0, 1, 2]
-    arms:                                     # the first is what the others are held against
+    arms:                                     # the others are compared with the first
       clip: {method: clip}
       paper: {method: roclip, set: {pool: {match_every: 2}}}
-    sweep:                                    # optional: what the attacker adds, a corpus each
+    sweep:                                    # optional: what the attacker adds, one corpus each
       few: {attacks: {backdoors: [{kind: patch, count: 8}]}}
-    points: [few]                             # which of the sweep
+    points: [few]                             # points of the sweep to train
 
 Everything else is shared by all arms. An arm may change how it learns, never what: data, order, model, augmentation,
 batch, epochs and evaluation stay the same, or it would be another comparison.
@@ -28,7 +28,7 @@ from roclip.errors import ConfigError
 
 SHARED = ("seed", "data", "attacks", "ingest", "model", "augment", "evaluate", "cluster")
 SHARED_TRAIN = ("epochs", "global_batch_size")
-"""What all arms of a corpus have in common."""
+"""Settings that all arms of a corpus share."""
 _TAKEN = ("origin", "shards", "snapshots", "segmenter", "ray")
 
 
@@ -43,15 +43,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The keys that an experiment has and a preset lacks."""
+    """The keys of an experiment that a preset does not have."""
 
     arms: dict[str, Arm]
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each makes a corpus of its own, and seeds the weights, the order and the augmentation of all its arms."""
+    """Each seed makes its own corpus, and seeds the weights, the order and the augmentation of all its arms."""
     sweep: dict[str, Any] = field(default_factory=dict)
-    """Settings by the name of a point; none is one point, called `data`."""
+    """Settings by the name of a point; an empty sweep is a single point named `data`."""
     points: tuple[str, ...] = ()
-    """Which of the sweep; none is the first."""
+    """The points of the sweep to train; empty means the first."""
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -80,7 +80,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The data of one point and one seed, and what is trained on it."""
+    """The data of one point and one seed, and the trainings on it."""
 
     point: str
     seed: int
@@ -89,13 +89,13 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """Its folder in the experiment's."""
+        """Name of its folder in the experiment's folder."""
         return f"{self.point}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All of it, checked."""
+    """A checked experiment."""
 
     shared: Config
     protocol: Protocol
@@ -138,7 +138,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def _corpora(path: Path, shared: Config, protocol: Protocol, point: str) -> list[Corpus]:
-    """Those of one point: one a seed."""
+    """The corpora of one point, one for each seed."""
     common = _with(shared, protocol.sweep.get(point), f"{path}: sweep.{point}")
     arms = {}
     for name, arm in protocol.arms.items():

@@ -38,7 +38,7 @@ _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
 
 
 def frontier(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> Figure:
-    """One panel an attack: its success (x) against zero-shot top-1 (y), both in the worse phase.
+    """One panel for each attack: its success (x) against zero-shot top-1 (y), both in the worse phase.
 
     A small mark is a seed, a large one the mean of an arm with the 95 % interval of its successes; the dotted line joins
     the arms that no other beats in both. `rows` are those of one point of the sweep.
@@ -74,7 +74,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> Fi
 def dose_response(
     rows: Sequence[Mapping[str, Any]], points: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]
 ) -> Figure:
-    """One panel an attack: the share of its poisons in the data (x, logarithmic) against its success, a line an arm."""
+    """One panel for each attack: the share of its poisons in the data (x, logarithmic) against its success, by arm."""
     attacks = attack_names(rows)
     figure, panels = _panels(attacks)
     for attack, axes in zip(attacks, panels, strict=True):
@@ -101,7 +101,7 @@ def dose_response(
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (attack success, usefulness) those that no other beats in both, by rising attack success."""
+    """The points (attack success, usefulness) that no other beats in both, in order of attack success."""
     front: list[tuple[float, float]] = []
     for success, useful in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or useful > front[-1][1]:
@@ -126,7 +126,7 @@ def save(figure: Figure, folder: Path, stem: str) -> Markup:
 
 
 def _apart(shares: Iterable[float], least: float = 1.5) -> list[float]:
-    """Of the shares those whose labels do not touch on a logarithmic axis: each at least so many times the one before."""
+    """The shares whose labels do not touch on a logarithmic axis: each at least `least` times the one before."""
     kept: list[float] = []
     for share in sorted(shares):
         if not kept or share >= least * kept[-1]:
@@ -137,7 +137,7 @@ def _apart(shares: Iterable[float], least: float = 1.5) -> list[float]:
 def _doses(
     rows: Sequence[Mapping[str, Any]], points: Mapping[str, Mapping[str, Any]], attack: str
 ) -> list[tuple[float, Mapping[str, Any]]]:
-    """The share of an attack's poisons among all pairs and its result, of each row, by rising share."""
+    """For each row, the share of an attack's poisons among all pairs and its result, in order of the share."""
     found = []
     for row in rows:
         result, data = row["worst"]["attacks"].get(attack), points[row["point"]]
