@@ -2,6 +2,7 @@
 
 import datetime
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -66,9 +67,12 @@ def submit(
 
 
 def status(name: Annotated[str, typer.Argument(metavar="[RUN|JOB]")] = "", address: Address = "") -> int:
-    """Show how a run on a cluster is doing: its newest job, or the newest of all."""
+    """Show how a run on a cluster is doing: its newest job, or the newest of all, and its stages if its run directory can
+    be read from here."""
     from cluster.jobs.jobs import Jobs
     from cluster.jobs.log import last_progress
+    from roclip.report.oracle_state import PngStore
+    from roclip.report.run_state import RunReader, is_run
 
     jobs = Jobs(address)
     job = jobs.find(name)
@@ -79,6 +83,11 @@ def status(name: Annotated[str, typer.Argument(metavar="[RUN|JOB]")] = "", addre
     rows["progress"] = last_progress(jobs.log(job))
     if not job.alive and job.message:
         rows["said"] = " ".join(job.message.split())[:400]
+    run = Path(job.metadata["run_dir"])
+    if is_run(run):
+        for stage in RunReader(run, PngStore()).read_all().stages:
+            share = "" if stage.share is None else f"{stage.share:.0%}  "
+            rows[stage.title] = f"{share}{stage.text or stage.status}"
     for key, value in rows.items():
         table.add_row(Text(key), value if isinstance(value, Text) else Text(str(value)))
     Console().print(table, soft_wrap=True)

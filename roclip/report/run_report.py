@@ -60,7 +60,7 @@ def write_report(run: Path) -> Path:
         environment()
         .get_template("run.html.jinja")
         .render(
-            title=config.name if config else run.name,
+            title=state.name,
             run=run.name,
             summary=summary,
             ingest=ingest,

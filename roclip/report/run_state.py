@@ -212,7 +212,8 @@ def _training_stage(training: TrainingState, title: str, config: Config | None, 
         )
     if training.share_read < 1:
         return Stage(title, halted, share, f"reading the log, {training.share_read:.0%} of it")
-    text = f"epoch {row.get('epoch', 0):g} of {epochs:g}, {training.phase or 'step'}, step {row.get('step', 0):,.0f}"
+    of = f" of {epochs:g}" if epochs else ""
+    text = f"epoch {row.get('epoch', 0):g}{of}, {training.phase or 'step'}, step {row.get('step', 0):,.0f}"
     if training.failure:
         return Stage(title, "failed" if halted == "stopped" else "running", share, training.failure)
     ends_s = (

@@ -114,6 +114,7 @@ def test_status_and_runs_tell_the_story(head, sent):
     assert "succeeded" in said
     assert str(run) in said
     assert "100%" in said
+    assert re.search(r"roclip +100%  \d+ epochs, \d+ steps", said)  # a stage of the run directory
     assert re.search(r"one\.1 +preset\.yaml +succeeded", roclip(head, "runs"))
 
 
