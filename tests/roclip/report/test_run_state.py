@@ -360,3 +360,13 @@ def test_slow_rank_stands_out_also_among_a_thousand():
     svg = rank_columns(times, times)
     assert svg.count("<rect") == 64
     assert svg.count('class="late"') == 1
+
+
+def test_old_config_names_its_new_keys_and_the_rest_of_the_run_is_read(tmp_path: Path):
+    run = run_of(tmp_path, row(1), row(2))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("\n  neighbours: ", "\n  witnesses: "))
+    state = state_of(run)
+    assert state.config is None
+    assert "pool.witnesses is called pool.neighbours now." in state.unreadable["config.yaml"]
+    assert [(training.name, training.row["step"]) for training in state.trainings] == [("roclip", 2)]
