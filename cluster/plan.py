@@ -1,7 +1,7 @@
-"""What a config would do, before it does it: rows, shards, steps, phases, bytes. No torch, no downloads.
+"""What a config would do: rows, shards, steps, phases and bytes, planned without torch and without downloads.
 
-Counts of rows come from parquet footers; other lists are estimated from their beginning. Everything that
-depends on how many URLs still answer is an upper bound.
+Counts of rows come from parquet footers; other lists are estimated from their beginning. Everything that depends on how
+many URLs still answer is an upper bound.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ STORED_BYTES = 30_000
 """Bytes of a stored 256-px JPEG with its caption: img2dataset's README gives about 30 GB for a million."""
 FORMAT_FACTOR = {"jpg": 1.0, "webp": 0.7, "png": 4.0}
 CHECKPOINT_BYTES = 20
-"""Of a parameter in a checkpoint: exported weight, engine's weight, optimizer's fp32 copy, two moments."""
+"""Bytes of one parameter in a checkpoint: exported weight, engine's weight, optimizer's fp32 copy, two moments."""
 _PROBE_BYTES = 1 << 20
-"""Read of a file whose length only reading tells."""
+"""Bytes to read from a file whose number of rows only reading can tell."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,24 @@ class RunPlan:
     """The size of a run. Steps and samples are upper bounds; what depends on unknown rows is None."""
 
     rows: int | None
-    """URLs, poisons included; None where the list is not there yet."""
+    """URLs, poisons included; None while the list does not exist."""
     problem: str
-    """Why the rows are unknown; empty where they are known."""
+    """Why the rows are unknown; empty if they are known."""
     exact: bool
-    """False where `rows` is estimated from the beginning of a list."""
+    """False if `rows` is estimated from the beginning of a list."""
     shards: int | None
-    """None also where they are there already."""
+    """Shards that ingest will write; None if unknown, or if they exist already."""
     elsewhere: bool
-    """They lie in a place of their own, not in the run directory."""
+    """Whether the shards are stored outside the run directory."""
     steps_per_epoch: int | None
     steps: int | None
     """Optimizer steps of one arm."""
     matched: tuple[int, ...]
     """Epochs, from 1, with steps in which the arm `roclip` gives images other captions than their own."""
     gated: tuple[int, ...]
-    """Epochs with steps in which the gate suspects the least agreeing pairs."""
+    """Epochs with steps in which the sample filter suspects pairs."""
     parameters: int | None
-    """Of both towers; None for towers that are not open_clip's own."""
+    """Parameters of both towers; None for towers that are not open_clip's own."""
     embed_dim: int
     """Width D of the features."""
     ranks: int
@@ -65,16 +65,16 @@ class RunPlan:
     download_bytes: int | None
     shard_bytes: int | None
     checkpoint_bytes: int | None
-    """All checkpoints that lie on disk at the same time, over all arms."""
+    """Bytes of all checkpoints that are on disk at the same time, over all arms."""
 
     @property
     def disk_bytes(self) -> int:
-        """What the run directory needs, as far as it is known."""
+        """Bytes that the run directory needs, as far as they are known."""
         return (0 if self.elsewhere else self.shard_bytes or 0) + (self.checkpoint_bytes or 0)
 
 
 def make_plan(config: Config) -> RunPlan:
-    """The `RunPlan` of a config. Raises `ConfigError` for an unknown model; data that is not there is a `problem`."""
+    """Plan a run. Raises `ConfigError` for an unknown model; missing data becomes a `problem`."""
     model = model_config(config)
     rows, exact, problem = None, False, ""
     try:
@@ -112,7 +112,7 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
-    """What the arm `roclip` does in an epoch, from 1: 'matched', 'plain' or both; `roclip.defence.defence` without torch."""
+    """Kinds of steps of the arm `roclip` in an epoch, from 1: 'matched', 'plain' or both, as `roclip.defence.defence` decides."""
     schedule, kinds = config.pool.schedule, set()
     for at in schedule.turns(epoch, steps_per_epoch or 1, config.train.global_batch_size):
         witnessed = config.pool.neighbours and at.done(schedule.warmup.unit) < schedule.warmup.amount
@@ -121,7 +121,7 @@ def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
 
 
 def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
-    """Epochs in which the gate suspects pairs in at least one step: without witnesses, the pool must be full first."""
+    """Epochs in which the sample filter suspects pairs in at least one step: without neighbours, the pool must be full first."""
     gated, captions = [], 0
     if not any(config.pool.filter_frac) or "roclip" not in config.arms:
         return ()
@@ -136,7 +136,7 @@ def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]
 
 
 def count_rows(config: Config) -> tuple[int, bool]:
-    """Rows of the data source with its poisons, and whether that is exact. Raises `UrlListError`."""
+    """Number of rows of the data source, with its poisons, and whether it is exact. Raises `UrlListError`."""
     data = config.data
     if data.scenes:
         rows, exact = data.scenes, True
@@ -156,7 +156,7 @@ def count_rows(config: Config) -> tuple[int, bool]:
 
 
 def model_config(config: Config) -> dict[str, Any]:
-    """The model's JSON, the preset's own or open_clip's. Raises `ConfigError` if neither knows the name."""
+    """The model's JSON, which comes with the preset or with open_clip. Raises `ConfigError` if neither has it."""
     path = model_file(config)
     if path is None:
         spec = importlib.util.find_spec("open_clip")
@@ -289,7 +289,7 @@ def _lines(config: Config, plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _list_rows(config: Config) -> tuple[int, bool]:
-    """Rows of the list, and whether that is exact: else extrapolated from its first rows."""
+    """Number of rows of the list, and whether it is exact or extrapolated from the first rows."""
     if config.data.images:
         return _image_rows(config.data.images), True
     source = open_list(config, config.data.urls)
@@ -300,7 +300,7 @@ def _list_rows(config: Config) -> tuple[int, bool]:
 
 
 def _file_rows(file: ListFile) -> tuple[int, bool]:
-    """Rows of a file: by a parquet's footer, else its lines, extrapolated from the first ones where it is long."""
+    """Number of rows of a file: by a parquet's footer, otherwise by its lines, extrapolated from the first ones if it is long."""
     if (rows := read_head(file).rows) is not None:
         return rows, True
     taken: list[int] = []
@@ -352,7 +352,7 @@ def _ranks(ranks: int) -> str:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """Epochs as a short list: '2, 4, 6' or, of many, '2, 4, 6, … 24'."""
+    """Epochs as a short list, such as '2, 4, 6' or '2, 4, 6, … 24'."""
     shown = [str(number) for number in numbers]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:4], f"… {shown[-1]} ({len(shown)} in all)"]) or "none"
 

@@ -276,7 +276,7 @@ app.command(epilog=jobs.RUNS_EXAMPLES)(jobs.runs)
 
 
 def pointed_checkpoint(config: Config, arm: str, pointer: str) -> Path:
-    """The checkpoint that an arm's LATEST or TRUSTED names. Raises `CheckpointError` where there is none."""
+    """The checkpoint that an arm's LATEST or TRUSTED names. Raises `CheckpointError` if there is none."""
     arm = arm or config.arms[-1]
     if arm not in config.arms:
         raise ConfigError(f"--arm: expected one of {', '.join(config.arms)}, got {arm!r}.")
@@ -297,7 +297,7 @@ def require_trust(checkpoint: Path) -> None:
 
 
 def verdict_code(config: Config, summary: dict[str, Any]) -> int:
-    """0, 10, 20, 21 or 30: what `oracle.fail_on` makes of the verdict on the last arm, the one to be shipped."""
+    """The exit code (0, 10, 20, 21 or 30) that `oracle.fail_on` gives the verdict on the last arm, which is the one to ship."""
     arms = summary.get("arms") or {}
     ordered = [*(arm for arm in arms if arm not in config.arms), *(arm for arm in config.arms if arm in arms)]
     shipped = arms[ordered[-1]] if ordered else {}

@@ -1,4 +1,4 @@
-"""One config to the files that bring its cluster up: Kubernetes (KubeRay), `ray up`, Slurm.
+"""Writes the files that start a cluster for a run: Kubernetes (KubeRay), `ray up`, Slurm.
 
 How many nodes there are and what each offers follows from the run's config and the cluster's description: `cluster.workers`
 ranks, `workers_per_node` on a node, and `ingest.max_in_flight` tasks on the nodes that fetch. Nothing secret is in a file.
@@ -20,7 +20,7 @@ from roclip.errors import ConfigError
 
 PROVIDERS = ("aws", "gcp", "on-premise")
 RAY_VERSION = "2.60.0"
-"""Of the image: what its constraints file names."""
+"""Version in the container image, as in its constraints file."""
 PUBLIC = {
     "0.0.0.0/0": (
         "0.0.0.0/8",
@@ -40,7 +40,7 @@ PUBLIC = {
     ),
     "2000::/3": ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
 }
-"""Networks that may be fetched from, and what of them may not: `ingest/http/policy.py` as a network policy says it."""
+"""Networks that may be fetched from, and the parts of them that may not: `ingest/http/policy.py` as a network policy."""
 _NAME_CHARS = 40  # KubeRay takes 47 for a RayJob
 
 
@@ -51,7 +51,7 @@ class Group:
     name: str
     nodes: int
     fewest: int
-    """Nodes that the run goes on with."""
+    """Fewest nodes that the run continues with."""
     cpus: int
     gpus: int
     memory_gib: int
@@ -61,17 +61,17 @@ class Group:
 
     @property
     def ingest(self) -> bool:
-        """Whether its nodes do nothing but fetch."""
+        """Whether these nodes only fetch."""
         return bool(self.custom)
 
     @property
     def resources(self) -> dict[str, int]:
-        """What one node offers, as Ray names it."""
+        """Resources of one node, by Ray's names."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {}), **self.custom}
 
     @property
     def quantities(self) -> dict[str, str]:
-        """The same, as KubeRay writes it."""
+        """`resources` as KubeRay writes them."""
         return {name: str(number) for name, number in self.resources.items()}
 
 
@@ -116,12 +116,12 @@ def node_groups(config: Config, deploy: DeployConfig) -> list[Group]:
 
 
 def ingest_resource(config: Config, deploy: DeployConfig) -> str:
-    """Custom resource of the nodes that fetch; empty where those that train fetch, too."""
+    """Custom resource of the nodes that fetch; empty if the nodes that train also fetch."""
     return config.cluster.ingest_resource or ("ingest" if deploy.ingest_nodes else "")
 
 
 def run_command(config: Config, deploy: DeployConfig, preset: str, overrides: Sequence[str]) -> list[str]:
-    """What is run on the cluster's head, the same each time, so that it goes on where it stopped."""
+    """The command for the cluster's head, always the same, so that it resumes where it stopped."""
     ours = {
         "cluster.address": "auto",
         "cluster.ingest_resource": ingest_resource(config, deploy),
@@ -134,7 +134,7 @@ def run_command(config: Config, deploy: DeployConfig, preset: str, overrides: Se
 def render_k8s(
     config: Config, deploy: DeployConfig, path: Path, overrides: Sequence[str], header: str
 ) -> dict[str, str]:
-    """Manifests by file name: what both need, a RayCluster that stays, a RayJob for this run alone."""
+    """Manifests by file name: common objects, a RayCluster that stays, and a RayJob for this run alone."""
     preset = f"{config.name}.yaml"
     allowed = [
         str(network) for network in map(_network, config.ingest.policy.allow_networks) if not network.is_loopback
@@ -154,7 +154,7 @@ def render_k8s(
 
 
 def render_ray(config: Config, deploy: DeployConfig, provider: str, header: str) -> dict[str, str]:
-    """The YAML for `ray up`. Raises `ConfigError` where the provider needs a setting that is not there."""
+    """The YAML for `ray up`. Raises `ConfigError` if a setting that the provider needs is missing."""
     groups = node_groups(config, deploy)
     if provider not in PROVIDERS:
         raise ConfigError(f"--provider: expected one of {', '.join(PROVIDERS)}, got {provider!r}.")
@@ -195,7 +195,7 @@ def render_slurm(
 
 
 def cluster_name(config: Config) -> str:
-    """The config's name as Kubernetes, clouds and Slurm all take it."""
+    """The config's name in a form that Kubernetes, clouds and Slurm all accept."""
     name = "".join(c if c.isascii() and c.isalnum() else "-" for c in config.name.lower())
     name = name.lstrip("-0123456789")[:_NAME_CHARS].rstrip("-")
     if not name:
@@ -228,7 +228,7 @@ def _check_hosts(groups: list[Group], hosts: Sequence[str]) -> None:
 
 
 def _offers(groups: list[Group], hosts: Sequence[str]) -> str:
-    """Shell that sets `$offer` to the options of `ray start` for the machine it runs on, told by its own addresses."""
+    """Shell code that sets `$offer` to the options of `ray start` for the machine it runs on, recognised by its addresses."""
     cases, left = [], list(hosts)
     for group in groups:
         here, left = left[: group.nodes], left[group.nodes :]

@@ -1,8 +1,8 @@
-"""When a step is matched: a pure function of where training stands, so that a resume finds the same phases.
+"""Which steps are matched: a pure function of the position in training, so that a resumed run has the same phases.
 
-A stream may have no epochs and a large one has few, so periods are durations: `2 epochs`, `5_000_000 samples`,
-`1000 steps`; a bare number means epochs. Fractions are exact, so that no step lies on the wrong side of a boundary.
-Positions count over all ranks: the number of ranks does not matter. Imports no torch.
+Periods are durations, since a stream may have no epochs and a large data set has few: `2 epochs`, `5_000_000 samples`,
+`1000 steps`; a bare number means epochs. Fractions are exact, so that no step falls on the wrong side of a boundary.
+Positions count over all ranks, so the number of ranks does not matter. Imports no torch.
 """
 
 import math
@@ -17,26 +17,26 @@ from roclip.errors import ConfigError
 Phase = Literal["matched", "plain"]
 _UNITS = ("epochs", "samples", "steps")
 _PERIODS_LOOKED_AT = 1000
-"""Of an epoch: a plan of 10^10 steps must not take a day, and all later periods are like these."""
+"""Periods of an epoch that are examined: a plan of 10^10 steps must not take a day, and later periods are alike."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """What is done before a step."""
+    """How far training has come before a step."""
 
     step: int
     """Optimizer steps."""
     samples_seen: int
-    """Over all ranks."""
+    """Samples seen, over all ranks."""
     epoch: int
     """The current epoch, from 1."""
     step_in_epoch: int
-    """Steps of it."""
+    """Steps of this epoch that are done."""
     steps_per_epoch: int
-    """Steps that it has."""
+    """Steps that this epoch has."""
 
     def done(self, unit: str) -> Fraction:
-        """How far training has come in `epochs`, `samples` or `steps`."""
+        """The position in `epochs`, `samples` or `steps`."""
         if unit == "epochs":
             return self.epoch - 1 + Fraction(self.step_in_epoch, self.steps_per_epoch)
         return Fraction(self.samples_seen if unit == "samples" else self.step)
@@ -44,14 +44,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Duration:
-    """So many epochs, samples or steps."""
+    """A number of epochs, samples or steps."""
 
     amount: Fraction
     unit: str
 
 
 def duration(value: int | str, key: str = "duration") -> Duration:
-    """`2`, `2 epochs`, `0.5 epochs`, `5_000_000 samples`, `1000 steps`. Raises `ConfigError` naming `key`."""
+    """Parse `2`, `2 epochs`, `0.5 epochs`, `5_000_000 samples` or `1000 steps`. Raises `ConfigError` that names `key`."""
     parts = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([a-z]*)\s*", str(value))
     unit = "" if parts is None else f"{parts[2].removesuffix('s') or 'epoch'}s"
     if parts is None or unit not in _UNITS:
@@ -64,23 +64,24 @@ def duration(value: int | str, key: str = "duration") -> Duration:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Matched and plain phases. In a period of length T, from the run's start, the last share f is matched:
+    """Matched and plain phases. Of each period of length T, counted from the start of the run, the last share f is matched:
 
-    matched at x  <=>  x >= warm-up  and  (x mod T) >= (1 - f) T,   x: what is done before the step
+    matched at x  <=>  x >= warm-up  and  (x mod T) >= (1 - f) T,   x: the position before the step
     """
 
     period: Duration
-    """T; 0 is never."""
+    """T; 0 turns matching off."""
     share: Fraction
     """f, from 0 to 1."""
     warmup: Duration
-    """Nothing is matched before, in its own unit."""
+    """Length of the start in which nothing is matched, in a unit of its own."""
 
     @classmethod
     def of(cls, match_every: int | str, match_frac: float = 0.0, warmup: int | str = 0) -> "Schedule":
-        """From config values. `match_frac` 0 is the last epoch or step of a period, or half of a period of samples.
+        """Build a schedule from config values. A `match_frac` of 0 is the last epoch or step of a period, or half of a period
+        of samples.
 
-        `2 epochs` so matches every second epoch, as the paper does, and `2 steps` every second step.
+        So `2 epochs` matches every second epoch, as the paper does, and `2 steps` every second step.
         """
         period, delay = duration(match_every, "pool.match_every"), duration(warmup, "pool.warmup")
         share = Fraction(str(match_frac))
@@ -99,10 +100,10 @@ class Schedule:
         return "matched" if left <= length * self.share else "plain"
 
     def turns(self, epoch: int, steps: int, global_batch_size: int) -> Iterator[Position]:
-        """The steps of an epoch, from 1, at which its phase or its warm-up may change, and its first one.
+        """The first step of an epoch, and all further ones at which its phase or the warm-up may change.
 
-        Between two of them nothing changes, so that an epoch of any length is known from few steps. All epochs are taken
-        to have as many steps as this one.
+        Nothing changes between two of them, so a few steps describe an epoch of any length. All epochs are assumed to have
+        as many steps as this one.
         """
         before = (epoch - 1) * steps
         stride = {"epochs": Fraction(1, steps), "samples": Fraction(global_batch_size), "steps": Fraction(1)}
@@ -116,7 +117,7 @@ class Schedule:
                 yield Position(done, done * global_batch_size, epoch, number, steps)
 
     def _boundaries(self, start: Fraction, end: Fraction) -> Iterator[Fraction]:
-        """Where matched parts begin and end between two points of the period's unit; of many, only the first."""
+        """Where matched parts begin and end between two positions in the period's unit; at most the first thousand periods."""
         length = self.period.amount
         if not length:
             return

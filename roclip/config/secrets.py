@@ -1,7 +1,7 @@
-"""What nobody else should read: secrets stay out of configs, a run's folder is its owner's alone.
+"""Keeps secrets out of configs, and run directories private to their owner.
 
-A config is copied into run directories, checkpoints, reports, logs and job metadata. So it may hold no secret at all: a
-store's comes from the environment or from the role of the node.
+A config is copied into run directories, checkpoints, reports, logs and job metadata, so it may contain no secret: a
+store's credentials come from the environment or from the role of the node.
 """
 
 import re
@@ -28,19 +28,19 @@ _WHAT_TO_DO = (
 
 
 def refuse_secrets(config: Any) -> None:
-    """Raises `ConfigError` for the first text of a dataclass, at any depth, that looks like a secret. Does not repeat it."""
+    """Raises `ConfigError` for the first text in a dataclass, at any depth, that looks like a secret, without repeating it."""
     for key, text in _texts(config, ""):
         refuse_secret(key, text)
 
 
 def refuse_secret(name: str, text: str) -> None:
-    """Raises `ConfigError` if the value of a key or an option looks like a secret. Does not repeat it."""
+    """Raises `ConfigError` if the value of a key or an option looks like a secret, without repeating it."""
     if found := secret_in(text):
         raise ConfigError(f"{name}: expected no secret, got {found}. {_WHAT_TO_DO}")
 
 
 def secret_in(text: str) -> str:
-    """What kind of secret a text holds: a URL with a password or a signature, an access key. Empty for none."""
+    """The kind of secret in a text (a URL with a password or a signature, or an access key), or an empty text."""
     for match in _USER_INFO.finditer(text):
         if ":" in match["user"] or match["scheme"].lower() in ("http", "https"):
             return f"a {match['scheme']}:// URL with credentials before '@'"
@@ -50,7 +50,7 @@ def secret_in(text: str) -> str:
 
 
 def private_directory(path: Path) -> None:
-    """Make a folder that only its owner can look into. One that is there keeps its permissions."""
+    """Create a folder that only its owner can open. An existing folder keeps its permissions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=OWNER_ONLY, exist_ok=True)
 
