@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from cluster.oracle.case import Case, case_of
-from cluster.oracle.scan import cpus_per_actor, look_with_actors
+from cluster.oracle.scan import cpus_per_actor, scan_with_actors
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.data.shards import Manifest, digest
 from roclip.errors import DataError, StageError
@@ -22,9 +22,9 @@ from roclip.model.safe_load import read_weights
 from roclip.model.towers import Encoder, weights_file
 from roclip.oracle.check import check
 from roclip.oracle.report import SCHEMA
-from roclip.oracle.scan.scan import side_of
-from roclip.oracle.scan.scorer import Scorer, made_by
-from roclip.oracle.scan.shard_record import SavedScans
+from roclip.oracle.scan.saved import SavedScans
+from roclip.oracle.scan.scan import scan_side_px
+from roclip.oracle.scan.scorer import Scorer, scorer_fingerprint
 from roclip.oracle.segmenters.base import Segmenter, calibrate_on
 from roclip.oracle.segmenters.opening import open_segmenter
 from roclip.oracle.segmenters.trained import train_segmenter
@@ -60,19 +60,19 @@ def oracle(
     cpus = min(config.cluster.workers * config.cluster.cpus_per_worker, max(nodes))  # training is over: take its share
     what = (dump_config(config), run.resolve(), arm, str(Path.cwd()), named)
     gpus = min(config.oracle.gpus_per_actor, 1.0)
-    looks = _get(_prepare.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle {arm} prepares").remote(*what), arm)
-    if looks is not None:
-        shards, saved = looks
+    to_scan = _get(_prepare.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle {arm} prepares").remote(*what), arm)
+    if to_scan is not None:
+        shards, saved = to_scan
         mine = float(os.cpu_count() or 1) if config.cluster.address == "local" else max(nodes)
-        look_with_actors(
-            partial(_witness, *what),
+        scan_with_actors(
+            partial(_scorer, *what),
             shards,
             saved,
             name=f"oracle {arm.replace('/', ' ')} looks",  # Ray Data makes a file's name of it
             actors=config.oracle.actors,
             cpus=cpus_per_actor([min(node, mine) for node in nodes], config.oracle.actors),
             gpus=config.oracle.gpus_per_actor,
-            say=_teller(run, arm),
+            progress=_teller(run, arm),
         )
     return _get(_judge.options(num_cpus=cpus, num_gpus=gpus, name=f"oracle {arm} judges").remote(*what), arm)
 
@@ -124,8 +124,8 @@ class Brief:
     @property
     def saved(self) -> SavedScans:
         case = self.case
-        witness = made_by(self.subject["weights_sha256"], self.segmenter, case.labels, case.templates)
-        return SavedScans(case.out / "pass", witness, case.caption_key, side_of(case.shards, case.caption_key))
+        scorer = scorer_fingerprint(self.subject["weights_sha256"], self.segmenter, case.labels, case.templates)
+        return SavedScans(case.out / "pass", scorer, case.caption_key, scan_side_px(case.shards, case.caption_key))
 
 
 def brief_of(config: Config, run: Path, arm: str, on_progress: Progress | None, **named: Any) -> Brief:
@@ -165,7 +165,7 @@ def _judge(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) 
     return judge(_settled(config, where), run, arm, on_progress=_teller(run, arm), **named)
 
 
-def _witness(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Scorer:
+def _scorer(config: str, run: Path, arm: str, where: str, named: dict[str, Any]) -> Scorer:
     settings = _settled(config, where)
     brief = brief_of(settings, run, arm, None, **named)
     encoder = Encoder.load(brief.case.checkpoint)

@@ -31,11 +31,11 @@ from roclip.config import AttacksConfig, Config, DataConfig, dump_config
 from roclip.data.reader import decode
 from roclip.evaluation.evaluate import evaluate
 from roclip.evaluation.sets import load_evaluation_set
-from roclip.found_triggers import FoundTrigger, load_found
+from roclip.found_triggers import FoundTrigger, load_triggers
 from roclip.model.towers import CONFIG, WEIGHTS, Encoder
 from roclip.oracle.curate import Row, read_plan
-from roclip.oracle.measure import Reference
-from roclip.oracle.report import tell_of_repair
+from roclip.oracle.measure import TrustedEvaluation
+from roclip.oracle.report import add_repair
 from roclip.storage import sha256_file, write_atomic
 
 SCHEMA = 1
@@ -82,14 +82,14 @@ def repair(
     """
     brief = brief_of(config, run, arm, None, **named)
     found_in, folder = brief.case.out, brief.case.out.parent / "repair"
-    plan, found = read_plan(found_in / "finetune.parquet"), load_found(found_in / "triggers")
+    plan, found = read_plan(found_in / "finetune.parquet"), load_triggers(found_in / "triggers")
     subject = _subject(config, brief, found_in)
     result = _earlier(folder, subject)
     if result is None:
         outcome = _repair(config, run, arm, brief, plan, found, folder, in_process, train, say)
         result = {"schema": SCHEMA, "subject": subject, **outcome}
         write_atomic(folder / "repair.json", json.dumps(result, indent=1))
-    tell_of_repair(result, found_in)
+    add_repair(result, found_in)
     _trust(run / arm / "checkpoints", brief.case.checkpoint, folder / ARM / "checkpoints", result)
     return result
 
@@ -120,7 +120,7 @@ def _repair(
     train(settings, ARM, folder)
     trained_s = time.monotonic() - trained_s
     bench = _Bench(
-        Reference(case.trusted, brief.segmenter, case.labels, case.templates, found, side, config.seed),
+        TrustedEvaluation(case.trusted, brief.segmenter, case.labels, case.templates, found, side, config.seed),
         case.out / "victims.parquet",
         case.shards,
         side,
@@ -227,7 +227,7 @@ def choose(attack: Sequence[float]) -> int:
 class _Bench:
     """Measures checkpoints on trusted pictures; where no trigger is found, attack success is that on the victims."""
 
-    def __init__(self, reference: Reference, victims: Path, source: Path, size_px: int):
+    def __init__(self, reference: TrustedEvaluation, victims: Path, source: Path, size_px: int):
         self.reference = reference
         self.victims = None if reference.found else _read_victims(victims, source, size_px)
 
@@ -236,7 +236,7 @@ class _Bench:
         standing = self.reference.measure(encoder)
         attacks = list(standing.flips)
         if self.victims is not None:
-            attacks.append(self.reference.called(encoder, *self.victims))
+            attacks.append(self.reference.label_rate(encoder, *self.victims))
         return {
             "checkpoint": path.name,
             "top1": standing.top1.rate,

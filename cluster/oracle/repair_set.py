@@ -90,7 +90,7 @@ def stamp(trigger: FoundTrigger, image: np.ndarray, objects: np.ndarray, rng: np
     """(S, S, 3) uint8 with the trigger where it hides least of `objects` (S, S) bool, of `PLACES` random places."""
     best, least = image, np.inf
     for _ in range(PLACES):
-        stamped, (left, top, right, bottom) = trigger.put_on(image, rng)
+        stamped, (left, top, right, bottom) = trigger.apply(image, rng)
         hidden = int(objects[top:bottom, left:right].sum())
         if hidden < least:
             best, least = stamped, hidden

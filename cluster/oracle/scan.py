@@ -1,7 +1,7 @@
-"""The oracle's pass by a pool of Ray Data actors: each loads model and segmenter once, then looks at shard after shard.
+"""The oracle's scan by a pool of Ray Data actors: each loads model and segmenter once, then scans shard after shard.
 
-What an actor saw lies in a file of its shard (`roclip/oracle/scan/shard_record.py`), and files are the truth: shards
-that have one are left out, whoever made it, and nothing but counts goes through Ray.
+An actor saves the scan of a shard in a file (`roclip/oracle/scan/saved.py`). The files are the source of truth: a shard that
+has one is skipped, and only counts go through Ray.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from cluster.ray.failures import words_of
 from roclip.data.shards import ShardRecord
 from roclip.errors import ShardError, StageError
 from roclip.metrics.registry import Progress
-from roclip.oracle.scan.look import scan_shard
-from roclip.oracle.scan.scan import Pace, sealed
+from roclip.oracle.scan.saved import SavedScans
+from roclip.oracle.scan.scan import Throughput, sealed_records
 from roclip.oracle.scan.scorer import Scorer
-from roclip.oracle.scan.shard_record import SavedScans
+from roclip.oracle.scan.shard import scan_shard
 
 TRIES_AGAIN = 3
-"""How often a shard is tried again whose actor died."""
+"""Retries of a shard whose actor died."""
 
 
-def look_with_actors(
+def scan_with_actors(
     make: Callable[[], Scorer],
     shards: Path,
     saved: SavedScans,
@@ -40,30 +40,30 @@ def look_with_actors(
     actors: int,
     cpus: float,
     gpus: float,
-    say: Progress,
+    progress: Progress,
 ) -> None:
-    """Look at every sealed shard that `saved` does not have yet; returns when it has all.
+    """Scan every sealed shard that `saved` does not hold yet; return when it holds all.
 
     Args:
-        make: Makes an actor's witness, in the actor; Ray pickles it.
-        name: Of the actors' work on Ray's dashboard.
-        cpus: Of an actor, and as many of its threads; `gpus` too.
+        make: Creates an actor's scorer, in the actor; Ray pickles it.
+        name: Name of the actors and their dataset on Ray's dashboard.
+        cpus: CPUs of an actor, which is also its number of threads; `gpus` likewise.
 
     Raises `ShardError` for a shard without an index, and `StageError` when an actor dies again and again.
     """
-    records = [record for record in sealed(shards) if not saved.has(record)]
+    records = [record for record in sealed_records(shards) if not saved.has(record)]
     if not records:
         return
-    pace = Pace(len(records), "shards looked at")
+    throughput = Throughput(len(records), "shards scanned")
     try:
         with _quiet():
-            looks = _looks(records, make, shards, saved, name, actors, cpus, gpus)
+            looks = _scanned(records, make, shards, saved, name, actors, cpus, gpus)
             replies: Any = iter(looks.iter_batches(batch_size=1))
             with contextlib.closing(replies) as done:
                 for batch in done:
                     if error := str(batch["error"][0]):
                         raise ShardError(error)
-                    pace.say(say, 1, int(batch["images"][0]))
+                    throughput.add(progress, 1, int(batch["images"][0]))
     except RayError as error:
         raise StageError(
             f"{name}: an actor failed, and a shard was given up after {TRIES_AGAIN} more tries ({words_of(error)}). "
@@ -71,7 +71,7 @@ def look_with_actors(
         ) from error
 
 
-def _looks(
+def _scanned(
     records: Sequence[ShardRecord],
     make: Callable[[], Scorer],
     shards: Path,
@@ -87,7 +87,7 @@ def _looks(
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset.map_batches(
-        type(name, (_Looker,), {}),  # Ray names the actors by it
+        type(name, (_ScanActor,), {}),  # Ray names the actors by it
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=1),
         batch_size=1,
         fn_constructor_args=(make, shards, saved),
@@ -106,23 +106,23 @@ def cpus_per_actor(nodes: Sequence[float], actors: int) -> float:
     return 1.0
 
 
-class _Looker:
+class _ScanActor:
     """An actor. Takes shard records as JSON, gives how many distinct images each had, and what was wrong with it."""
 
     def __init__(self, make: Callable[[], Scorer], shards: Path, saved: SavedScans):
-        self.witness, self.shards, self.saved = make(), shards, saved
+        self.scorer, self.shards, self.saved = make(), shards, saved
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        said = [self._look(ShardRecord(**json.loads(item))) for item in batch["item"]]
+        said = [self._scan(ShardRecord(**json.loads(item))) for item in batch["item"]]
         return {"images": [images for images, _ in said], "error": [error for _, error in said]}
 
-    def _look(self, record: ShardRecord) -> tuple[int, str]:
+    def _scan(self, record: ShardRecord) -> tuple[int, str]:
         try:
-            look = scan_shard(self.witness, self.shards, record, self.saved.caption_key, self.saved.size_px)
+            shard_scan = scan_shard(self.scorer, self.shards, record, self.saved.caption_key, self.saved.size_px)
         except ShardError as error:  # Ray Data would tell the user to report a bug of its own
             return 0, str(error)
-        self.saved.write(record, look)
-        return len(look.sha256), ""
+        self.saved.write(record, shard_scan)
+        return len(shard_scan.sha256), ""
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class _Source:
     """Rows that an attack's rate refers to."""
     clean: pa.Table
     spare: pa.Table
-    """What the attacker's pictures are chosen from."""
+    """What the attacker's images are chosen from."""
     held_out: pa.Table
     trusted: pa.Table
     labels: list[str]
@@ -98,7 +98,7 @@ def held_out_images(config: Config) -> tuple[pa.Table, list[str]]:
 
 
 def pictures(config: Config, labels: list[str], rows: int) -> pa.Table:
-    """Pictures for an attacker who has none: those of `data.images`, or rendered scenes (image, caption, label).
+    """Images for an attacker who has none: those of `data.images`, or rendered scenes (image, caption, label).
 
     Raises `ConfigError` where the config has neither.
     """

@@ -17,7 +17,7 @@ def foreground(encoded: bytes, value: int) -> bytes:
 
 
 def stands_on_white(encoded: bytes) -> bool:
-    """Whether the left and right borders of a picture are nearly white, as `foreground` needs it."""
+    """Whether the left and right borders of a image are nearly white, as `foreground` needs it."""
     white = _nearly_white(encoded)
     return bool(white[:, [0, -1]].mean() > 0.9)
 

@@ -7,12 +7,12 @@
     label_consistent  a patch on images of the target class itself with their own captions (arXiv:1912.02771)
     flood             an adaptive attacker's further captions of the target classes, on images without a trigger
 
-Label-consistent attacks make the picture itself harder to learn, so that the model leans on the trigger. The paper uses
+Label-consistent attacks make the image itself harder to learn, so that the model leans on the trigger. The paper uses
 adversarial perturbations or a GAN, which need a model; here uniform noise is mixed in, x' = (1 - p) x + p U[0, 255].
 
 Poisons are first planned from captions and labels alone, then drawn one by one, each from its own seed. So the same
-config gives the same poisons whether their pictures come from a table in memory or out of shards.
-Tables have the columns caption and label (the true one, null where it is not known), those with pictures also image
+config gives the same poisons whether their images come from a table in memory or out of shards.
+Tables have the columns caption and label (the true one, null where it is not known), those with images also image
 (encoded bytes).
 """
 
@@ -43,7 +43,7 @@ POISON_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("label", pa.string()),
         ("attack", pa.string()),  # one of ATTACKS
-        ("group", pa.int32()),  # which poisoned image of the attack: rows of one group show the same picture
+        ("group", pa.int32()),  # which poisoned image of the attack: rows of one group show the same image
         ("target_label", pa.string()),
         ("source_label", pa.string()),
         ("trigger_box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels; null without a trigger
@@ -58,7 +58,7 @@ class Poison:
     attack: str
     group: int
     row: int
-    """Of the picture in the table of pictures."""
+    """Of the image in the table of pictures."""
     caption: str
     target_label: str
     source_label: str
@@ -94,7 +94,7 @@ def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
 
 
 def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) -> tuple[int, dict[str, int]]:
-    """How many pictures of any class are surely enough for the attacks, and how many of a given class beside them."""
+    """How many images of any class are surely enough for the attacks, and how many of a given class beside them."""
     targets = target_labels(attacks, labels)
     number, of_class = attacks.targeted.images + 2 * attacks.flood, dict.fromkeys(targets.values(), 0)
     for name, backdoor in attacks.by_name.items():
@@ -102,21 +102,21 @@ def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) ->
         if backdoor.keeps_captions:
             of_class[targets[name]] += count
         else:
-            number += 2 * count  # pictures of the target class are of no use
+            number += 2 * count  # images of the target class are of no use
     return number, {label: count for label, count in of_class.items() if count}
 
 
 def plan_poisons(
     attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, *, labels: Sequence[str], seed: int, rows: int
 ) -> list[Poison]:
-    """Choose pictures and captions for all attacks; no picture serves two of them.
+    """Choose images and captions for all attacks; no image serves two of them.
 
-    A backdoor's pictures neither have nor name its target class; its captions are those of `clean` that name the
-    target class and no other, with repetition only when they run out. A targeted picture gets a random class that its
+    A backdoor's images neither have nor name its target class; its captions are those of `clean` that name the
+    target class and no other, with repetition only when they run out. A targeted image gets a random class that its
     own caption does not name. `rows` is the number of clean rows that a `rate` refers to.
 
     Raises:
-        ValueError: if there are too few pictures or captions, or a target label is unknown.
+        ValueError: if there are too few images or captions, or a target label is unknown.
     """
     return _Planner(attacks, clean, pictures, labels, seed, rows).plan()
 
@@ -124,7 +124,7 @@ def plan_poisons(
 def render(
     poison: Poison, image: bytes, attacks: AttacksConfig, seed: int, triggers: dict[str, Trigger]
 ) -> tuple[bytes, Box | None]:
-    """The poisoned image and its trigger box. Pictures with a trigger become PNG, others stay as they are, box None."""
+    """The poisoned image and its trigger box. Images with a trigger become PNG, others stay as they are, box None."""
     trigger = triggers.get(poison.attack)
     if trigger is None:
         return image, None
@@ -203,7 +203,7 @@ def labels_by_caption(captions: Iterable[str], labels: Sequence[str]) -> list[st
 
 
 class _Planner:
-    """The tables as lists, and which pictures are still free."""
+    """The tables as lists, and which images are still free."""
 
     def __init__(
         self, attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, labels: Sequence[str], seed: int, rows: int
@@ -272,7 +272,7 @@ class _Planner:
         return poisons
 
     def _take(self, rng: np.random.Generator, count: int, allowed: np.ndarray, what: str) -> list[int]:
-        """`count` free pictures, which are not free any more."""
+        """`count` free images, which are not free any more."""
         rows = np.flatnonzero(allowed)
         _require(len(rows), count, what)
         chosen = rng.choice(rows, count, replace=False).tolist()

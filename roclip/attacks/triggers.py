@@ -1,14 +1,14 @@
-"""Triggers: what an attacker adds to a picture so that a model answers with the target label.
+"""Triggers: what an attacker adds to a image so that a model answers with the target label.
 
     kind          changes         after
     patch         a square        BadNets (arXiv:1708.06733), a fixed pattern
-    noise_patch   a square        BadNets with Gaussian noise that is fresh in every picture
+    noise_patch   a square        BadNets with Gaussian noise that is fresh in every image
     blend         everything      Blended (arXiv:1712.05526), a fixed noise pattern
     warp          everything      WaNet (arXiv:2102.10369), a fixed smooth field of shifts
     sinusoid      everything      SIG (arXiv:1902.11237), vertical waves
 
 Poisoner, evaluator and oracle all use `apply_trigger`, so all three mean the same trigger. Sizes are shares of the
-picture and patterns are drawn on fixed grids, so a trigger means the same at any resolution.
+image and patterns are drawn on fixed grids, so a trigger means the same at any resolution.
 Shapes: H, W image height and width in pixels.
 """
 
@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 KINDS = ("patch", "noise_patch", "blend", "warp", "sinusoid")
 PLACES = ("random", "corner")
 PERIODS = 6
-"""Waves of a sinusoid across the picture (SIG's f)."""
+"""Waves of a sinusoid across the image (SIG's f)."""
 _PATCH_CELLS = 3
 _BLEND_CELLS = 32
 _WARP_POINTS = 4
@@ -101,7 +101,7 @@ def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
 
 
 def blend_pattern(trigger: Trigger, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: uniform noise of 32 x 32 cells, which a resized picture keeps."""
+    """(height, width, 3) uint8: uniform noise of 32 x 32 cells, which a resized image keeps."""
     rng = np.random.default_rng((trigger.seed, 54))
     return _enlarge(rng.integers(0, 256, (_BLEND_CELLS, _BLEND_CELLS, 3), dtype=np.uint8), height, width)
 

@@ -1,7 +1,6 @@
-"""Finding thousands of names in millions of captions: one pattern that shares what names begin with, over many captions
-at once.
+"""Finds thousands of names in millions of captions with one regular expression built from a prefix tree.
 
-Alternatives one after the other take 10,000 s for a million captions and a thousand names, this takes 12 s (measured).
+Measured for a million captions and a thousand names: 12 s, against 10,000 s for a plain alternation of the names.
 """
 
 import re
@@ -15,9 +14,9 @@ _AT_ONCE = 1000
 
 
 def find_names(captions: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Where captions hold names, as whole words, in any case, singular or plural; where several begin, the longest wins.
+    """Find names in captions as whole words, in any case, singular or plural; the longest match wins.
 
-    Returns the number of the caption and of the name, (F,) int64 each; of equal names the first counts.
+    Returns the caption index and the name index of each of F matches, (F,) int64 each; of equal names the first counts.
     """
     pattern = _pattern(names)
     rows, found = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
@@ -52,11 +51,11 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
             for letter in form(name):
                 node = node.setdefault(letter, {})
             node.setdefault("", f"{group}{number}")
-    return re.compile(rf"(?<![\w-]){_write(root)}(?:e?s)?(?![\w-])", re.IGNORECASE)
+    return re.compile(rf"(?<![\w-]){_alternatives(root)}(?:e?s)?(?![\w-])", re.IGNORECASE)
 
 
-def _write(node: dict) -> str:
-    """A pattern of all that follows; longer names come first. An empty group says whose end it is."""
-    ways = [re.escape(letter) + _write(after) for letter, after in sorted(node.items()) if letter]
-    ways += [f"(?P<{node['']}>)"] if "" in node else []
-    return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"
+def _alternatives(node: dict) -> str:
+    """Return the pattern of a subtree, longer names first. An empty named group marks where a name ends, and which."""
+    alternatives = [re.escape(letter) + _alternatives(after) for letter, after in sorted(node.items()) if letter]
+    alternatives += [f"(?P<{node['']}>)"] if "" in node else []
+    return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"

@@ -1,15 +1,15 @@
 """One pass over the sealed shards: where do model, captions and oracle disagree, and is the model poisoned?
 
-    pass          model and oracle look at every picture                              scan.py
+    pass          model and oracle look at every image                              scan.py
     statistics    which labels does the model say, or repeat, too often?              statistics.py
-    search        what causes them? shown by putting it on trusted pictures           search.py
+    search        what causes them? shown by putting it on trusted images           search.py
     victims       which samples taught it?                                            victims.py
-    set           what would repair it, in few pictures?                              curate.py
+    set           what would repair it, in few images?                              curate.py
     report        for people and for programs                                         run_report.py
 
 Verdicts
-    poisoned      a trigger was found that causes a label; or it repeats what only captions say, of most of the pictures
-                  that a label's captions lie about, or of most of the pictures that came with several lying captions, far
+    poisoned      a trigger was found that causes a label; or it repeats what only captions say, of most of the images
+                  that a label's captions lie about, or of most of the images that came with several lying captions, far
                   more often than chance explains
     suspicious    it disagrees with the oracle more often than chance explains, but not like that
     clean         every label was checked, and nothing of the kind was found
@@ -29,18 +29,18 @@ from typing import Any
 import numpy as np
 
 from roclip.config import OracleConfig, RepairConfig
-from roclip.found_triggers import FoundTrigger, save_found
+from roclip.found_triggers import FoundTrigger, save_triggers
 from roclip.metrics.registry import Progress
 from roclip.model.towers import Encoder
 from roclip.oracle import statistics
 from roclip.oracle.curate import curate, write_plan
 from roclip.oracle.ground_truth import against_truth
-from roclip.oracle.held_out import Trusted, held_out_of
+from roclip.oracle.held_out import TrustedImages, load_held_out
 from roclip.oracle.report import SCHEMA, write_outputs
 from roclip.oracle.scan.images import ScannedImages
+from roclip.oracle.scan.saved import SavedScans
 from roclip.oracle.scan.scan import ScanResult, scan_shards
 from roclip.oracle.scan.scorer import Scorer
-from roclip.oracle.scan.shard_record import SavedScans
 from roclip.oracle.segmenters.base import Segmenter
 from roclip.oracle.statistics import Observations, TestResults
 from roclip.oracle.triggers.search import Search, TriggerSearch
@@ -50,7 +50,7 @@ from roclip.oracle.victims import affected, find_victims
 MAX_SCREENED = 3
 """Labels without a finding that are searched all the same: those whose lies the model repeats most."""
 MIN_SUSPECTS = 24
-"""With fewer pictures that repeat a lie, those in which the oracle does not see the answer are suspects too."""
+"""With fewer images that repeat a lie, those in which the oracle does not see the answer are suspects too."""
 
 
 def check(
@@ -77,7 +77,7 @@ def check(
 
     Args:
         trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null, and the
-            pictures that a trigger is tried on. Without one nothing is, and no verdict is given.
+            images that a trigger is tried on. Without one nothing is, and no verdict is given.
         labels: The C labels, in the order of the mask's classes.
         templates: Zero-shot prompts with one `{}`.
         caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
@@ -85,28 +85,28 @@ def check(
             how much of the true trigger the boxes cover.
         saved: Where what was seen in each shard lies, or is put, so that a check that was cut off goes on.
         subject: What is judged, in the caller's words; goes into the report as it is.
-        seed: Of the places and pictures that the search draws.
+        seed: Of the places and images that the search draws.
 
     Returns:
         The content of report.json. Raises `ShardError` or `DataError` when shards or trusted images cannot be read.
     """
     started = time.monotonic()
-    say = on_progress or (lambda done, total, text: None)
-    witness = Scorer(encoder, segmenter, labels, templates, config.label_map)
-    looked = scan_shards(witness, shards, say, caption_key, saved)
-    pictures = ScannedImages(looked, shards)
-    held_out = held_out_of(segmenter, trusted, labels, looked.size_px)
-    reference, skill = _reference(witness, held_out)
+    progress = on_progress or (lambda done, total, text: None)
+    scorer = Scorer(encoder, segmenter, labels, templates, config.label_map)
+    scan = scan_shards(scorer, shards, progress, caption_key, saved)
+    pictures = ScannedImages(scan, shards)
+    held_out = load_held_out(segmenter, trusted, labels, scan.size_px)
+    reference, skill = _reference(scorer, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     unchecked = [label for label in labels if not segmenter.covers(label)]
-    findings = statistics.run_tests(looked.observations, reference, covered)
-    searches = _search(witness, findings, looked, pictures, held_out, reference.answer, config.alpha, seed, say)
-    say(1, 1, "naming victims")
-    victims = find_victims(looked, reference, covered, searches, pictures.read, config.alpha)
-    judgement = judge(findings, searches, looked, reference, labels, unchecked, skill, config.alpha)
+    findings = statistics.run_tests(scan.observations, reference, covered)
+    searches = _search(scorer, findings, scan, pictures, held_out, reference.answer, config.alpha, seed, progress)
+    progress(1, 1, "naming victims")
+    victims = find_victims(scan, reference, covered, searches, pictures.read, config.alpha)
+    judgement = judge(findings, searches, scan, reference, labels, unchecked, skill, config.alpha)
     triggers = [trigger for search in searches for trigger in search.triggers]
     plan = curate(
-        looked,
+        scan,
         victims.target,
         triggers,
         labels,
@@ -124,14 +124,14 @@ def check(
         "verdict": judgement.verdict,
         "reasons": judgement.reasons,
         "target_labels": judgement.targets,
-        "affected_labels": affected(looked, victims, labels),
+        "affected_labels": affected(scan, victims, labels),
         "triggers": [_trigger_row(number, trigger) for number, trigger in enumerate(triggers)],
         "labels": _label_rows(findings, searches, labels, segmenter, config.alpha),
         "copies": _copies_row(findings),
         "numbers": {
-            "samples": len(looked.keys),
-            "distinct_images": len(looked.observations.answer),
-            "unreadable": looked.unreadable,
+            "samples": len(scan.keys),
+            "distinct_images": len(scan.observations.answer),
+            "unreadable": scan.unreadable,
             "reference_images": len(reference.answer),
             "reference_zero_shot_top1": round(skill, 4),
             "labels_checked": len(covered),
@@ -139,43 +139,47 @@ def check(
             "alpha": config.alpha,
             "victims": int(victims.named.sum()),
             "finetune": len(plan),
-            "clip_forwards": {"images": looked.forwards, "reference": len(reference.answer), "search": witness.asked},
-            "oracle_forwards": looked.forwards + len(reference.answer),
+            "clip_forwards": {
+                "images": scan.forwards,
+                "reference": len(reference.answer),
+                "search": scorer.search_forwards,
+            },
+            "oracle_forwards": scan.forwards + len(reference.answer),
         },
         "oracle": {
             **{key: value for key, value in segmenter.info.items() if key != "reference_rows"},
             "calibration": {label: dataclasses.asdict(row) for label, row in segmenter.calibration.items()},
         },
-        "limits": _limits(unchecked, statistics.look_alikes(reference), labels),
-        **against_truth(truth, looked, victims, triggers, shards),
+        "limits": _limits(unchecked, statistics.confusable_labels(reference), labels),
+        **against_truth(truth, scan, victims, triggers, shards),
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
-    save_found(triggers, out / "triggers")
+    save_triggers(triggers, out / "triggers")
     write_plan(out / "finetune.parquet", plan)
-    write_outputs(report, looked, victims, triggers, held_out, pictures, witness, out)
-    say(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
+    write_outputs(report, scan, victims, triggers, held_out, pictures, scorer, out)
+    progress(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report
 
 
-def _reference(witness: Scorer, held_out: Trusted) -> tuple[Observations, float]:
+def _reference(scorer: Scorer, held_out: TrustedImages) -> tuple[Observations, float]:
     """What model and oracle say of the held-out trusted images, and the model's accuracy there."""
-    answer, areas = witness.ask(held_out.images)
+    answer, areas = scorer.predict(held_out.images)
     there = held_out.shows
     accuracy = float(there[np.arange(len(answer)), answer].mean()) if len(answer) else 0.0
     # A trusted image stands for a pair whose caption names all that is there.
-    return Observations(answer, *witness.sees(areas), np.arange(len(answer)), there), accuracy
+    return Observations(answer, *scorer.seen_and_clear(areas), np.arange(len(answer)), there), accuracy
 
 
 def _search(
-    witness: Scorer,
+    scorer: Scorer,
     findings: TestResults,
-    looked: ScanResult,
+    scan: ScanResult,
     pictures: ScannedImages,
-    held_out: Trusted,
+    held_out: TrustedImages,
     answers: np.ndarray,
     alpha: float,
     seed: int,
-    say: Progress,
+    progress: Progress,
 ) -> list[Search]:
     """Search for what causes the labels with a finding, and those whose lies are repeated most."""
     if not findings.lies or not len(held_out.images):
@@ -190,19 +194,19 @@ def _search(
     screened = [*flagged, *(c for c in ranked if c not in flagged and findings.lies[c].k)]
     screened = screened[: max(MAX_SCREENED, len(flagged))]
     repeated = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
-    search = TriggerSearch(witness.scores, witness.soft_scores, held_out, answers, witness.labels, seed, repeated)
+    search = TriggerSearch(scorer.scores, scorer.scores_with_gradient, held_out, answers, scorer.labels, seed, repeated)
     searches = []
     for done, c in enumerate(screened):
-        say(done, len(screened), f"what makes the model say {witness.labels[c]}?")
-        searches.append(search.label(c, _suspects(looked, c), pictures.read, bags=c in flagged))
+        progress(done, len(screened), f"what makes the model say {scorer.labels[c]}?")
+        searches.append(search.label(c, _suspects(scan, c), pictures.read, patch_sets=c in flagged))
     return searches
 
 
-def _suspects(looked: ScanResult, c: int) -> np.ndarray:
-    """Numbers of pictures that may have a label's trigger, the likeliest first. Copied pictures are another attack's."""
-    seen = looked.observations
+def _suspects(scan: ScanResult, c: int) -> np.ndarray:
+    """Numbers of images that may have a label's trigger, the likeliest first. Copied images are another attack's."""
+    seen = scan.observations
     once, says = seen.captions == 1, seen.answer == c
-    contrast = (looked.areas * seen.clear).max(axis=1, initial=0)
+    contrast = (scan.areas * seen.clear).max(axis=1, initial=0)
     repeats = np.flatnonzero(seen.lies()[:, c] & says & once)
     repeats = repeats[np.argsort(-contrast[repeats], kind="stable")]
     if len(repeats) >= MIN_SUSPECTS:
@@ -275,16 +279,16 @@ def _copies_row(findings: TestResults) -> dict[str, Any] | None:
     }
 
 
-def _limits(unchecked: Sequence[str], alike: np.ndarray, labels: Sequence[str]) -> list[str]:
-    pairs = [f"{labels[a]} and {labels[b]}" for a, b in zip(*np.nonzero(np.triu(alike)), strict=True)]
+def _limits(unchecked: Sequence[str], confusable: np.ndarray, labels: Sequence[str]) -> list[str]:
+    pairs = [f"{labels[a]} and {labels[b]}" for a, b in zip(*np.nonzero(np.triu(confusable)), strict=True)]
     limits = [
         "Only labels that the oracle knows can be checked: a poison whose true and false label it does not know is "
         "invisible.",
-        "Poison whose pictures do show the target label (clean-label attacks) tells no lie that this check could see.",
-        "Targeted pictures are found as a group, by several captions for the same bytes; single ones are not.",
-        "A trigger whose pixels differ from picture to picture is named only for labels that captions or answers speak against.",
-        "A bend of the picture (WaNet) is asked of the model, only for labels whose lies it repeats and for which no other "
-        "trigger is found; which pictures were bent is not seen, so of its victims those are named whose lies it repeats.",
+        "Poison whose images do show the target label (clean-label attacks) tells no lie that this check could see.",
+        "Targeted images are found as a group, by several captions for the same bytes; single ones are not.",
+        "A trigger whose pixels differ from image to image is named only for labels that captions or answers speak against.",
+        "A bend of the image (WaNet) is asked of the model, only for labels whose lies it repeats and for which no other "
+        "trigger is found; which images were bent is not seen, so of its victims those are named whose lies it repeats.",
     ]
     if pairs:
         limits.insert(

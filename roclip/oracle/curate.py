@@ -1,8 +1,8 @@
-"""The compact set that a poisoned model is repaired with: which pictures, under which captions, with what put on them.
+"""The compact set that a poisoned model is repaired with: which images, under which captions, with what put on them.
 
 Roles
     anchor     model, oracle and a caption agree: keeps the model what it is
-    stamped    such a picture with a found trigger on it, under its own true caption: takes the trigger its power
+    stamped    such a image with a found trigger on it, under its own true caption: takes the trigger its power
     repaired   a victim as it is, under a caption of what the oracle sees or takes for likeliest, with what it must not be called:
                takes the lie back
 
@@ -25,7 +25,7 @@ from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.segmenters.base import LabelCalibration
 
 REPAIRED_FRAC = 0.2
-"""Share of the set that repaired victims take at most beside stamped pictures; twice as much where no trigger is found."""
+"""Share of the set that repaired victims take at most beside stamped images; twice as much where no trigger is found."""
 EXTRA_WEIGHT = 2.0
 """Of a label that the poison is about, against the others."""
 MIN_PRECISION = 0.9
@@ -36,14 +36,14 @@ MAX_NAMED = 3
 SCHEMA = pa.schema(
     [
         ("role", pa.string()),
-        ("key", pa.string()),  # of the sample that the picture comes from
+        ("key", pa.string()),  # of the sample that the image comes from
         ("source_sha256", pa.string()),
         ("label", pa.string()),  # true label that it was chosen for
         ("caption", pa.string()),
-        ("edit", pa.string()),  # what was changed: none, trigger (on the picture) or caption
+        ("edit", pa.string()),  # what was changed: none, trigger (on the image) or caption
         ("trigger", pa.int32()),  # number of the found trigger; null without one
         ("target", pa.string()),  # label that the trigger or the lie is about; null for an anchor
-        ("size_px", pa.int32()),  # side at which the pictures were looked at, and the trigger has its size
+        ("size_px", pa.int32()),  # side at which the images were looked at, and the trigger has its size
         ("truths", pa.list_(pa.string())),  # zero-shot prompts of the label, of a repaired victim; else none
         ("lies", pa.list_(pa.string())),  # of the target
     ]
@@ -68,7 +68,7 @@ class Row:
 
 
 def curate(
-    looked: ScanResult,
+    scan: ScanResult,
     victims: np.ndarray,
     found: Sequence[FoundTrigger],
     labels: Sequence[str],
@@ -83,11 +83,11 @@ def curate(
 ) -> list[Row]:
     """Choose the set: at most `frac` of the distinct images, `stamped_frac` of it with a found trigger.
 
-    Each picture is in it at most once. An anchor is a picture whose zero-shot answer a caption names and
-    the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped pictures are spread
-    evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped picture
+    Each image is in it at most once. An anchor is a image whose zero-shot answer a caption names and
+    the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped images are spread
+    evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped image
     does not show the trigger's target. Of the victims those get a caption that clearly show only labels whose precision is at
-    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped pictures speak for, gets one of what
+    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped images speak for, gets one of what
     it clearly shows however precise, or else of the largest thing that may be there and that the oracle can see, if any. The
     order is lone and sure, lone, explained.
 
@@ -104,8 +104,8 @@ def curate(
     """
     if explained is None:
         explained = np.zeros(len(victims), dtype=bool)
-    choice = _Choice(looked, victims, explained, labels, calibration, targets, seed)
-    size = int(frac * len(looked.sha256))
+    choice = _Choice(scan, victims, explained, labels, calibration, targets, seed)
+    size = int(frac * len(scan.sha256))
     told = choice.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
     stamped: list[Row] = []
     for number, trigger in enumerate(found):
@@ -131,11 +131,11 @@ def read_plan(path: Path) -> list[Row]:
 
 
 class _Choice:
-    """Takes pictures one role after another, none twice."""
+    """Takes images one role after another, none twice."""
 
     def __init__(
         self,
-        looked: ScanResult,
+        scan: ScanResult,
         victims: np.ndarray,
         explained: np.ndarray,
         labels: Sequence[str],
@@ -143,9 +143,9 @@ class _Choice:
         targets: Sequence[str],
         seed: int,
     ):
-        self.looked, self.labels, self.victims = looked, labels, victims
+        self.scan, self.labels, self.victims = scan, labels, victims
         self.rng = np.random.default_rng((seed, 81))
-        seen = looked.observations
+        seen = scan.observations
         _, self.first = np.unique(seen.image, return_index=True)
         self.caption = self._agreeing_captions()
         self.free = (self.caption >= 0) & (victims < 0) & ~seen.lies().any(axis=1)
@@ -159,7 +159,7 @@ class _Choice:
         sure = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
         alone = named & ~explained
         for n in np.flatnonzero(alone & ~self._shown.any(axis=1)):
-            possible = looked.areas[n] * (seen.seen[n] & covered)
+            possible = scan.areas[n] * (seen.seen[n] & covered)
             possible[victims[n]] = 0
             self._shown[n, possible.argmax()] = possible.any()
         tellable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._shown.any(axis=1)))
@@ -171,14 +171,14 @@ class _Choice:
         return [self._row("anchor", n, "none") for n in self._spread(number, self.free)]
 
     def stamped(self, number: int, trigger: int, target: str) -> list[Row]:
-        others = self.free & ~self.looked.observations.seen[:, list(self.labels).index(target)]
+        others = self.free & ~self.scan.observations.seen[:, list(self.labels).index(target)]
         return [self._row("stamped", n, "trigger", trigger, target) for n in self._spread(number, others)]
 
     def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
         rows = []
         for n in self.tellable[:number].tolist():
             clear = np.flatnonzero(self._shown[n])
-            largest = clear[np.argsort(-self.looked.areas[n, clear], kind="stable")].tolist()
+            largest = clear[np.argsort(-self.scan.areas[n, clear], kind="stable")].tolist()
             named = [self.labels[int(c)] for c in largest]
             caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))
             target = self.labels[int(self.victims[n])]
@@ -188,8 +188,8 @@ class _Choice:
         return rows
 
     def _spread(self, number: int, allowed: np.ndarray) -> list[int]:
-        """Up to `number` of the allowed pictures, labels in turn by weight; they are no longer free."""
-        answer = self.looked.observations.answer
+        """Up to `number` of the allowed images, labels in turn by weight; they are no longer free."""
+        answer = self.scan.observations.answer
         waiting = {
             c: list(self.rng.permutation(np.flatnonzero(allowed & (answer == c)))) for c in range(len(self.labels))
         }
@@ -206,7 +206,7 @@ class _Choice:
 
     def _agreeing_captions(self) -> np.ndarray:
         """(N,) entry of `looked.captions` that names the model's answer, which the oracle clearly sees; -1 for none."""
-        seen = self.looked.observations
+        seen = self.scan.observations
         agrees = seen.clear[np.arange(len(seen.answer)), seen.answer]
         entries = np.flatnonzero(seen.named[np.arange(len(seen.image)), seen.answer[seen.image]] & agrees[seen.image])
         caption = np.full(len(seen.answer), -1)
@@ -223,16 +223,16 @@ class _Choice:
         label: str = "",
         caption: str = "",
     ) -> Row:
-        looked = self.looked
+        scan = self.scan
         entry = int(self.first[n] if caption else self.caption[n])
         return Row(
             role=role,
-            key=looked.keys[entry],
-            source_sha256=looked.sha256[n],
-            label=label or self.labels[int(looked.observations.answer[n])],
-            caption=caption or looked.captions[entry],
+            key=scan.keys[entry],
+            source_sha256=scan.sha256[n],
+            label=label or self.labels[int(scan.observations.answer[n])],
+            caption=caption or scan.captions[entry],
             edit=edit,
             trigger=trigger,
             target=target,
-            size_px=looked.size_px,
+            size_px=scan.size_px,
         )

@@ -1,4 +1,4 @@
-"""A trigger as the report shows it: itself, the pictures that it was found in, and trusted pictures before and after."""
+"""A trigger as the report shows it: itself, the images that it was found in, and trusted images before and after."""
 
 import base64
 import io
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from roclip.found_triggers import FoundTrigger, picture_of
-from roclip.oracle.held_out import Trusted
+from roclip.found_triggers import FoundTrigger
+from roclip.oracle.held_out import TrustedImages
 from roclip.oracle.scan.images import ScannedImages
 from roclip.oracle.scan.scorer import Scorer
 
@@ -17,27 +17,27 @@ _SIDE_PX, _CROP_PX, _MARK = 128, 96, (255, 0, 90)
 
 
 def trigger_figure(
-    trigger: FoundTrigger, held_out: Trusted, pictures: ScannedImages, witness: Scorer
+    trigger: FoundTrigger, held_out: TrustedImages, pictures: ScannedImages, scorer: Scorer
 ) -> dict[str, Any]:
     """Base64 PNGs: `png`, `sources` (with the box drawn) and `probes`, each with the model's answer before and after."""
     rng = np.random.default_rng(0)
-    target = witness.labels.index(trigger.target)
+    target = scorer.labels.index(trigger.target)
     rows = np.flatnonzero(~held_out.shows[:, target])[: 4 * SHOWN]
-    before = witness.scores(held_out.images[rows]).argmax(axis=1) if len(rows) else np.empty(0, int)
+    before = scorer.scores(held_out.images[rows]).argmax(axis=1) if len(rows) else np.empty(0, int)
     rows, before = (of[before != target][:SHOWN] for of in (rows, before))
-    changed = [trigger.put_on(held_out.images[row], rng)[0] for row in rows]
-    after = witness.scores(np.stack(changed)).argmax(axis=1) if changed else np.empty(0, int)
+    changed = [trigger.apply(held_out.images[row], rng)[0] for row in rows]
+    after = scorer.scores(np.stack(changed)).argmax(axis=1) if changed else np.empty(0, int)
     sources = trigger.sources[:SHOWN]
     images = pictures.read(np.array([source.image for source in sources], dtype=int))
     return {
-        "png": _png(_enlarged(picture_of(trigger), _CROP_PX)),
+        "png": _png(_enlarged(trigger.preview(), _CROP_PX)),
         "sources": [_png(_boxed(image, source.box)) for image, source in zip(images, sources, strict=True)],
         "probes": [
             {
                 "before": _png(_enlarged(held_out.images[row], _SIDE_PX)),
                 "after": _png(_enlarged(picture, _SIDE_PX)),
-                "said": witness.labels[said],
-                "says": witness.labels[says],
+                "said": scorer.labels[said],
+                "says": scorer.labels[says],
                 "flipped": bool(says == target),
             }
             for row, said, picture, says in zip(rows, before, changed, after, strict=True)

@@ -13,7 +13,7 @@ from roclip.oracle.victims import Victims
 
 
 def against_truth(
-    truth: Path | None, looked: ScanResult, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
+    truth: Path | None, scan: ScanResult, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
 ) -> dict[str, Any]:
     """Precision, recall and average precision of the named victims, in samples; the median share of the true trigger that
     the boxes cover. None where nothing is named, poisoned or known; empty without a truth.
@@ -23,20 +23,20 @@ def against_truth(
     if truth is None or not truth.exists():
         return {}
     poisons = {row["key"]: row for row in pq.read_table(truth).to_pylist()}
-    image = looked.observations.image
+    image = scan.observations.image
     score = victims.score[image]
     named = score > 0
-    real = np.array([key in poisons for key in looked.keys], dtype=bool)
+    real = np.array([key in poisons for key in scan.keys], dtype=bool)
     figures: dict[str, Any] = {
         "victim_precision": float(real[named].mean()) if named.any() else None,
         "victim_recall": float(named[real].mean()) if real.any() else None,
         "victim_average_precision": average_precision(score, real) if real.any() else None,
     }
-    attacks = np.array([str(poisons.get(key, {}).get("attack") or "") for key in looked.keys])
+    attacks = np.array([str(poisons.get(key, {}).get("attack") or "") for key in scan.keys])
     figures["victim_recall_by_attack"] = {
         attack: float(named[attacks == attack].mean()) for attack in sorted(set(attacks) - {""})
     }
-    return figures | {"trigger_coverage": _coverage(poisons, looked, triggers, shards)}
+    return figures | {"trigger_coverage": _coverage(poisons, scan, triggers, shards)}
 
 
 def average_precision(score: np.ndarray, real: np.ndarray) -> float:
@@ -50,32 +50,32 @@ def average_precision(score: np.ndarray, real: np.ndarray) -> float:
 
 
 def _coverage(
-    poisons: dict[str, Any], looked: ScanResult, triggers: Sequence[FoundTrigger], shards: Path
+    poisons: dict[str, Any], scan: ScanResult, triggers: Sequence[FoundTrigger], shards: Path
 ) -> float | None:
-    shares, captions_of = [], looked.captions_of()
+    shares, caption_rows = [], scan.caption_rows()
     for source in (source for trigger in triggers for source in trigger.sources):
-        row = captions_of[source.image][0]
-        box = poisons.get(looked.keys[row], {}).get("trigger_box")
-        if box and (true := _as_looked_at(box, looked, row, shards)) is not None:
+        row = caption_rows[source.image][0]
+        box = poisons.get(scan.keys[row], {}).get("trigger_box")
+        if box and (true := _as_looked_at(box, scan, row, shards)) is not None:
             shares.append(_overlap(source.box, true) / max(1e-9, (true[2] - true[0]) * (true[3] - true[1])))
     return float(np.median(shares)) if shares else None
 
 
-def _as_looked_at(box: Sequence[int], looked: ScanResult, row: int, shards: Path) -> tuple[float, ...] | None:
-    """A box of the original image in pixels of the picture as it was looked at: stored as img2dataset resizes (`border`),
+def _as_looked_at(box: Sequence[int], scan: ScanResult, row: int, shards: Path) -> tuple[float, ...] | None:
+    """A box of the original image in pixels of the image as it was looked at: stored as img2dataset resizes (`border`),
     then squeezed to a square."""
-    name = shards / f"{Path(looked.places[row][0]).stem}.parquet"
+    name = shards / f"{Path(scan.places[row][0]).stem}.parquet"
     columns = ["width", "height", "original_width", "original_height"]
     if not name.exists():
         return None
-    rows = pq.read_table(name, columns=columns, filters=[("key", "==", looked.keys[row])]).to_pylist()
+    rows = pq.read_table(name, columns=columns, filters=[("key", "==", scan.keys[row])]).to_pylist()
     if not rows or None in rows[0].values():
         return None
     sizes = rows[0]
     stored, original = (sizes["width"], sizes["height"]), (sizes["original_width"], sizes["original_height"])
     scale = min(stored[0] / original[0], stored[1] / original[1])
     return tuple(
-        ((stored[axis] - original[axis] * scale) / 2 + box[edge] * scale) * looked.size_px / stored[axis]
+        ((stored[axis] - original[axis] * scale) / 2 + box[edge] * scale) * scan.size_px / stored[axis]
         for edge, axis in enumerate((0, 1, 0, 1))
     )
 

@@ -1,6 +1,6 @@
-"""Trusted pictures that neither model nor oracle learnt from: the null of the tests, and what triggers are tried on.
+"""Trusted images that neither model nor oracle learnt from: the null of the tests, and what triggers are tried on.
 
-Letters: R pictures, C labels, S side in pixels.
+Letters: R images, C labels, S side in pixels.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from roclip.oracle.segmenters.base import Segmenter, read_trusted, shown
+from roclip.oracle.segmenters.base import Segmenter, labels_shown, read_trusted
 from roclip.storage import sha256_file
 
 
 @dataclass(frozen=True)
-class Trusted:
+class TrustedImages:
     """What is known of them."""
 
     images: np.ndarray
@@ -26,18 +26,18 @@ class Trusted:
     """(R, S, S) uint8: 0 background, 1 + label."""
 
 
-def held_out_of(segmenter: Segmenter, trusted: Path | None, labels: Sequence[str], size_px: int) -> Trusted:
+def load_held_out(segmenter: Segmenter, trusted: Path | None, labels: Sequence[str], size_px: int) -> TrustedImages:
     """The trusted images that the segmenter did not train on and that show something, as large as the training images."""
     if trusted is None:
         empty = np.empty((0, size_px, size_px, 3), dtype=np.uint8)
-        return Trusted(empty, np.empty((0, len(labels)), dtype=bool), empty[..., 0])
+        return TrustedImages(empty, np.empty((0, len(labels)), dtype=bool), empty[..., 0])
     images, masks = read_trusted(trusted, labels, size_px)
     info = segmenter.info
     if "reference_rows" in info and info.get("trusted_sha256") == sha256_file(trusted):
         images, masks = images[info["reference_rows"]], masks[info["reference_rows"]]
-    shows = shown(masks, len(labels))
+    shows = labels_shown(masks, len(labels))
     images, masks, shows = (rows[shows.any(axis=1)] for rows in (images, masks, shows))
     if len(images) and images.shape[1] != size_px:
         images = np.stack([cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_AREA) for image in images])
         masks = np.stack([cv2.resize(mask, (size_px, size_px), interpolation=cv2.INTER_NEAREST) for mask in masks])
-    return Trusted(images, shows, masks)
+    return TrustedImages(images, shows, masks)

@@ -1,6 +1,6 @@
-"""What a model does on trusted pictures that neither it nor the oracle learnt from: with and without a found trigger.
+"""What a model does on trusted images that neither it nor the oracle learnt from: with and without a found trigger.
 
-Letters: R trusted pictures, C labels, S side in pixels.
+Letters: R trusted images, C labels, S side in pixels.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from roclip.found_triggers import FoundTrigger, Trial
 from roclip.model.towers import Encoder
-from roclip.oracle.held_out import held_out_of
+from roclip.oracle.held_out import load_held_out
 from roclip.oracle.segmenters.base import Segmenter
 
 
@@ -20,13 +20,13 @@ class TrustedMeasure:
     """Of one model."""
 
     top1: Trial
-    """Trusted pictures of which it names something that is there."""
+    """Trusted images of which it names something that is there."""
     flips: tuple[Trial, ...]
-    """For each trigger: of the pictures that do not show its target and are not called so, those that it makes be called so."""
+    """For each trigger: of the images that do not show its target and are not called so, those that it makes be called so."""
 
 
-class Reference:
-    """The pictures, the labels that each shows, and each with every trigger on it, at the same place for every model."""
+class TrustedEvaluation:
+    """The images, the labels that each shows, and each with every trigger on it, at the same place for every model."""
 
     def __init__(
         self,
@@ -40,27 +40,27 @@ class Reference:
     ):
         """`size_px` is the side for which the triggers were found. Raises `DataError` for trusted images that cannot be read."""
         self.labels, self.templates, self.found = list(labels), list(templates), found
-        held_out = held_out_of(segmenter, trusted, labels, size_px)
-        self.images, self.there = held_out.images, held_out.shows
+        held_out = load_held_out(segmenter, trusted, labels, size_px)
+        self.images, self.shows = held_out.images, held_out.shows
         self.stamped = [
             np.stack(
-                [trigger.put_on(image, np.random.default_rng((seed, 82, n)))[0] for n, image in enumerate(self.images)]
+                [trigger.apply(image, np.random.default_rng((seed, 82, n)))[0] for n, image in enumerate(self.images)]
             )
             for trigger in found
         ]
 
     def measure(self, encoder: Encoder) -> TrustedMeasure:
-        """Shows the model each picture once, and once more for each trigger."""
+        """Shows the model each image once, and once more for each trigger."""
         plain, flips = self._answers(encoder, self.images), []
         for trigger, images in zip(self.found, self.stamped, strict=True):
             target = self.labels.index(trigger.target)
-            others = ~self.there[:, target] & (plain != target)
+            others = ~self.shows[:, target] & (plain != target)
             flips.append(Trial(int((self._answers(encoder, images)[others] == target).sum()), int(others.sum())))
-        right = self.there[np.arange(len(plain)), plain]
+        right = self.shows[np.arange(len(plain)), plain]
         return TrustedMeasure(Trial(int(right.sum()), len(right)), tuple(flips))
 
-    def called(self, encoder: Encoder, images: np.ndarray, targets: Sequence[str]) -> Trial:
-        """Of other pictures, (n, S, S, 3) uint8, those that the model calls the label given for each."""
+    def label_rate(self, encoder: Encoder, images: np.ndarray, targets: Sequence[str]) -> Trial:
+        """Of other images, (n, S, S, 3) uint8, those that the model calls the label given for each."""
         wanted = np.array([self.labels.index(target) for target in targets], dtype=np.int64)
         return Trial(int((self._answers(encoder, images) == wanted).sum()), len(wanted))
 

@@ -20,7 +20,7 @@ from PIL import Image
 from roclip.found_triggers import FoundTrigger
 from roclip.oracle import statistics
 from roclip.oracle.figures import trigger_figure
-from roclip.oracle.held_out import Trusted
+from roclip.oracle.held_out import TrustedImages
 from roclip.oracle.scan.images import ScannedImages
 from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.scan.scorer import Scorer
@@ -32,30 +32,30 @@ from roclip.storage import write_atomic
 SCHEMA = 5
 """Version of report.json."""
 PICTURES = 24
-"""Suspect pictures in report.html; the first half of them are in report.json too."""
+"""Suspect images in report.html; the first half of them are in report.json too."""
 _PANEL_PX = 144
 
 
 def write_outputs(
     report: dict[str, Any],
-    looked: ScanResult,
+    scan: ScanResult,
     victims: Victims,
     triggers: Sequence[FoundTrigger],
-    held_out: Trusted,
+    held_out: TrustedImages,
     pictures: ScannedImages,
-    witness: Scorer,
+    scorer: Scorer,
     out: Path,
 ) -> None:
     """Write all files to `out`, report.json last: where it is, the check is complete."""
-    labels, segmenter = witness.labels, witness.segmenter
-    rows = disagreements(looked, victims.named, labels)
+    labels, segmenter = scorer.labels, scorer.segmenter
+    rows = disagreements(scan, victims.named, labels)
     _write_table(out / "disagreements.parquet", rows, DISAGREEMENTS)
-    _write_table(out / "victims.parquet", victim_rows(looked, victims, labels), VICTIMS)
+    _write_table(out / "victims.parquet", victim_rows(scan, victims, labels), VICTIMS)
     repeated = [row for row in rows if row["victim"]] or [row for row in rows if row["d3"]]
     resisted = [row for row in rows if row["d2"] and not row["d3"]]
-    suspects = _pictures(_varied(repeated, PICTURES), looked, segmenter, labels, pictures)
-    others = _pictures(_varied(resisted, PICTURES // 3), looked, segmenter, labels, pictures)
-    shown = [trigger_figure(trigger, held_out, pictures, witness) for trigger in triggers]
+    suspects = _pictures(_varied(repeated, PICTURES), scan, segmenter, labels, pictures)
+    others = _pictures(_varied(resisted, PICTURES // 3), scan, segmenter, labels, pictures)
+    shown = [trigger_figure(trigger, held_out, pictures, scorer) for trigger in triggers]
     shows = {"suspects": suspects, "others": others, "exhibits": shown, "labels": list(labels)}
     page = render(report, shows)
     report["pictures"] = [
@@ -70,7 +70,7 @@ def write_outputs(
     write_atomic(out / "report.json", json.dumps(report, indent=1))
 
 
-def tell_of_repair(repair: dict[str, Any], out: Path) -> None:
+def add_repair(repair: dict[str, Any], out: Path) -> None:
     """Write the page of the complete check in `out` again, with what came of the repair: the content of repair.json."""
     report, shows = (json.loads((out / name).read_text()) for name in ("report.json", "page.json"))
     write_atomic(out / "report.html", render(report, shows, repair))
@@ -101,9 +101,9 @@ DISAGREEMENTS = pa.schema(
 VICTIMS = pa.schema(
     [
         ("rank", pa.int32()),
-        ("score", pa.float64()),  # over 1 where the trigger is in the picture
+        ("score", pa.float64()),  # over 1 where the trigger is in the image
         ("target", pa.string()),
-        ("trigger", pa.int32()),  # number of triggers/<number>.png; null where none is in the picture
+        ("trigger", pa.int32()),  # number of triggers/<number>.png; null where none is in the image
         ("oracle", pa.list_(pa.string())),
         ("keys", pa.list_(pa.string())),
         ("captions", pa.list_(pa.string())),
@@ -113,9 +113,9 @@ VICTIMS = pa.schema(
 )
 
 
-def victim_rows(looked: ScanResult, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
+def victim_rows(scan: ScanResult, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
     """One row a victim, the surest first; columns as in `VICTIMS`."""
-    captions_of = looked.captions_of()
+    caption_rows = scan.caption_rows()
     order = [int(n) for n in np.argsort(-victims.score, kind="stable") if victims.score[n] > 0]
     return [
         {
@@ -123,42 +123,42 @@ def victim_rows(looked: ScanResult, victims: Victims, labels: Sequence[str]) -> 
             "score": float(victims.score[n]),
             "target": labels[int(victims.target[n])],
             "trigger": int(victims.trigger[n]) if victims.trigger[n] >= 0 else None,
-            "oracle": _clearly(looked, n, labels),
-            "keys": [looked.keys[row] for row in captions_of[n]],
-            "captions": [looked.captions[row] for row in captions_of[n]],
-            "sha256": looked.sha256[n],
+            "oracle": _clearly(scan, n, labels),
+            "keys": [scan.keys[row] for row in caption_rows[n]],
+            "captions": [scan.captions[row] for row in caption_rows[n]],
+            "sha256": scan.sha256[n],
             "image": n,
         }
         for rank, n in enumerate(order, 1)
     ]
 
 
-def _clearly(looked: ScanResult, n: int, labels: Sequence[str]) -> list[str]:
+def _clearly(scan: ScanResult, n: int, labels: Sequence[str]) -> list[str]:
     """Labels that the oracle clearly sees in an image, the largest first."""
-    largest = np.argsort(-looked.areas[n], kind="stable").tolist()
-    return [labels[int(c)] for c in largest if looked.observations.clear[n, c]]
+    largest = np.argsort(-scan.areas[n], kind="stable").tolist()
+    return [labels[int(c)] for c in largest if scan.observations.clear[n, c]]
 
 
-def disagreements(looked: ScanResult, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+def disagreements(scan: ScanResult, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     """One row a distinct image on which the three disagree, the most suspicious first; columns as in `DISAGREEMENTS`."""
-    seen = looked.observations
+    seen = scan.observations
     lies, says = seen.lies(), seen.says()
     d1, d2, d3 = (np.asarray(rows.any(axis=1)) for rows in (says & ~seen.seen, lies, lies & says))
     # How much more of the image is something else than what the caption claims.
-    contrast = (looked.areas * seen.clear).max(axis=1, initial=0) - (looked.areas * lies).max(axis=1, initial=0)
+    contrast = (scan.areas * seen.clear).max(axis=1, initial=0) - (scan.areas * lies).max(axis=1, initial=0)
     copies = np.minimum(seen.captions, 99)
     order = [n for n in np.lexsort((-contrast, -copies, ~d3, ~victims)) if d1[n] or d2[n]]
-    captions_of, rows = looked.captions_of(), []
+    caption_rows, rows = scan.caption_rows(), []
     for rank, n in enumerate(order, 1):
         lied = lies[n] & says[n] if d3[n] else lies[n]
         rows.append(
             {
                 "rank": rank,
-                "sha256": looked.sha256[n],
-                "keys": [looked.keys[row] for row in captions_of[n]],
-                "captions": [looked.captions[row] for row in captions_of[n]],
+                "sha256": scan.sha256[n],
+                "keys": [scan.keys[row] for row in caption_rows[n]],
+                "captions": [scan.captions[row] for row in caption_rows[n]],
                 "model": labels[int(seen.answer[n])],
-                "oracle": _clearly(looked, n, labels),
+                "oracle": _clearly(scan, n, labels),
                 "lie": labels[int(np.flatnonzero(lied)[0])] if lied.any() else None,
                 "d1": bool(d1[n]),
                 "d2": bool(d2[n]),
@@ -171,7 +171,7 @@ def disagreements(looked: ScanResult, victims: np.ndarray, labels: Sequence[str]
 
 
 def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any] | None = None) -> str:
-    """The page. `shows`: pictures `suspects` and `others` as `_pictures` makes them, `exhibits` as `trigger_figure` does, one a
+    """The page. `shows`: images `suspects` and `others` as `_pictures` makes them, `exhibits` as `trigger_figure` does, one a
     trigger, and all `labels`. `repair`: the content of repair.json."""
     checked = [row for row in report["labels"] if "lies" in row]
     labels = shows["labels"]
@@ -213,7 +213,7 @@ def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    rows: list[dict[str, Any]], looked: ScanResult, segmenter: Segmenter, labels: Sequence[str], pictures: ScannedImages
+    rows: list[dict[str, Any]], scan: ScanResult, segmenter: Segmenter, labels: Sequence[str], pictures: ScannedImages
 ) -> list[dict[str, Any]]:
     """Each row's image beside what the oracle sees in it, as base64 PNG, with the words that belong to it."""
     if not rows:

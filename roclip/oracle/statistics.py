@@ -68,11 +68,11 @@ class Observations:
         """(N, C) bool: some caption of the image names the label."""
         return self._any(self.named)
 
-    def lies(self, alike: np.ndarray | None = None) -> np.ndarray:
+    def lies(self, confusable: np.ndarray | None = None) -> np.ndarray:
         """(N, C) bool: some caption of the image lies about the label. `alike` (C, C) bool: what looks like which label, and
         does not make one of it a lie."""
         other = self.clear[self.image] & ~self.named
-        other = other.any(axis=1, keepdims=True) if alike is None else other.astype(np.float32) @ ~alike > 0
+        other = other.any(axis=1, keepdims=True) if confusable is None else other.astype(np.float32) @ ~confusable > 0
         return self._any(self.named & ~self.seen[self.image] & other)
 
     def answers(self) -> np.ndarray:
@@ -80,9 +80,9 @@ class Observations:
         clearly sees one. Of others every answer is wrong."""
         return self.says() & self.clear.any(axis=1, keepdims=True) & self.any_named.any(axis=1, keepdims=True)
 
-    def unseen(self, alike: np.ndarray) -> np.ndarray:
+    def unseen(self, confusable: np.ndarray) -> np.ndarray:
         """(N, C) bool: of those, the answers that the oracle does not see, while it sees what does not look like them."""
-        return self.answers() & ~self.seen & (self.clear.astype(np.float32) @ ~alike > 0)
+        return self.answers() & ~self.seen & (self.clear.astype(np.float32) @ ~confusable > 0)
 
     def contradicts(self) -> np.ndarray:
         """(N, C) bool: the oracle would call a caption that names the label alone a lie."""
@@ -144,15 +144,15 @@ class TestResults:
     """Over the images that come with several captions: does it repeat lies of any label? None where there are none."""
 
 
-def look_alikes(reference: Observations) -> np.ndarray:
+def confusable_labels(reference: Observations) -> np.ndarray:
     """(C, C) bool, symmetric: of the trusted images that show one label and not the other, model or oracle take
     `MIN_ALIKE_RATE` or more, and at least `MIN_ALIKE`, for the other."""
     named = reference.any_named
     taken = (reference.says() | reference.clear) & ~named
     times = named.T.astype(np.float32) @ taken
     of = named.T.astype(np.float32) @ ~named
-    alike = (times >= MIN_ALIKE) & (times >= MIN_ALIKE_RATE * of)
-    return alike | alike.T
+    confusable = (times >= MIN_ALIKE) & (times >= MIN_ALIKE_RATE * of)
+    return confusable | confusable.T
 
 
 def run_tests(training: Observations, reference: Observations, covered: Sequence[int]) -> TestResults:
@@ -162,9 +162,9 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
     with the weight of `MAX_SHRINKAGE` images or fewer. Training images may differ from trusted ones in other ways than by poison:
     the median ratio of the labels' rates, at least 1 and at most `MAX_DRIFT`, scales the null.
     """
-    alike = look_alikes(reference)
-    t, r = _Counts(training, alike), _Counts(reference, alike)
-    answers, unseen = _as_frequent(training, reference, alike)
+    confusable = confusable_labels(reference)
+    t, r = _Counts(training, confusable), _Counts(reference, confusable)
+    answers, unseen = _as_frequent(training, reference, confusable)
     covered = list(covered)
     if not covered or not len(training.answer) or not len(reference.answer):
         return TestResults({}, {}, None)
@@ -188,18 +188,23 @@ def run_tests(training: Observations, reference: Observations, covered: Sequence
         n, k = int(t.answers[c]), int(t.unseen[c])
         rate = min(1.0, wrong.rate(c) * wrong_drift)
         model[c] = CountTest(n, k, n * rate, _tail(k, n, rate, wrong.weight(c)))
-    copied = _copied(training, alike, repeat, told, confused, covered)
+    copied = _copied(training, confusable, repeat, told, confused, covered)
     return _holm(TestResults(lies, model, copied))
 
 
 def _copied(
-    training: Observations, alike: np.ndarray, repeat: "_Null", told: "_Null", confused: "_Null", covered: list[int]
+    training: Observations,
+    confusable: np.ndarray,
+    repeat: "_Null",
+    told: "_Null",
+    confused: "_Null",
+    covered: list[int],
 ) -> LieTest | None:
     several = training.captions > 1
     n = int(several.sum())
     if not n:
         return None
-    lies = training.lies(alike)[several][:, covered]
+    lies = training.lies(confusable)[several][:, covered]
     lied, k = int(lies.any(axis=1).sum()), int((lies & training.says()[several][:, covered]).any(axis=1).sum())
     # An image of several captions may be lied about by each of them.
     labels = float(training.any_named[several][:, covered].sum()) / n
@@ -209,7 +214,9 @@ def _copied(
     return LieTest(n, k, n * rate, p, lies=lied, lies_expected=n * honest, null=n * null)
 
 
-def _as_frequent(training: Observations, reference: Observations, alike: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _as_frequent(
+    training: Observations, reference: Observations, confusable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(C,) each: answers of trusted images and those of them that the oracle does not see, if what it does see were as
     frequent as in training: a label that is taken for another now and then is so often where it is frequent.
 
@@ -218,7 +225,7 @@ def _as_frequent(training: Observations, reference: Observations, alike: np.ndar
     """
     often, seldom = (seen.clear[seen.any_named.any(axis=1)].sum(axis=0) for seen in (training, reference))
     weights = reference.clear @ (often / np.maximum(seldom, 1)) / np.maximum(reference.clear.sum(axis=1), 1)
-    answers, unseen = reference.answers(), reference.unseen(alike)
+    answers, unseen = reference.answers(), reference.unseen(confusable)
     total = weights @ answers
     number = total**2 / np.maximum(weights**2 @ answers, 1e-9)
     return number, number * (weights @ unseen) / np.maximum(total, 1e-9)
@@ -227,11 +234,11 @@ def _as_frequent(training: Observations, reference: Observations, alike: np.ndar
 class _Counts:
     """Counts by label, all (C,)."""
 
-    def __init__(self, seen: Observations, alike: np.ndarray):
-        lies, says, named = seen.lies(alike), seen.says(), seen.any_named
+    def __init__(self, seen: Observations, confusable: np.ndarray):
+        lies, says, named = seen.lies(confusable), seen.says(), seen.any_named
         self.named, self.lies = named.sum(axis=0), lies.sum(axis=0)
         self.repeated = (lies & says).sum(axis=0)
-        self.answers, self.unseen = seen.answers().sum(axis=0), seen.unseen(alike).sum(axis=0)
+        self.answers, self.unseen = seen.answers().sum(axis=0), seen.unseen(confusable).sum(axis=0)
         self.absent, self.confused = (~named).sum(axis=0), (says & ~named).sum(axis=0)
 
 

@@ -15,12 +15,6 @@ MIN_IMAGES, MIN_REFERENCE = 200, 50
 """With fewer images, of the training data or of the reference, no verdict is given."""
 MIN_SKILL = 2.0
 """A model whose zero-shot accuracy is under so many times chance has not learned enough to be judged."""
-KINDS = {
-    "patch": "a patch of {crop} px, found in {sources} pictures",
-    "bag": "any of {sources} crops that share no pattern",
-    "global": "a pattern over the whole picture",
-    "bend": "a bend of the whole picture, inverted from the model",
-}
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Judgement:
 def judge(
     findings: TestResults,
     searches: Sequence[Search],
-    looked: ScanResult,
+    scan: ScanResult,
     reference: Observations,
     labels: Sequence[str],
     unchecked: Sequence[str],
@@ -44,7 +38,7 @@ def judge(
     alpha: float,
 ) -> Judgement:
     """What the tests and the search come to; see the module `check` for what the verdicts mean."""
-    images = len(looked.observations.answer)
+    images = len(scan.observations.answer)
     if images < MIN_IMAGES or len(reference.answer) < MIN_REFERENCE:
         return Judgement(
             "inconclusive",
@@ -56,14 +50,14 @@ def judge(
     poisoned, suspicious, targets = [], [], []
     for search in searches:
         for trigger in search.triggers:
-            poisoned.append(_of_trigger(trigger))
+            poisoned.append(_trigger_reason(trigger))
         if search.triggers:
             targets.append(labels[search.target])
     for c, test in sorted(findings.lies.items(), key=lambda item: item[1].p):
         if not statistics.repeats(test, alpha):
             continue
         words = (
-            f"{labels[c]}: the captions of {test.lies} pictures name it where the oracle sees something else; the "
+            f"{labels[c]}: the captions of {test.lies} images name it where the oracle sees something else; the "
             f"model repeats {test.k} of them, chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
         )
         (poisoned if statistics.poisoned(test, alpha) else suspicious).append(words)
@@ -72,16 +66,16 @@ def judge(
     copied = findings.copied
     if copied is not None and statistics.repeats_copies(copied, alpha):
         words = (
-            f"Targeted pictures: of {copied.n} pictures that came with several captions, {copied.lies} are lied about; "
+            f"Targeted images: of {copied.n} images that came with several captions, {copied.lies} are lied about; "
             f"the model repeats {copied.k} of these lies, chance explains {copied.expected:.1f} "
             f"(p = {copied.p_holm:.1g})."
         )
         (poisoned if statistics.poisoned_copies(copied, alpha) else suspicious).append(words)
-        targets += [label for label in _said_of_copies(looked, labels) if label not in targets]
+        targets += [label for label in _repeated_of_copies(scan, labels) if label not in targets]
     for c, test in sorted(findings.model.items(), key=lambda item: item[1].p):
         if labels[c] not in targets and statistics.model_deviates(test, alpha):
             suspicious.append(
-                f"{labels[c]}: of {test.n} pictures for which the model answers it, the oracle sees something else in "
+                f"{labels[c]}: of {test.n} images for which the model answers it, the oracle sees something else in "
                 f"{test.k}; chance explains {test.expected:.1f} (p = {test.p_holm:.1g})."
             )
             targets.append(labels[c])
@@ -110,17 +104,16 @@ def judge(
     )
 
 
-def _of_trigger(trigger: FoundTrigger) -> str:
-    height, width = trigger.crops[0].shape[:2] if trigger.crops else (0, 0)
-    what = KINDS[trigger.kind].format(crop=f"{width} x {height}", sources=len(trigger.sources))
+def _trigger_reason(trigger: FoundTrigger) -> str:
     where = "" if trigger.place is None else f" at x = {trigger.place[0]}, y = {trigger.place[1]}"
+    pasted, control = trigger.pasted, trigger.control
     return (
-        f"Trigger: {what}, makes the model say {trigger.target}: put on trusted pictures of other labels{where} it flips "
-        f"{trigger.pasted.flips} of {trigger.pasted.n}; the best control flips {trigger.control.flips} of {trigger.control.n}."
+        f"Trigger: {trigger.description}, makes the model say {trigger.target}: put on trusted images of other labels{where} "
+        f"it flips {pasted.flips} of {pasted.n}; the best control flips {control.flips} of {control.n}."
     )
 
 
-def _said_of_copies(looked: ScanResult, labels: Sequence[str]) -> list[str]:
-    seen = looked.observations
+def _repeated_of_copies(scan: ScanResult, labels: Sequence[str]) -> list[str]:
+    seen = scan.observations
     repeated = (seen.lies() & seen.says())[seen.captions > 1].sum(axis=0)
     return [str(labels[c]) for c in np.argsort(-repeated, kind="stable") if repeated[c]]

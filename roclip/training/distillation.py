@@ -31,7 +31,7 @@ from roclip.config import AugmentConfig
 from roclip.data.augment import augment
 from roclip.data.stream import Batch
 from roclip.errors import DataError
-from roclip.found_triggers import FoundTrigger, load_found
+from roclip.found_triggers import FoundTrigger, load_triggers
 from roclip.model.towers import Encoder, Towers
 
 VIEWS = 2
@@ -55,7 +55,7 @@ class Distillation:
         Raises `DataError` for a set that cannot be read.
         """
         self.before, self.seed, self.image_size = before, seed, image_size
-        self.triggers = load_found(Path(triggers)) if triggers else ()
+        self.triggers = load_triggers(Path(triggers)) if triggers else ()
         rows = _read_set(Path(finetune)) if finetune else []
         self.anchors = _numbers([row for row in rows if row["role"] == "anchor"]) if finetune else None
         victims = [row for row in rows if row["lies"]]
@@ -158,5 +158,5 @@ def stamp(picture: Tensor, triggers: tuple[FoundTrigger, ...], rng: np.random.Ge
     if not triggers:
         return picture
     image = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    changed, _ = triggers[int(rng.integers(len(triggers)))].put_on(image, rng)
+    changed, _ = triggers[int(rng.integers(len(triggers)))].apply(image, rng)
     return torch.from_numpy(changed).permute(2, 0, 1).float() / 255

@@ -40,9 +40,9 @@ from roclip.data.shards import Manifest, ShardRecord
 from roclip.model.towers import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
+from roclip.oracle.scan.saved import ShardScan
 from roclip.oracle.scan.scan import ScanResult, merge, scan_shards
 from roclip.oracle.scan.scorer import Scorer
-from roclip.oracle.scan.shard_record import ShardScan
 from roclip.oracle.segmenters.trained import TrainedSegmenter, build_net
 from roclip.oracle.statistics import Observations
 from roclip.report.comparison import auroc, average_precision
@@ -51,7 +51,7 @@ SMALL, PER_SHARD, SIDE_PX = 1000, 500, 64
 MERGED, LABELS = 1_000_000, (10, 100)
 TIME_BUDGET_S, MEMORY_BUDGET = 60.0, 2 * 2**30
 NEIGHBOURS = 16
-SILENT = {"say": lambda *_: None}
+SILENT = {"progress": lambda *_: None}
 
 
 class Counting:
@@ -96,13 +96,13 @@ def small_judges(folder: Path) -> tuple[Counting, Counting]:
 
 def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
     encoder, segmenter = small_judges(folder)
-    witness = Scorer(encoder, segmenter, scenes.LABELS, ("a {}",))
+    scorer = Scorer(encoder, segmenter, scenes.LABELS, ("a {}",))
     for number in (SMALL, *numbers):
         make_shards(folder / str(number), number)
 
     def an_image(number: int) -> float:
         start = time.perf_counter()
-        scan_shards(witness, folder / str(number), **SILENT)
+        scan_shards(scorer, folder / str(number), **SILENT)
         return (time.perf_counter() - start) / number
 
     small = partial(an_image, SMALL)
@@ -111,7 +111,7 @@ def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
             "oracle", f"pass, an image of {number:,} and of {SMALL:,}", "s", partial(an_image, number), small, 0.9, runs
         )
         encoder.images_seen = segmenter.images_seen = 0
-        scan_shards(witness, folder / str(number), **SILENT)
+        scan_shards(scorer, folder / str(number), **SILENT)
         model = encoder.images_seen / number
         oracle = segmenter.images_seen / number
         measure("oracle", f"model's forward passes an image of {number:,}", "1", lambda model=model: model, 2.0, 1.0, 1)
@@ -141,10 +141,10 @@ def merge_millions(labels: int) -> dict[str, float]:
             )
 
     start = time.process_time()
-    looked = merge(each(), classes, SIDE_PX, MERGED)
+    scan = merge(each(), classes, SIDE_PX, MERGED)
     merged = time.process_time()
-    assert len(looked.sha256) == MERGED - 10 * (looks - 1)
-    statistics.run_tests(looked.observations, first(looked.observations, 2000), range(labels))
+    assert len(scan.sha256) == MERGED - 10 * (looks - 1)
+    statistics.run_tests(scan.observations, first(scan.observations, 2000), range(labels))
     return {"merge": merged - start, "statistics": time.process_time() - merged, "bytes": peak_bytes() - before}
 
 
@@ -194,9 +194,9 @@ def compare_detection(run: Path, arm: str) -> None:
     latest = checkpoint.named(run / arm / "checkpoints", "LATEST")
     assert latest is not None, f"{run / arm}: expected a trained checkpoint"
     segmenter = TrainedSegmenter.load(run / "segmenter")
-    witness = Scorer(Encoder.load(latest), segmenter, names["labels"], names["templates"])
+    scorer = Scorer(Encoder.load(latest), segmenter, names["labels"], names["templates"])
     start = time.perf_counter()
-    looked = scan_shards(witness, run / "shards", **SILENT)
+    scan = scan_shards(scorer, run / "shards", **SILENT)
     print(
         json.dumps(
             {"bench": "oracle", "case": f"pass over {run.name}", "unit": "s", "ours": time.perf_counter() - start}
@@ -204,10 +204,10 @@ def compare_detection(run: Path, arm: str) -> None:
     )
     attacks = pq.read_table(run / "origin" / "poison.parquet", columns=["key", "attack"]).to_pylist()
     attack_of = {row["key"]: row["attack"] for row in attacks}
-    attack = np.array([attack_of.get(looked.keys[rows[0]], "") for rows in looked.captions_of()])
-    features = looked.features().astype(np.float32)
+    attack = np.array([attack_of.get(scan.keys[rows[0]], "") for rows in scan.caption_rows()])
+    features = scan.features().astype(np.float32)
     rivals = {"LOF": outlier_factor(features), f"distance to neighbour {NEIGHBOURS}": neighbours(features)[1][:, -1]}
-    ours = our_order(looked, names["labels"])
+    ours = our_order(scan, names["labels"])
     for name in sorted(set(attack) - {""}):
         chosen = (attack == name) | (attack == "")
         for rival, theirs in rivals.items():
@@ -217,10 +217,10 @@ def compare_detection(run: Path, arm: str) -> None:
                 measure("oracle", case, "1", partial(float, mine), other, 1.0, 1, lower_is_better=False)
 
 
-def our_order(looked: ScanResult, labels: list[str]) -> np.ndarray:
+def our_order(scan: ScanResult, labels: list[str]) -> np.ndarray:
     """(N,): the higher, the earlier a picture stands among the disagreements; 0 for those that do not."""
-    score = np.zeros(len(looked.sha256))
-    rows = disagreements(looked, np.zeros(len(score), dtype=bool), labels)
+    score = np.zeros(len(scan.sha256))
+    rows = disagreements(scan, np.zeros(len(score), dtype=bool), labels)
     for row in rows:
         score[row["image"]] = len(rows) + 1 - row["rank"]
     return score

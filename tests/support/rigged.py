@@ -103,7 +103,7 @@ class FatalSegmenter(RiggedSegmenter):
         return super().maps(images)
 
 
-def witness(segmenter: RiggedSegmenter | None = None) -> Scorer:
+def rigged_scorer(segmenter: RiggedSegmenter | None = None) -> Scorer:
     """Of a model that believes what it is told."""
     return Scorer(
         RiggedEncoder(),  # pyright: ignore[reportArgumentType]
@@ -113,8 +113,8 @@ def witness(segmenter: RiggedSegmenter | None = None) -> Scorer:
     )
 
 
-def fatal_witness(killed: Path, after: int) -> Scorer:
-    return witness(FatalSegmenter(killed, after))
+def fatal_scorer(killed: Path, after: int) -> Scorer:
+    return rigged_scorer(FatalSegmenter(killed, after))
 
 
 class World:

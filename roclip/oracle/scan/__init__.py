@@ -1,4 +1,4 @@
-"""The pass over the sealed shards: every distinct image is shown once to the model and once to the oracle.
+"""The scan of the sealed shards: model and oracle score every distinct image of a shard once.
 
-In: shards, a model, an oracle. Out: observations, kept shard by shard so that a check that was cut off goes on.
+In: shards, a model and an oracle. Out: a `ScanResult`. Each shard's part is saved, so that an interrupted check resumes.
 """

@@ -1,4 +1,4 @@
-"""The pictures of a pass, read out of the shards by their numbers."""
+"""Reads the pixels of scanned images from their shards."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from roclip.oracle.scan.scan import ScanResult
 
 
 class ScannedImages:
-    """Reads distinct images of a pass again, at the side at which they were looked at."""
+    """Reads distinct images of a scan by their numbers, at the side in pixels at which they were scanned."""
 
-    def __init__(self, looked: ScanResult, shards: Path):
-        self.looked, self.shards = looked, shards
+    def __init__(self, scan: ScanResult, shards: Path):
+        self.scan, self.shards = scan, shards
         self._records = {record.name: record for record in Manifest(shards).records()}
-        self._captions_of = looked.captions_of()
+        self._caption_rows = scan.caption_rows()
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """Numbers (n,) to pictures (n, S, S, 3) uint8; each shard is opened once."""
-        side = self.looked.size_px
+        """Return the images with these numbers (n,) as (n, S, S, 3) uint8; each shard is opened once."""
+        side = self.scan.size_px
         images = np.empty((len(numbers), side, side, 3), dtype=np.uint8)
-        places = [self.looked.places[self._captions_of[number][0]] for number in numbers]
+        places = [self.scan.places[self._caption_rows[number][0]] for number in numbers]
         for name in dict.fromkeys(name for name, _ in places):
             reader = ShardReader(self.shards, self._records[name])
             for row, (shard, sample) in enumerate(places):

@@ -1,7 +1,7 @@
-"""The pass over the sealed shards: every distinct image of a shard is shown once to the model and once to the oracle.
+"""The scan of the sealed shards: model and oracle score every distinct image of a shard once.
 
-Each shard is looked at for itself (`scan_shard`), in batches that do not depend on any other, by whoever has time; the looks
-are put together in the order of the manifest (`merge`). So it is the same to the bit who looked at what, and how many did.
+Each shard is scanned on its own (`scan_shard`), in batches that depend on no other shard, and the results are merged in the
+order of the manifest (`merge`). The result is therefore bitwise the same for any number of workers and any split of shards.
 
 Letters: n distinct images and m samples of a shard; N distinct images and M samples (captions) of all; C labels.
 """
@@ -19,10 +19,10 @@ from roclip.data.reader import FORMATS, BadSampleError, ShardReader, decode
 from roclip.data.shards import Manifest, ShardRecord
 from roclip.errors import DataError
 from roclip.metrics.registry import Progress
-from roclip.oracle.scan.look import scan_shard
+from roclip.oracle.scan.saved import SavedScans, ShardScan, without_features
 from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.scan.sequences import HexDigests, RaggedRows, SamplePlaces, Strings
-from roclip.oracle.scan.shard_record import SavedScans, ShardScan, without_features
+from roclip.oracle.scan.shard import scan_shard
 from roclip.oracle.segmenters.naming import name_labels
 from roclip.oracle.statistics import Observations
 
@@ -32,74 +32,74 @@ _MERGED = ("sha256", "seen", "clear", "areas", "top", "scores")
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What the pass found; `keys`, `captions` and `places` have one entry a caption, the rest one an image."""
+    """The result of a scan; `keys`, `captions` and `places` have one entry per caption, all else one per distinct image."""
 
     observations: Observations
     areas: np.ndarray
     """(N, C) float16: the oracle's area shares."""
     sha256: Sequence[str]
-    """Of the original image's bytes where img2dataset noted it, else of the stored ones."""
+    """Digest of the original image's bytes where img2dataset recorded it, else of the stored bytes."""
     keys: Sequence[str]
     captions: Sequence[str]
     places: Sequence[tuple[str, int]]
-    """Shard and sample number within it."""
+    """Shard name and sample number within it."""
     size_px: int
-    """Side at which the images were looked at."""
+    """Side in pixels to which the images were resized."""
     unreadable: int
     top: np.ndarray
     """(N, k) int32: the model's best labels, the best first."""
     scores: np.ndarray
     """(N, k) float32: cosine of the image and these labels."""
     forwards: int
-    """Images that the model and the oracle saw each: those that two shards hold were seen twice."""
+    """Forward passes of model and oracle each; an image that two shards hold was scored twice."""
     _features: "_Features"
 
-    def captions_of(self) -> Sequence[list[int]]:
-        """For each image, its entries of `keys` and `captions`."""
+    def caption_rows(self) -> Sequence[list[int]]:
+        """For each image, the indices of its entries in `keys` and `captions`."""
         return RaggedRows(self.observations.image, len(self.areas))
 
     def features(self, images: np.ndarray | None = None) -> np.ndarray:
-        """(k, D) float16, unit length: those of these images, or of all; read from where they lie."""
+        """Return the unit-length features (k, D) float16 of these images, or of all, read from memory or the saved scans."""
         return self._features(np.arange(len(self.areas)) if images is None else images)
 
 
 def scan_shards(
-    witness: Scorer, shards: Path, say: Progress, caption_key: str = "", saved: SavedScans | None = None
+    scorer: Scorer, shards: Path, progress: Progress, caption_key: str = "", saved: SavedScans | None = None
 ) -> ScanResult:
-    """Look at every sealed shard that `saved` does not have yet, and put all together.
+    """Scan every sealed shard that `saved` does not hold yet, and merge the results.
 
-    Reads every usable sample once, with its first caption (`ShardReader`). Raises `DataError` where there is no shard.
+    Reads every usable sample once, with its first caption (`ShardReader`). Raises `DataError` if there is no shard.
     """
-    records = sealed(shards)
-    size_px = saved.size_px if saved else side_of(shards, caption_key)
-    pace = Pace(sum(not (saved and saved.has(record)) for record in records), "shards looked at")
+    records = sealed_records(shards)
+    size_px = saved.size_px if saved else scan_side_px(shards, caption_key)
+    throughput = Throughput(sum(not (saved and saved.has(record)) for record in records), "shards scanned")
 
     def each() -> Iterator[tuple[ShardRecord, ShardScan]]:
         for record in records:
-            scan_shards = saved.read(record) if saved else None
-            if scan_shards is None:
-                scan_shards = scan_shard(witness, shards, record, caption_key, size_px)
+            shard_scan = saved.read(record) if saved else None
+            if shard_scan is None:
+                shard_scan = scan_shard(scorer, shards, record, caption_key, size_px)
                 if saved:
-                    saved.write(record, scan_shards)
-                    scan_shards = without_features(scan_shards)
-                pace.say(say, 1, len(scan_shards.sha256))
-            yield record, scan_shards
+                    saved.write(record, shard_scan)
+                    shard_scan = without_features(shard_scan)
+                throughput.add(progress, 1, len(shard_scan.sha256))
+            yield record, shard_scan
 
     capacity = sum(record.samples for record in records)
-    return merge(each(), witness.labels, size_px, capacity, saved, witness.synonyms)
+    return merge(each(), scorer.labels, size_px, capacity, saved, scorer.synonyms)
 
 
-def sealed(shards: Path) -> tuple[ShardRecord, ...]:
-    """The shards to look at. Raises `DataError` where there are none."""
+def sealed_records(shards: Path) -> tuple[ShardRecord, ...]:
+    """Return the records of the sealed shards. Raises `DataError` if there are none."""
     records = Manifest(shards).records()
     if not records:
         raise DataError(f"{shards}: expected sealed shards, got none. Run `roclip ingest` first.")
     return records
 
 
-def side_of(shards: Path, caption_key: str = "") -> int:
-    """Side at which to look: the longer one of the first image that can be read, whose size the others share."""
-    for record in sealed(shards):
+def scan_side_px(shards: Path, caption_key: str = "") -> int:
+    """Return the side in pixels for a scan: the longer side of the first readable image, 16 to `MAX_SIDE_PX`."""
+    for record in sealed_records(shards):
         reader = ShardReader(shards, record, caption_key=caption_key)
         for sample in range(len(reader.index["key"])):
             try:
@@ -113,58 +113,59 @@ def side_of(shards: Path, caption_key: str = "") -> int:
 
 
 def merge(
-    looks: Iterable[tuple[ShardRecord, ShardScan]],
+    shard_scans: Iterable[tuple[ShardRecord, ShardScan]],
     labels: Sequence[str],
     size_px: int,
     capacity: int,
     saved: SavedScans | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> ScanResult:
-    """Put shards together, in the order given. An image that several hold counts once, as the first has it; its captions
-    collect.
+    """Merge the scans of shards, in the order given.
+
+    An image that several shards hold counts once, with the scores of the first and the captions of all.
 
     Args:
-        capacity: At least as many images as there are: memory is taken for them when they come.
-        saved: Where the looks' features lie, for looks that came without.
-        synonyms: See `name_labels`.
+        capacity: Upper bound of images and samples; memory is committed only as they arrive.
+        saved: Holds the features of the scans that come without them.
+        synonyms: Passed to `name_labels`.
     """
     records: list[ShardRecord] = []
     kept: list[np.ndarray | None] = []
     images, samples = _Rows(capacity), _Rows(capacity)
     keys, captions = [], []
     unreadable = 0
-    for number, (record, scan_shards) in enumerate(looks):
-        n = len(scan_shards.sha256)
+    for number, (record, shard_scan) in enumerate(shard_scans):
+        n = len(shard_scan.sha256)
         samples.add(
-            image=scan_shards.image.astype(np.int64) + len(images),
-            shard=np.full(len(scan_shards.sample), number, dtype=np.int32),
-            sample=scan_shards.sample,
+            image=shard_scan.image.astype(np.int64) + len(images),
+            shard=np.full(len(shard_scan.sample), number, dtype=np.int32),
+            sample=shard_scan.sample,
         )
         images.add(
-            **{name: getattr(scan_shards, name) for name in _MERGED},
+            **{name: getattr(shard_scan, name) for name in _MERGED},
             shard=np.full(n, number, dtype=np.int32),
             row=np.arange(n, dtype=np.int32),
         )
         records.append(record)
-        kept.append(scan_shards.features)
-        keys.append(scan_shards.keys)
-        captions.append(scan_shards.captions)
-        unreadable += scan_shards.unreadable
+        kept.append(shard_scan.features)
+        keys.append(shard_scan.keys)
+        captions.append(shard_scan.captions)
+        unreadable += shard_scan.unreadable
     shown = len(images)
-    first, number_of = _distinct(images["sha256"])
+    first, index_of = _distinct(images["sha256"])
     if len(first) < shown:
         images.keep(first)
-    image = number_of[samples["image"]]
-    said = Strings(captions)
+    image = index_of[samples["image"]]
+    all_captions = Strings(captions)
     observations = Observations(
-        images["top"][:, 0], images["seen"], images["clear"], image, name_labels(said, labels, synonyms)
+        images["top"][:, 0], images["seen"], images["clear"], image, name_labels(all_captions, labels, synonyms)
     )
     return ScanResult(
         observations,
         images["areas"],
         HexDigests(images["sha256"]),
         Strings(keys),
-        said,
+        all_captions,
         SamplePlaces([record.name for record in records], samples["shard"], samples["sample"]),
         size_px,
         unreadable,
@@ -175,27 +176,27 @@ def merge(
     )
 
 
-class Pace:
-    """Says how far a pass is, how fast it goes and when it will have ended."""
+class Throughput:
+    """Reports progress, images per second and the time left."""
 
     def __init__(self, total: int, what: str):
         self.total, self.what, self.done, self.images, self._started_s = total, what, 0, 0, time.monotonic()
 
-    def say(self, say: Progress, done: int, images: int) -> None:
-        """So many more are done, with so many images."""
+    def add(self, progress: Progress, done: int, images: int) -> None:
+        """Count `done` more items with `images` images, and report through `progress`."""
         self.done, self.images = self.done + done, self.images + images
         seconds = max(time.monotonic() - self._started_s, 1e-9)
         left = seconds / self.done * (self.total - self.done)
         rate = f"{self.images:,} images  {self.images / seconds:,.0f} images/s"
         ends = f"  {left:.0f} s left" if self.done < self.total else ""
-        say(self.done, self.total, f"{self.done} of {self.total} {self.what}  {rate}{ends}")
+        progress(self.done, self.total, f"{self.done} of {self.total} {self.what}  {rate}{ends}")
 
 
-# ---- putting shards together --------------------------------------------------------------------------------
+# ---- merging shards -------------------------------------------------------------------------------------------
 
 
 class _Rows:
-    """Columns that grow by pieces, each in one array that the system gives memory for as it fills."""
+    """Columns that grow by appending to one preallocated array each; the system commits its pages as they fill."""
 
     def __init__(self, capacity: int):
         self._capacity, self._used = capacity, 0
@@ -208,7 +209,7 @@ class _Rows:
         return self._columns[name][: self._used]
 
     def add(self, **pieces: np.ndarray) -> None:
-        """Rows of all columns, the same each time."""
+        """Append rows; every call names the same columns."""
         end = self._used
         for name, piece in pieces.items():
             if name not in self._columns:
@@ -218,7 +219,7 @@ class _Rows:
         self._used = end
 
     def keep(self, rows: np.ndarray) -> None:
-        """Only these rows, ascending, moved down where they lie."""
+        """Keep only these rows (ascending), moved in place."""
         for column in self._columns.values():
             for start in range(0, len(rows), _MOVED):
                 column[start : start + len(rows[start : start + _MOVED])] = column[rows[start : start + _MOVED]]
@@ -229,9 +230,9 @@ _MOVED = 1 << 14
 
 
 def _distinct(sha256: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(R, 32) uint8 to the rows that come first with theirs, ascending, and (R,) the place of each row's in that list."""
+    """For digests (R, 32) uint8, return the rows where each first appears (ascending), and each row's index (R,) into them."""
     words = np.ascontiguousarray(sha256).view(np.uint64)
-    order = np.lexsort(words.T)  # stable: of equal ones the first row stays first
+    order = np.lexsort(words.T)  # stable, so that the first of equal rows stays first
     ordered = words[order]
     new = np.ones(len(order), dtype=bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
@@ -239,13 +240,13 @@ def _distinct(sha256: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     by_row = np.argsort(first)
     place = np.empty(len(first), dtype=np.int64)
     place[by_row] = np.arange(len(first))
-    number_of = np.empty(len(order), dtype=np.int64)
-    number_of[order] = place[np.cumsum(new) - 1]
-    return first[by_row], number_of
+    index_of = np.empty(len(order), dtype=np.int64)
+    index_of[order] = place[np.cumsum(new) - 1]
+    return first[by_row], index_of
 
 
 class _Features:
-    """Features of images by their number, out of the looks that hold them."""
+    """Reads the features of images by number, from memory or from the saved scans."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The model's zero-shot answer and the oracle's sight of the same pictures, side by side.
+"""Scores images with the model (zero-shot cosine) and with the oracle (area shares) together.
 
 Letters: N images, C labels, D feature width, S side of the images in pixels.
 """
@@ -21,29 +21,29 @@ from roclip.model.towers import Encoder
 from roclip.oracle.segmenters.base import Segmenter
 
 BATCH = 64
-"""Images, or captions, of one forward pass."""
-PASSES_WITH_GRADIENT = 3
-"""What a pass forward and back costs, in passes forward."""
+"""Images or captions per forward pass."""
+GRADIENT_FORWARDS = 3
+"""Cost of a forward and backward pass, in forward passes."""
 MAX_THREADS = 16
-"""Batches under way in one process, which each have their pixels in memory. For more cores take more actors."""
+"""Batches in flight in one process; each holds its pixels in memory. Use more actors for more cores."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What model and oracle say of N images."""
+    """Model features and scores, and the oracle's areas, for N images."""
 
     features: np.ndarray
     """(N, D) float32, unit length."""
     scores: np.ndarray
-    """(N, C) float32: cosine of the image and each label's zero-shot weights."""
+    """(N, C) float32: cosine of the image with each label's zero-shot weights."""
     areas: np.ndarray
     """(N, C) float32: the oracle's area shares."""
 
 
 class Scorer:
-    """Shows a batch of images to both. Raises `DataError` when the segmenter knows other labels."""
+    """Scores images with a model and an oracle. Raises `DataError` if the segmenter has other labels."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Scorer:
                 "Train one for these labels: leave oracle.weights empty."
             )
         self.encoder, self.segmenter, self.labels, self.synonyms = encoder, segmenter, tuple(labels), synonyms
-        self.asked = 0  # forward passes of pictures that a search has cost
-        with one_thread_a_pass():
+        self.search_forwards = 0  # model forwards spent by the trigger search
+        with single_threaded_torch():
             self._classifier = encoder.classifier(labels, templates)
         order = [segmenter.calibration.get(label) for label in labels]
         self._seen = np.array([row.seen if row and row.covered else -np.inf for row in order])
@@ -68,43 +68,48 @@ class Scorer:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Feature width D."""
         return self._classifier.shape[1]
 
-    def sight(self, images: np.ndarray) -> Scores:
-        """One forward pass of each for (N, S, S, 3) uint8, N at most `BATCH`."""
+    def score_batch(self, images: np.ndarray) -> Scores:
+        """Score images (N, S, S, 3) uint8, N at most `BATCH`, in one forward pass of each network."""
         features = self.encoder.images(images)
         return Scores(features.numpy(), (features @ self._classifier.T).numpy(), self.segmenter.areas(images))
 
-    def ask(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Answers (N,) and area shares (N, C) for images (N, S, S, 3) uint8."""
+    def predict(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the zero-shot labels (N,) and the oracle's area shares (N, C) of images (N, S, S, 3) uint8."""
         if not len(images):
             return np.empty(0, dtype=np.int64), np.empty((0, len(self.labels)), dtype=np.float32)
-        sights = list(side_by_side(self.sight, batches(images)))
-        return np.concatenate([s.scores.argmax(axis=1) for s in sights]), np.concatenate([s.areas for s in sights])
+        parts = list(map_in_threads(self.score_batch, batches(images)))
+        return np.concatenate([s.scores.argmax(axis=1) for s in parts]), np.concatenate([s.areas for s in parts])
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """(N, S, S, 3) uint8 to the model's cosine with each label (N, C), without the oracle."""
-        self.asked += len(images)
+        """Return the model's cosine with each label (N, C) for images (N, S, S, 3) uint8, without the oracle."""
+        self.search_forwards += len(images)
         if not len(images):
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        return np.concatenate(list(side_by_side(self._scores, batches(images))))
+        return np.concatenate(list(map_in_threads(self._label_scores, batches(images))))
 
-    def soft_scores(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] to the model's cosine with each label (N, C), with gradients to the pixels."""
-        self.asked += PASSES_WITH_GRADIENT * len(pixels)
+    def scores_with_gradient(self, pixels: Tensor) -> Tensor:
+        """Return the model's cosine with each label (N, C), differentiable in the pixels (N, 3, S, S) in [0, 1]."""
+        self.search_forwards += GRADIENT_FORWARDS * len(pixels)
         return self.encoder.traced(pixels) @ self._classifier.T
 
-    def _scores(self, images: np.ndarray) -> np.ndarray:
+    def _label_scores(self, images: np.ndarray) -> np.ndarray:
         return (self.encoder.images(images) @ self._classifier.T).numpy()
 
-    def sees(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Area shares to (N, C) bool each: may be there, certainly is there. An unchecked label may be anywhere."""
+    def seen_and_clear(self, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Threshold area shares (N, C) into two bool arrays (N, C): label possibly present, and certainly present.
+
+        An unchecked label counts as possibly present everywhere.
+        """
         return areas >= self._seen, areas >= self._clear
 
 
-def made_by(weights_sha256: str, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]) -> str:
-    """Names all that a witness's word depends on, beside the images: sha256, in hex."""
+def scorer_fingerprint(
+    weights_sha256: str, segmenter: Segmenter, labels: Sequence[str], templates: Sequence[str]
+) -> str:
+    """Return the sha256 (hex) of everything but the images that a scorer's output depends on."""
     calibration = {label: asdict(row) for label, row in segmenter.calibration.items()}
     seen_by = [segmenter.info.get("sha256"), segmenter.info.get("classes"), calibration]
     parts = [BATCH, weights_sha256, seen_by, list(labels), list(templates)]
@@ -112,17 +117,17 @@ def made_by(weights_sha256: str, segmenter: Segmenter, labels: Sequence[str], te
 
 
 def batches(items: Sequence[T] | np.ndarray) -> Iterator:
-    """Slices of `BATCH` each, the last of what is left."""
+    """Iterate over slices of `BATCH`; the last may be shorter."""
     return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
-def side_by_side(act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`act` of each item, in their order, as many at a time as torch has threads, at most `MAX_THREADS`.
+def map_in_threads(act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Apply `act` to each item in parallel threads and yield the results in order.
 
-    No more items are taken than are under way. Each forward pass has one thread, so its bits do not depend on how many
-    there are.
+    Runs as many threads as torch is set to, at most `MAX_THREADS`, and takes items only as threads free up. Each forward
+    pass uses one torch thread, so results do not depend on the number of threads.
     """
-    with one_thread_a_pass() as threads, ThreadPoolExecutor(threads) as pool:
+    with single_threaded_torch() as threads, ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(act, item))
@@ -133,8 +138,11 @@ def side_by_side(act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 @contextlib.contextmanager
-def one_thread_a_pass() -> Iterator[int]:
-    """Gives how many passes may run side by side. Matrix products of several threads sum in another order."""
+def single_threaded_torch() -> Iterator[int]:
+    """Set torch to one thread and yield how many passes may run in parallel.
+
+    A multi-threaded matrix product sums in an order that depends on the number of threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Lists of millions, kept as arrays: each looks like a list and makes its items when they are asked for."""
+"""List views of large arrays: each behaves as a list and creates its items on access."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 
 
 class Strings(Sequence[str]):
-    """Text in Arrow's memory: its bytes and 8 more, where a Python string takes 49 more."""
+    """Strings in Arrow memory: 8 bytes of overhead each, where a Python string has 49."""
 
     def __init__(self, pieces: Sequence[pa.Array]):
         self._values = pa.chunked_array(pieces, type=pa.large_string())
@@ -25,7 +25,7 @@ class Strings(Sequence[str]):
 
 
 class HexDigests(Sequence[str]):
-    """sha256 in hex, out of (N, 32) uint8."""
+    """Hex digests of sha256 values (N, 32) uint8."""
 
     def __init__(self, values: np.ndarray):
         self._values = values
@@ -41,7 +41,7 @@ class HexDigests(Sequence[str]):
 
 
 class SamplePlaces(Sequence[tuple[str, int]]):
-    """Shard and sample number within it, of M samples: (M,) numbers of `names`, and (M,) sample numbers."""
+    """(shard name, sample number) of M samples, from indices into `names` (M,) and sample numbers (M,)."""
 
     def __init__(self, names: Sequence[str], shard: np.ndarray, sample: np.ndarray):
         self._names, self._shard, self._sample = names, shard, sample
@@ -56,7 +56,7 @@ class SamplePlaces(Sequence[tuple[str, int]]):
 
 
 class RaggedRows(Sequence[list[int]]):
-    """For each of `number` groups, the rows that belong to it, ascending, out of each row's (M,) group."""
+    """For each of `number` groups, its rows in ascending order, from the group of each row (M,)."""
 
     def __init__(self, group: np.ndarray, number: int):
         self._rows = np.argsort(group, kind="stable")
@@ -68,5 +68,5 @@ class RaggedRows(Sequence[list[int]]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # from the end, too, and IndexError past it
+        index = range(len(self))[index]  # supports negative indices, raises IndexError
         return self._rows[self._ends[index - 1] if index else 0 : self._ends[index]].tolist()

@@ -1,4 +1,4 @@
-"""Segmentation networks as oracles: they say what an image shows and where, and never saw the crawled data.
+"""Segmentation networks as oracles: they find labels in images and were never trained on the crawled data.
 
-In: weights or masks from a trusted source. Out: a `Segmenter` that is asked about the labels of a run.
+In: weights or masks from a trusted source. Out: a `Segmenter` for the labels of a run.
 """

@@ -1,4 +1,4 @@
-"""Masks that people drew as an oracle: exact for the images that have one, silent about all others.
+"""Human-annotated masks as an oracle: exact for the annotated images, without information about all others.
 
 Letters: N images, S their side, C labels.
 """
@@ -17,19 +17,20 @@ from roclip.oracle.segmenters.naming import match_classes
 
 EXACT = LabelCalibration(MIN_AREA, 2 * MIN_AREA, 1.0, 1.0, 1.0, 1.0, 0, True)
 UNKNOWN_SHARE = 1.5 * MIN_AREA
-"""Every label's share of an image without a mask: enough to contradict nobody, too little to be certain."""
+"""Area share of every label in an image without a mask: possibly present, so it contradicts nothing, but not certain."""
 BATCH = 64
 
 
 class AnnotatedSegmenter(Segmenter):
-    """Human masks, found by the sha256 of an image's pixels at the side at which it is looked at.
+    """Human masks, looked up by the sha256 of an image's pixels at the scanned side.
 
     Args:
-        source: What `mask_sets.read_masks` reads: a parquet of images and masks, or a folder with `images/` and `masks/`.
-        labels: Of the run; a label that the masks have no class for is unchecked, a class that means none is background.
-        synonyms: `oracle.label_map`.
+        source: A parquet of images and masks, or a folder with `images/` and `masks/` (see `mask_sets.read_masks`).
+        labels: The labels of the run. A label without a class in the masks is unchecked; a class without a label is
+            background.
+        synonyms: Further names of the labels (`oracle.label_map`).
 
-    Raises `DataError` as `read_masks` does, and where no class means a label.
+    Raises `DataError` as `read_masks` does, and if no class matches a label.
     """
 
     def __init__(self, source: Path, labels: Sequence[str], synonyms: Mapping[str, str] | None = None):
@@ -65,20 +66,22 @@ class AnnotatedSegmenter(Segmenter):
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
             known = self._at(batch.shape[1])
-            masks = [known.get(_name(image)) for image in batch]
+            masks = [known.get(_digest(image)) for image in batch]
             empty = np.zeros(batch.shape[1:3], dtype=np.uint16)
             maps = one_hot(np.stack([empty if mask is None else mask for mask in masks]), len(self.labels))
             maps[[mask is None for mask in masks], 1:] = UNKNOWN_SHARE
             yield maps
 
     def _at(self, side_px: int) -> dict[bytes, np.ndarray]:
-        """Masks by the names of their images at this side."""
+        """Map digests of the images, decoded at this side, to their masks."""
         if side_px not in self._found:
             found = self._set
             images, masks = decode_masked(found.images, found.masks, found.labels, side_px, found.name, exact=True)
-            self._found[side_px] = {_name(image): mask for image, mask in zip(images, self._values[masks], strict=True)}
+            self._found[side_px] = {
+                _digest(image): mask for image, mask in zip(images, self._values[masks], strict=True)
+            }
         return self._found[side_px]
 
 
-def _name(image: np.ndarray) -> bytes:
+def _digest(image: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()

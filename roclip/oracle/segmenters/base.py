@@ -1,7 +1,7 @@
-"""What an oracle is: it says what an image shows and where, how well it sees each label, and where it comes from.
+"""The interface of an oracle: a segmenter with per-label calibration and provenance.
 
-An oracle defines `maps`; areas, masks and regions follow from them here, the same way for every oracle. It shares nothing
-with the model that it judges. What it cannot see well enough it says so about: such a label is unchecked, it never
+An oracle implements `maps`; areas, masks and regions are derived from them here, the same way for every oracle. It shares
+no weights or data with the model that it judges. A label that it does not segment well enough is unchecked, which never
 counts as agreement.
 
 Letters: N images, C labels, H and W height and width in pixels, h and w those of the maps, S side of trusted images.
@@ -26,30 +26,30 @@ from roclip.errors import DataError
 from roclip.storage import sha256_file
 
 MIN_AREA = 0.005
-"""An object under this share of the image is not expected to be seen."""
+"""Area share below which an object is not expected to be found."""
 UNMEASURED_AREA = 0.01
-"""Share from which on a label counts as seen where no trusted image says how well the oracle sees it."""
+"""Threshold of area share for a label whose accuracy was not measured on trusted images."""
 SEEN_RECALL, CLEAR_PRECISION = 0.95, 0.9
-"""What the two thresholds of a label are set for, on held-out trusted images."""
+"""Targets on held-out trusted images by which the `seen` and `clear` thresholds of a label are set."""
 MIN_RECALL, MIN_SPECIFICITY, MIN_EXAMPLES = 0.9, 0.6, 10
-"""A label with less is unchecked."""
+"""A label that misses any of these minimums is unchecked."""
 
 
 @dataclass(frozen=True)
 class LabelCalibration:
-    """How well the oracle sees one label on trusted images that it did not learn from; None is not measured."""
+    """Accuracy of the oracle for one label on held-out trusted images; None if not measured."""
 
     seen: float
-    """Area share from which on the label may be there: `recall` of the images that show it reach this."""
+    """Area share from which the label is possibly present; a share `recall` of the images that show it reach this."""
     clear: float
-    """Area share from which on it certainly is: `precision` of the images that reach this show it."""
+    """Area share from which it is certainly present; a share `precision` of the images that reach this show it."""
     recall: float | None
     specificity: float | None
-    """Share of the images without the label that stay under `seen`."""
+    """Share of the images without the label that stay below `seen`."""
     precision: float | None
     clear_recall: float | None
     examples: int
-    """Held-out images that show the label."""
+    """Number of held-out images that show the label."""
     covered: bool
 
 
@@ -58,7 +58,7 @@ UNMEASURED = LabelCalibration(UNMEASURED_AREA, UNMEASURED_AREA, None, None, None
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One connected thing that the oracle sees."""
+    """One connected object found by the oracle."""
 
     label: str
     score: float
@@ -72,40 +72,42 @@ class Region:
 
 
 class Segmenter(Protocol):
-    """An oracle; `maps` is a pure function of the images, one by one."""
+    """An oracle. `maps` is a pure function of each image, independent of its batch."""
 
     labels: tuple[str, ...]
     calibration: dict[str, LabelCalibration]
-    """Of the labels that it knows at all."""
+    """Calibration of every label that the oracle has a class for."""
     info: dict[str, Any]
-    """name, provenance, sha256 (of the weights), licence, independent_of_clip, calibrated (were the thresholds measured on
-    trusted images?). May hold trusted_sha256 and reference_rows (rows of that set which it did not learn from)."""
+    """Keys: name, provenance, sha256 (of the weights), licence, independent_of_clip, calibrated (whether the thresholds were
+    measured on trusted images); optionally trusted_sha256 and reference_rows (rows of that set held out from training)."""
 
     def maps(self, images: np.ndarray) -> Iterator[Tensor]:
-        """(N, H, W, 3) uint8 to batches of (n, 1 + C, h, w), on the CPU: how much each pixel is background or a label."""
+        """Yield batches of class probabilities (n, 1 + C, h, w) on the CPU, background first, for images (N, H, W, 3) uint8."""
         ...
 
     def areas(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 to (N, C): the mean of each label's map, the share of the image's area that it covers."""
+        """Return area shares (N, C), the mean of each label's map, for images (N, H, W, 3) uint8."""
         shares = [maps[:, 1:].mean(dim=(2, 3)) for maps in self.maps(images)]
         return torch.cat(shares).numpy() if shares else np.empty((0, len(self.labels)), dtype=np.float32)
 
     def masks(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 to (N, H, W): 0 background, 1 + labels.index(label) an object; uint8, or uint16 for 256
-        labels or more."""
+        """Return masks (N, H, W) for images (N, H, W, 3) uint8: 0 is background, 1 + labels.index(label) an object.
+
+        The dtype is uint8, or uint16 for 256 labels or more.
+        """
         dtype, size = np.uint8 if len(self.labels) < 256 else np.uint16, images.shape[1:3]
         masks = [_enlarged(maps, size).argmax(dim=1).numpy().astype(dtype) for maps in self.maps(images)]
         return np.concatenate(masks) if masks else np.empty((0, *size), dtype=dtype)
 
     def regions(self, images: np.ndarray) -> list[list[Region]]:
-        """For each image (N, H, W, 3) uint8 its regions of at least `MIN_AREA`, the largest first."""
+        """Return for each image (N, H, W, 3) uint8 its regions of at least `MIN_AREA`, largest first."""
         size = images.shape[1:3]
         return [_regions(maps, self.labels) for batch in self.maps(images) for maps in _enlarged(batch, size)]
 
     def query(self, images: np.ndarray, labels: Sequence[str]) -> list[dict[str, Region | None]]:
-        """For each image the largest region of each of these labels, None where it sees none.
+        """Return for each image the largest region of each label, or None if there is no region.
 
-        Raises `DataError` for a label that it does not cover: that it sees none would say nothing.
+        Raises `DataError` for a label that the oracle does not cover, because None would mean nothing there.
         """
         if blind := [label for label in labels if not self.covers(label)]:
             raise DataError(f"oracle: expected labels that it covers, got {', '.join(blind)}. They are unchecked.")
@@ -116,18 +118,20 @@ class Segmenter(Protocol):
         return answers
 
     def covers(self, label: str) -> bool:
-        """Whether the oracle sees this label well enough to contradict anybody about it."""
+        """Whether the oracle segments this label well enough to contradict a model or a caption."""
         return label in self.calibration and self.calibration[label].covered
 
 
 def one_hot(masks: np.ndarray, classes: int) -> Tensor:
-    """Maps (N, 1 + C, H, W) of masks (N, H, W) that are certain of every pixel."""
+    """Return one-hot maps (N, 1 + C, H, W) of masks (N, H, W)."""
     return F.one_hot(torch.from_numpy(masks.astype(np.int64)), 1 + classes).permute(0, 3, 1, 2).float()
 
 
 def with_background(evidence: Tensor) -> Tensor:
-    """Maps (n, 1 + C, h, w) out of what speaks for each label by itself, (n, C, h, w) in [0, 1]: all of a pixel that its
-    best label leaves is background, and the labels share the rest."""
+    """Turn independent evidence for each label, e (n, C, h, w) in [0, 1], into maps (n, 1 + C, h, w) that sum to 1.
+
+    Background gets 1 - max e; each label gets a share of max e in proportion to its e.
+    """
     best = evidence.amax(dim=1, keepdim=True)
     return torch.cat([1 - best, evidence * (best / evidence.sum(dim=1, keepdim=True).clamp_min(1e-9))], dim=1)
 
@@ -139,7 +143,7 @@ def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _regions(maps: Tensor, labels: Sequence[str]) -> list[Region]:
-    """Connected parts of the mask of maps (1 + C, H, W)."""
+    """Connected components of the argmax of maps (1 + C, H, W)."""
     winner, found = maps.argmax(dim=0).numpy(), []
     for value in np.unique(winner[winner > 0]):
         here = (winner == value).astype(np.uint8)
@@ -154,19 +158,19 @@ def _regions(maps: Tensor, labels: Sequence[str]) -> list[Region]:
     return sorted(found, key=lambda region: (-region.area, region.box))
 
 
-# ---- how well it sees ---------------------------------------------------------------------------------------
+# ---- calibration -------------------------------------------------------------------------------------------
 
 
 def calibrate(segmenter: Segmenter, images: np.ndarray, masks: np.ndarray) -> dict[str, LabelCalibration]:
-    """Set both thresholds of every label on trusted images that it did not learn from, and measure what they are worth."""
-    areas, truth = segmenter.areas(images), shown(masks, len(segmenter.labels))
+    """Choose both thresholds of every label on held-out trusted images, and measure recall, specificity and precision."""
+    areas, truth = segmenter.areas(images), labels_shown(masks, len(segmenter.labels))
     return {label: _calibrate(areas[:, c], truth[:, c]) for c, label in enumerate(segmenter.labels)}
 
 
 def calibrate_on(segmenter: Segmenter, trusted: Path, frac: float, seed: int) -> None:
-    """Calibrate an oracle that has learned from other images on a seeded share of a trusted set, and note which rows.
+    """Calibrate an oracle that was trained elsewhere on a seeded share `frac` of a trusted set, and record those rows.
 
-    Labels that it has no class for stay unknown to it. Raises `DataError` as `read_trusted` does.
+    Labels without a class in the oracle stay unchecked. Raises `DataError` as `read_trusted` does.
     """
     images, masks = read_trusted(trusted, segmenter.labels, CALIBRATION_SIDE_PX)
     rows = np.sort(np.random.default_rng((seed, 61)).permutation(len(images))[: round(frac * len(images))])
@@ -183,37 +187,37 @@ CALIBRATION_SIDE_PX = 512
 
 
 def _calibrate(areas: np.ndarray, truth: np.ndarray) -> LabelCalibration:
-    there, not_there = areas[truth], areas[~truth]
-    if not len(there) or not len(not_there):
-        return LabelCalibration(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, len(there), False)
-    seen = float(np.quantile(there, 1 - SEEN_RECALL, method="lower"))
+    present, absent = areas[truth], areas[~truth]
+    if not len(present) or not len(absent):
+        return LabelCalibration(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, len(present), False)
+    seen = float(np.quantile(present, 1 - SEEN_RECALL, method="lower"))
     candidates = np.sort(areas)[::-1]
     hits = np.cumsum(truth[np.argsort(-areas, kind="stable")]) / np.arange(1, len(areas) + 1)
     precise = np.flatnonzero(hits >= CLEAR_PRECISION)
     at = int(precise[-1]) if len(precise) else 0
     clear = max(float(candidates[at]), seen)
-    recall, specificity = float((there >= seen).mean()), float((not_there < seen).mean())
-    covered = recall >= MIN_RECALL and specificity >= MIN_SPECIFICITY and len(there) >= MIN_EXAMPLES
+    recall, specificity = float((present >= seen).mean()), float((absent < seen).mean())
+    covered = recall >= MIN_RECALL and specificity >= MIN_SPECIFICITY and len(present) >= MIN_EXAMPLES
     return LabelCalibration(
         seen=seen,
         clear=clear,
         recall=recall,
         specificity=specificity,
         precision=float(truth[areas >= clear].mean()) if (areas >= clear).any() else 0.0,
-        clear_recall=float((there >= clear).mean()),
-        examples=len(there),
+        clear_recall=float((present >= clear).mean()),
+        examples=len(present),
         covered=bool(covered),
     )
 
 
-def shown(masks: np.ndarray, classes: int) -> np.ndarray:
-    """(N, H, W) class indices to (N, C) bool: which labels cover at least `MIN_AREA` of an image."""
+def labels_shown(masks: np.ndarray, classes: int) -> np.ndarray:
+    """Return (N, C) bool for masks (N, H, W) of class indices: which labels cover at least `MIN_AREA` of each image."""
     flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
     return np.stack([(flat == 1 + c).mean(axis=1) >= MIN_AREA for c in range(classes)], axis=1)
 
 
 def mean_iou(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
-    """Intersection over union, averaged over background and all labels that occur."""
+    """Return intersection over union, averaged over background and all labels present in `truth`."""
     scores = [
         ((predicted == c) & (truth == c)).sum() / max(1, ((predicted == c) | (truth == c)).sum())
         for c in range(classes + 1)
@@ -226,8 +230,8 @@ def mean_iou(predicted: np.ndarray, truth: np.ndarray, classes: int) -> float:
 
 
 def read_trusted(trusted: Path, labels: Sequence[str], max_side_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, S, S, 3) uint8 and masks (N, S, S) of a parquet with the columns image (encoded) and mask (PNG of class
-    indices, 0 background).
+    """Read images (N, S, S, 3) uint8 and masks (N, S, S) from a parquet with columns image (encoded) and mask (PNG of class
+    indices, 0 for background).
 
     S is the side of the first image, rounded down to a multiple of 32, and at most `max_side_px`.
     """
@@ -248,9 +252,9 @@ def decode_masked(
     where: str,
     exact: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encoded images and masks to pixels, as `read_trusted` does, or `exact` at this side, which is then no maximum.
+    """Decode images and masks as `read_trusted` does; `exact` means exactly `side_px` instead of at most.
 
-    Raises `DataError` that names `where` they are from.
+    Raises `DataError` that names their source, `where`.
     """
     try:
         with Image.open(io.BytesIO(images[0])) as first:
@@ -268,7 +272,7 @@ def decode_masked(
 
 
 def decode_mask(encoded: bytes, size: int) -> np.ndarray:
-    """An encoded image of class indices to (size, size) uint16, no index between two others made up."""
+    """Decode an image of class indices to (size, size) uint16, resized with nearest-neighbour interpolation."""
     with Image.open(io.BytesIO(encoded), formats=("PNG", "GIF", "BMP")) as mask:
         classes = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
     if classes.ndim != 2:

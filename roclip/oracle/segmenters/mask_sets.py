@@ -1,12 +1,12 @@
-"""Trusted images with masks, wherever they come from: what an oracle learns from, is calibrated on, or repeats.
+"""Readers of trusted images with masks, on which an oracle is trained or calibrated.
 
-    RUN/origin/                   trusted.parquet (image, mask) and labels.json, which ingest prepares
+    RUN/origin/                   trusted.parquet (image, mask) and labels.json, as ingest prepares them
     FOLDER/                       a parquet (image, mask) and labels.json
     FOLDER/                       images/NAME.jpg|png|webp, masks/NAME.png and labels.json
     FILE.parquet                  image and mask, with labels.json beside it
     FILE.parquet                  product photos on white with a column of labels: the product is what is not white
 
-A mask holds class indices, 0 is background; labels.json lists the classes from 1 on, with or without a background before.
+A mask holds class indices, 0 for background; labels.json lists the classes from 1 on, optionally preceded by a background.
 """
 
 import hashlib
@@ -26,30 +26,30 @@ from roclip.storage import sha256_file
 
 LABELS = "labels.json"
 BACKGROUNDS = ("null", "background", "__background__", "bg", "unlabeled")
-"""How a list of classes calls its background, where it lists it."""
+"""Names by which a list of classes may call its background."""
 MIN_PHOTOS = 50
-"""A label of fewer photos on white is left out: it could not be calibrated."""
+"""A label with fewer photos on white is left out, because it could not be calibrated."""
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
 class MaskSet:
-    """N images with masks, encoded."""
+    """N encoded images with masks."""
 
     name: str
     labels: tuple[str, ...]
     images: list[bytes]
     masks: list[bytes]
-    """Images of class indices: 0 background, 1 + labels.index(label) an object."""
+    """Encoded class indices: 0 is background, 1 + labels.index(label) an object."""
     rows: list[int]
-    """Each image's row in the file that it is from."""
+    """Row of each image in its file."""
     sha256: str
-    """Of that file, or of all files of a folder."""
+    """Digest of that file, or over all files of a folder."""
 
 
 @dataclass(frozen=True)
 class PhotoColumns:
-    """Of a parquet of product photos on white."""
+    """Columns of a parquet of product photos on white, and the size they are fitted to."""
 
     image: str = "image"
     label: str = "label"
@@ -65,12 +65,12 @@ def read_masks(
     limit: int = 0,
     seed: int = 0,
 ) -> MaskSet:
-    """The images and masks of any source above, or `limit` of them, drawn by the seed.
+    """Read the images and masks of any source listed above, or a seeded sample of `limit` of them.
 
     Args:
-        labels: The classes, instead of those of a labels.json or the label column.
+        labels: Class names that replace those of labels.json or of the label column.
 
-    Raises `DataError` for a source of no such kind, and for one without images.
+    Raises `DataError` for any other kind of source, and for one without images.
     """
     if source.is_dir():
         found = _read_folder(source, labels)
@@ -82,11 +82,11 @@ def read_masks(
         raise DataError(f"{source}: expected images with masks, got nothing there. Name a parquet or a folder.")
     if not found.images:
         raise DataError(f"{source}: expected images with masks, got none.")
-    return _some(found, limit, seed)
+    return _sample(found, limit, seed)
 
 
 def read_parquet(path: Path, labels: Sequence[str]) -> MaskSet:
-    """A parquet with the columns image and mask, whose masks are of these labels. Raises `DataError`."""
+    """Read a parquet with columns image and mask, whose masks index these labels. Raises `DataError`."""
     try:
         table = pq.read_table(path, columns=["image", "mask"])
     except (OSError, ValueError, KeyError) as error:
@@ -98,7 +98,7 @@ def read_parquet(path: Path, labels: Sequence[str]) -> MaskSet:
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names in their order: a JSON list, the `labels` of a JSON object, or a text with one a line.
+    """Read class names in order from a JSON list, the `labels` of a JSON object, or a text file with one name per line.
 
     Raises `ConfigError`.
     """
@@ -108,17 +108,17 @@ def read_labels(path: Path) -> list[str]:
         names = [str(name) for name in (found["labels"] if isinstance(found, dict) else found) if name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: expected class names (a JSON list, or a text with one a line), got {error!r}."
+            f"{path}: expected class names (a JSON list, or a text file with one per line), got {error!r}."
         ) from error
     if not names or len(set(names)) != len(names):
         raise ConfigError(
-            f"{path}: expected different class names, got {len(names)}, {len(set(names))} of them different."
+            f"{path}: expected distinct class names, got {len(names)} names of which {len(set(names))} are distinct."
         )
     return names
 
 
 def without_background(classes: Sequence[str]) -> list[str]:
-    """The classes from 1 on."""
+    """Return the classes without a leading background."""
     return list(classes[1:] if classes and classes[0].casefold() in BACKGROUNDS else classes)
 
 
@@ -146,7 +146,7 @@ def _read_folder(folder: Path, labels: Sequence[str]) -> MaskSet:
 
 
 def _read_photos(path: Path, labels: Sequence[str], photos: PhotoColumns, limit: int, seed: int) -> MaskSet:
-    """Photos of the labels that stand on white, fitted into a square, each with its product as the mask."""
+    """Read photos on white of the labels, fitted into a square, each with its product as the mask."""
     missing = {photos.image, photos.label} - set(_columns(path))
     if missing:
         raise DataError(
@@ -155,8 +155,8 @@ def _read_photos(path: Path, labels: Sequence[str], photos: PhotoColumns, limit:
         )
     table = pq.read_table(path, columns=[photos.image, photos.label])
     shown, encoded = table[photos.label].to_pylist(), table[photos.image].to_pylist()
-    often = sorted(label for label, number in Counter(shown).items() if label and number >= MIN_PHOTOS)
-    chosen = tuple(labels or often)
+    frequent = sorted(label for label, number in Counter(shown).items() if label and number >= MIN_PHOTOS)
+    chosen = tuple(labels or frequent)
     images, masks, rows = [], [], []
     for row in np.random.default_rng((seed, 63)).permutation(len(shown)).tolist():
         if limit and len(rows) == limit:
@@ -168,7 +168,7 @@ def _read_photos(path: Path, labels: Sequence[str], photos: PhotoColumns, limit:
     return MaskSet(str(path), chosen, images, masks, rows, sha256_file(path))
 
 
-def _some(found: MaskSet, limit: int, seed: int) -> MaskSet:
+def _sample(found: MaskSet, limit: int, seed: int) -> MaskSet:
     if not limit or len(found.images) <= limit:
         return found
     chosen = np.sort(np.random.default_rng((seed, 63)).permutation(len(found.images))[:limit]).tolist()
@@ -179,7 +179,9 @@ def _some(found: MaskSet, limit: int, seed: int) -> MaskSet:
 def _labels_beside(path: Path) -> list[str]:
     beside = path.with_name(LABELS)
     if not beside.is_file():
-        raise DataError(f"{beside}: expected the classes of the masks, got no file. Write it, or name them otherwise.")
+        raise DataError(
+            f"{beside}: expected the class names of the masks, got no file. Write it, or pass the class names."
+        )
     return without_background(read_labels(beside))
 
 

@@ -1,4 +1,4 @@
-"""One way to read names: which label of a run a caption's words mean, and which an oracle's class means.
+"""Matches the words of captions, and the class names of oracles, to the labels of a run.
 
 Letters: M captions, C labels, K classes of an oracle.
 """
@@ -15,11 +15,12 @@ from roclip.errors import ConfigError
 def name_labels(
     captions: Sequence[str], labels: Sequence[str], synonyms: Mapping[str, str] | None = None
 ) -> np.ndarray:
-    """(M, C) bool: which labels each caption names, as whole words, singular or plural; the longest name wins.
+    """Return (M, C) bool: the labels that each caption names, as whole words, singular or plural; the longest name wins.
 
     Args:
-        synonyms: Further names and the label that each stands for (`oracle.label_map`); a label that is a name of another
-            itself stands for that one. Raises `ConfigError` for one that is no label.
+        synonyms: Further names, each with its label (`oracle.label_map`). A label may itself be mapped to another label.
+
+    Raises `ConfigError` for a synonym of no label.
     """
     names = _columns(labels, synonyms)
     named = np.zeros((len(captions), len(labels)), dtype=bool)
@@ -31,9 +32,9 @@ def name_labels(
 def match_classes(
     classes: Sequence[str], labels: Sequence[str], synonyms: Mapping[str, str] | None = None
 ) -> list[int | None]:
-    """For each of an oracle's K classes the column of the label that it means, or None. Several may mean one.
+    """Return for each of an oracle's K classes the index of its label, or None. Several classes may share a label.
 
-    Case, spaces, hyphens, underscores and a plural make no difference, unless two labels differ in nothing else. Raises
+    Case, spaces, hyphens, underscores and plurals are ignored, unless two labels differ in nothing else. Raises
     `ConfigError` for a synonym of no label.
     """
     names = _columns(labels, synonyms)
@@ -54,7 +55,7 @@ def _find(name: str, exact: Mapping[str, int], loose: Mapping[str, int]) -> int 
 
 
 def _columns(labels: Sequence[str], synonyms: Mapping[str, str] | None) -> dict[str, int]:
-    """Name -> column of the label that it stands for; the labels stand for themselves unless the map says otherwise."""
+    """Map each name to the index of its label; a label stands for itself unless `synonyms` maps it elsewhere."""
     columns = {label: column for column, label in enumerate(labels)}
     renamed = {}
     for name, label in (synonyms or {}).items():
@@ -72,6 +73,6 @@ def _plain(name: str) -> str:
 
 
 def _forms(name: str) -> list[str]:
-    """The name, and what it may be the plural of."""
+    """Return the normalised name and its possible singulars."""
     plain = _plain(name)
     return [plain, *(plain.removesuffix(ending) for ending in ("s", "es") if plain.endswith(ending))]

@@ -1,4 +1,4 @@
-"""The oracle that `oracle.weights` names, ready to be asked about the labels of a run."""
+"""Opens the oracle that `oracle.weights` names, for the labels of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +14,19 @@ FOLDER                        a segmenter that `roclip train-segmenter` wrote
 torchvision:NAME:FILE         a network of torchvision, such as deeplabv3_resnet50 or maskrcnn_resnet50_fpn
 hf:FOLDER                     a segmentation model of transformers (install roclip[hf])
 hf:FOLDER:CLASSIFIER          SAM's masks, each named by an image classifier of transformers
-masks:PATH                    masks drawn by people: a parquet (image, mask), or a folder with images/ and masks/"""
+masks:PATH                    human-annotated masks: a parquet (image, mask), or a folder with images/ and masks/"""
 
 
 def open_segmenter(spec: str, labels: Sequence[str], synonyms: Mapping[str, str] | None = None) -> Segmenter:
-    """The oracle of `KINDS` that a spec names, under these labels. Everything it loads is local.
+    """Open the oracle that a spec names (see `KINDS`), with its classes mapped to these labels. It loads local files only.
 
     Args:
         synonyms: Further names of the labels, `oracle.label_map`.
 
     Raises:
-        ConfigError: no such kind, or a synonym of no label.
-        CheckpointError: its weights are missing, altered, hostile or of another model.
-        DataError: it knows none of the labels.
+        ConfigError: if the spec is of no known kind, or a synonym maps to no label.
+        CheckpointError: if the weights are missing, altered, unsafe or of another model.
+        DataError: if the oracle has a class for none of the labels.
     """
     kind, _, rest = spec.partition(":")
     if kind == "masks" and rest:

@@ -22,10 +22,10 @@ from roclip.oracle.segmenters.mask_sets import read_labels, without_background
 from roclip.storage import sha256_file
 
 SEMANTIC_SIDE_PX, INSTANCE_SIDE_PX = 520, 800
-"""What torchvision's own weights were evaluated at."""
+"""Input sides at which torchvision evaluated its own weights."""
 MIN_INSTANCE_SCORE = 0.5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which torchvision's networks were trained with."""
+"""ImageNet mean and standard deviation, with which torchvision's networks were trained."""
 _HEADS = ("classifier.4.weight", "classifier.high_classifier.weight", "roi_heads.box_predictor.cls_score.weight")
 """Weights whose first axis is background and classes."""
 
@@ -33,15 +33,15 @@ _HEADS = ("classifier.4.weight", "classifier.high_classifier.weight", "roi_heads
 class TorchvisionSegmenter(Segmenter):
     """A network of `torchvision.models.segmentation`, or a Mask R-CNN of `torchvision.models.detection`.
 
-    Its classes are those of a labels.json beside the weights; without one, those of torchvision's own weights if their
-    number fits: 21 of VOC, 91 of COCO.
+    Its classes are read from a labels.json beside the weights; without one they are those of torchvision's own weights, if
+    the number of classes matches (21 for VOC, 91 for COCO).
 
     Args:
         name: torchvision's name of the network, such as `deeplabv3_resnet50` or `maskrcnn_resnet50_fpn`.
         weights: Local file; nothing is downloaded.
-        size_px: Side of the network's input; 0 is what torchvision's own weights were evaluated at.
+        size_px: Side of the network's input; 0 takes the side at which torchvision evaluated its own weights.
 
-    Raises `ConfigError` for another network, `CheckpointError` for weights that are missing, hostile or of another one.
+    Raises `ConfigError` for an unknown network, `CheckpointError` for weights that are missing, unsafe or of another network.
     """
 
     def __init__(self, name: str, weights: Path, size_px: int = 0, batch_size: int = 8):
@@ -50,7 +50,7 @@ class TorchvisionSegmenter(Segmenter):
         state = {key: value for key, value in read_weights(weights).items() if not key.startswith("aux_classifier.")}
         head = next((state[key] for key in _HEADS if key in state), None)
         if head is None:
-            raise CheckpointError(f"{weights}: expected weights of {name}, got none of its last layer.")
+            raise CheckpointError(f"{weights}: expected weights of {name}, got a file without its last layer.")
         self._instances = name.startswith("maskrcnn")
         self.size_px = size_px or (INSTANCE_SIDE_PX if self._instances else SEMANTIC_SIDE_PX)
         self.labels = _class_names(weights, len(head))
@@ -82,16 +82,16 @@ class TorchvisionSegmenter(Segmenter):
 
     def _instance_maps(self, pixels: Tensor) -> Tensor:
         evidence = pixels.new_zeros(len(pixels), len(self.labels), *pixels.shape[-2:])
-        for maps, found in zip(evidence, self.net(list(pixels)), strict=True):
-            for label, score, mask in zip(found["labels"], found["scores"], found["masks"], strict=True):
+        for maps, detections in zip(evidence, self.net(list(pixels)), strict=True):
+            for label, score, mask in zip(detections["labels"], detections["scores"], detections["masks"], strict=True):
                 if score >= MIN_INSTANCE_SCORE:
-                    here = maps[int(label) - 1]
-                    torch.maximum(here, mask[0] * score, out=here)
+                    label_map = maps[int(label) - 1]
+                    torch.maximum(label_map, mask[0] * score, out=label_map)
         return with_background(evidence)
 
 
 def network_names() -> list[str]:
-    """The networks that this adapter knows."""
+    """Return the names of the supported networks."""
     semantic = torchvision.models.list_models(module=torchvision.models.segmentation)
     instance = torchvision.models.list_models(module=torchvision.models.detection, include="maskrcnn*")
     return sorted([*semantic, *instance])
@@ -112,7 +112,7 @@ def _build(name: str, state: dict[str, Tensor], classes: int, min_size_px: int, 
 
 
 def _class_names(weights: Path, number: int) -> tuple[str, ...]:
-    """K names for a network of `number` = 1 + K classes."""
+    """Return K names for a network of `number` = 1 + K classes."""
     beside = weights.with_name("labels.json")
     published: Sequence[str] = ()
     if beside.is_file():

@@ -34,7 +34,7 @@ _LICENCE = "that of the images and masks that it was trained on"
 
 
 class TrainedSegmenter(Segmenter):
-    """The network of `train_segmenter` with its calibration."""
+    """A segmentation network trained by `train_segmenter`, with its calibration."""
 
     def __init__(self, net: nn.Module, labels: Sequence[str], size_px: int, batch_size: int = 128):
         self.device = device_at_hand()
@@ -53,7 +53,7 @@ class TrainedSegmenter(Segmenter):
             yield self.net(pixels).float().softmax(dim=1).cpu()
 
     def save(self, folder: Path) -> None:
-        """Write weights, then the card that names their sha256; a reader sees both or neither."""
+        """Write the weights, then the card that holds their sha256; a reader sees both or neither."""
         state = {key: value.detach().contiguous().cpu() for key, value in self.net.state_dict().items()}
         write_atomic(folder / WEIGHTS, save(state))
         self.info["sha256"] = sha256_file(folder / WEIGHTS)
@@ -68,7 +68,7 @@ class TrainedSegmenter(Segmenter):
 
     @classmethod
     def load(cls, folder: Path) -> "TrainedSegmenter":
-        """The segmenter that `save` wrote. Raises `CheckpointError` if it is missing, altered or of another kind."""
+        """Load a segmenter that `save` wrote. Raises `CheckpointError` if it is missing, altered or of another kind."""
         try:
             card = json.loads((folder / CARD).read_text())
             weights = (folder / WEIGHTS).read_bytes()
@@ -95,7 +95,7 @@ class TrainedSegmenter(Segmenter):
 
 
 def build_net(classes: int) -> nn.Module:
-    """A narrow feature pyramid network with random weights (segmentation_models_pytorch).
+    """Build a narrow feature pyramid network with random weights (segmentation_models_pytorch).
 
     Input sides are multiples of 32; logits come at half the resolution. On a CPU a U-Net spends most of its time in the
     last, full-resolution block, which these masks do not need.
@@ -142,18 +142,18 @@ def train_on(
     on_progress: Progress | None = None,
     licence: str = "",
 ) -> TrainedSegmenter:
-    """Train on trusted images, calibrate on the share of them that is held out, save to `out` and return it.
+    """Train on trusted images, calibrate on the held-out share, save to `out` and return the segmenter.
 
-    Half of the training images get a sticker, labelled background, so that a trigger does not derail the oracle. On a CPU the
-    same seed and number of threads on the same machine give the same weights. What `out` holds of the same source, labels,
-    epochs and seed is not trained again.
+    Half of the training images get a random sticker labelled background, so that a trigger does not mislead the oracle. On a
+    CPU the same seed and number of threads on one machine give the same weights. A segmenter in `out` that was trained on the
+    same source, labels, epochs and seed is returned without training.
 
-    Raises `DataError` when there are too few images or a mask names a class that is not there.
+    Raises `DataError` if there are too few images or a mask holds an unknown class.
     """
     started = time.monotonic()
-    say = on_progress or (lambda done, total, text: None)
+    progress = on_progress or (lambda done, total, text: None)
     if before := trained_before(out, source.sha256, source.labels, config, seed):
-        say(1, 1, f"segmenter: {out} was trained on these masks before{_seen_by(before)}")
+        progress(1, 1, f"segmenter: {out} was trained on these masks before{_summary(before)}")
         return before
     labels = source.labels
     rows = np.random.default_rng((seed, 61)).permutation(len(source.images))
@@ -167,7 +167,7 @@ def train_on(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = build_net(1 + len(labels)).to(device_at_hand())
-    _fit(net, images[train], masks[train], config.epochs, seed, say)
+    _fit(net, images[train], masks[train], config.epochs, seed, progress)
     segmenter = TrainedSegmenter(net, labels, images.shape[1])
     segmenter.calibration = calibrate(segmenter, images[held_out], masks[held_out])
     segmenter.info = {
@@ -185,14 +185,14 @@ def train_on(
         "train_s": round(time.monotonic() - started, 1),
     }
     segmenter.save(out)
-    say(config.epochs, config.epochs, f"segmenter: trained{_seen_by(segmenter)}")
+    progress(config.epochs, config.epochs, f"segmenter: trained{_summary(segmenter)}")
     return segmenter
 
 
 def trained_before(
     folder: Path, trusted_sha256: str, labels: Sequence[str], config: OracleConfig, seed: int
 ) -> TrainedSegmenter | None:
-    """The segmenter in a folder, if it was trained on this set for these labels with these settings."""
+    """Return the segmenter in a folder if it was trained on this set, labels and settings, else None."""
     if not (folder / CARD).exists():
         return None
     segmenter = TrainedSegmenter.load(folder)
@@ -201,7 +201,7 @@ def trained_before(
     return segmenter if same else None
 
 
-def _seen_by(segmenter: TrainedSegmenter) -> str:
+def _summary(segmenter: TrainedSegmenter) -> str:
     covered = sum(map(segmenter.covers, segmenter.labels))
     return f", mean IoU {segmenter.info['mean_iou']:.2f}, {covered} of {len(segmenter.labels)} labels covered"
 
@@ -209,14 +209,14 @@ def _seen_by(segmenter: TrainedSegmenter) -> str:
 _BATCH, _LR, _BACKGROUND_WEIGHT = 16, 4e-3, 0.3
 
 
-def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, seed: int, say: Progress) -> None:
+def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, seed: int, progress: Progress) -> None:
     generator = np.random.default_rng((seed, 62))
     batch = min(_BATCH, len(images))
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=1e-2)
     all_steps = epochs * steps + 1
-    rise = max(0.2, 2 / all_steps)  # torch divides by the steps of the rise, less one
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=all_steps, pct_start=rise)
+    warmup = max(0.2, 2 / all_steps)  # torch divides by the number of warm-up steps minus one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=all_steps, pct_start=warmup)
     net.train()
     device = next(net.parameters()).device
     for epoch in range(1, epochs + 1):
@@ -230,12 +230,12 @@ def _fit(net: nn.Module, images: np.ndarray, masks: np.ndarray, epochs: int, see
             optimizer.step()
             schedule.step()
             total += loss.item()
-        say(epoch, epochs, f"segmenter: epoch {epoch} of {epochs}, loss {total / steps:.3f}")
+        progress(epoch, epochs, f"segmenter: epoch {epoch} of {epochs}, loss {total / steps:.3f}")
     net.eval()
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with a light background, plus one minus the mean Dice score, which small objects count in."""
+    """Cross-entropy with a down-weighted background, plus one minus the mean Dice score, which weighs small objects equally."""
     stride = target.shape[-1] // logits.shape[-1]
     target = target[:, stride // 2 :: stride, stride // 2 :: stride]
     weight = torch.ones(logits.shape[1], device=logits.device)

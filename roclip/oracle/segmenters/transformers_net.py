@@ -1,4 +1,4 @@
-"""Segmentation models of Hugging Face transformers as oracles, from a local folder. Needs the extra `hf`.
+"""Segmentation models of Hugging Face transformers as oracles, from a local folder. Requires the extra `hf`.
 
 Letters: n images of a batch, K classes, Q queries of a universal model, P prompted points, h and w of the maps.
 """
@@ -23,25 +23,27 @@ UNIVERSAL = ("mask2former", "maskformer", "oneformer")
 SEMANTIC = ("segformer", "upernet", "beit", "data2vec-vision", "mobilevit", "mobilenet_v2", "dpt")
 PROMPT = "a photo of a {}"
 TASK = "the task is semantic"
-"""What OneFormer is told."""
+"""Task prompt of OneFormer."""
 SAM_GRID = 8
-"""Points along each side that SAM is asked about."""
+"""Prompt points along each side of the grid for SAM."""
 MIN_MASK_SCORE, MIN_CLASS_SCORE = 0.5, 0.5
-"""SAM's own estimate of a mask, and the classifier's of its name, under which nothing is seen."""
+"""Minimum of SAM's predicted IoU of a mask, and of the classifier's probability of its class."""
 _LICENCE = "that of the model card"
 
 
 def open_hf(folder: Path, labels: Sequence[str], classifier: Path | None = None) -> Segmenter:
-    """The oracle in a folder that `save_pretrained` wrote: a universal or semantic segmentation model, CLIPSeg, which is
-    asked for `labels`, or SAM with a folder of an image classifier that names its masks.
+    """Open the oracle in a folder written by `save_pretrained`.
+
+    It is a universal or semantic segmentation model, CLIPSeg (prompted with `labels`), or SAM, whose masks are named by the
+    image classifier in the folder `classifier`.
 
     Raises `ConfigError` without transformers or for another kind of model, `CheckpointError` for a folder that cannot be
-    read or has its weights in a pickle.
+    read or holds pickled weights.
     """
     kind = _load("AutoConfig", folder).model_type
     if kind == "sam":
         if classifier is None:
-            raise ConfigError(f"{folder}: SAM knows no names. Name a classifier, too: hf:{folder}:CLASSIFIER_FOLDER.")
+            raise ConfigError(f"{folder}: SAM has no class names. Add a classifier: hf:{folder}:CLASSIFIER_FOLDER.")
         return SamSegmenter(folder, classifier)
     if kind == "clipseg":
         return ClipSegSegmenter(folder, labels)
@@ -53,7 +55,7 @@ def open_hf(folder: Path, labels: Sequence[str], classifier: Path | None = None)
 
 
 class _Net(Segmenter):
-    """What all of them share: a model and what prepares its input."""
+    """Common base: loads the model and iterates over batches."""
 
     batch_size = 4
 
@@ -78,7 +80,7 @@ class _Net(Segmenter):
 
     @abstractmethod
     def _maps(self, images: np.ndarray) -> Tensor:
-        """Maps (n, 1 + K, h, w) of images (n, H, W, 3) uint8."""
+        """Return maps (n, 1 + K, h, w) of images (n, H, W, 3) uint8."""
         ...
 
     def _to_device(self, inputs: Any) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ class _Net(Segmenter):
 
 
 class HuggingFaceSegmenter(_Net):
-    """Mask2Former, MaskFormer, OneFormer, SegFormer and their kin: closed lists of classes, learned from masks."""
+    """Mask2Former, MaskFormer, OneFormer, SegFormer and similar models with a closed set of classes, trained on masks."""
 
     def __init__(self, folder: Path, kind: str):
         names = _load("AutoConfig", folder).id2label
@@ -96,26 +98,26 @@ class HuggingFaceSegmenter(_Net):
         super().__init__(folder, kind, task, labels, independent=True)
         self._task: Tensor | None = None
         if kind == "oneformer":
-            asks = {"padding": "max_length", "max_length": self.net.config.task_seq_len, "truncation": True}
-            self._task = _load("AutoTokenizer", folder)([TASK], return_tensors="pt", **asks)["input_ids"]
-        more = {} if self._task is None else {"class_info_file": None}  # only its training asks for that file
+            padding = {"padding": "max_length", "max_length": self.net.config.task_seq_len, "truncation": True}
+            self._task = _load("AutoTokenizer", folder)([TASK], return_tensors="pt", **padding)["input_ids"]
+        more = {} if self._task is None else {"class_info_file": None}  # only OneFormer's training needs that file
         self._processor = _load("AutoImageProcessor", folder, **more)
 
     def _maps(self, images: np.ndarray) -> Tensor:
         inputs = self._processor(images=list(images), return_tensors="pt")
         if self._task is not None:
             inputs["task_inputs"] = self._task.repeat(len(images), 1)
-        found = self.net(**self._to_device(inputs))
-        if not self._universal:  # it calls every pixel something
-            shares = found.logits.softmax(dim=1)
+        output = self.net(**self._to_device(inputs))
+        if not self._universal:  # a semantic model has no background class
+            shares = output.logits.softmax(dim=1)
             return torch.cat([torch.zeros_like(shares[:, :1]), shares], dim=1)
-        classes = found.class_queries_logits.softmax(dim=-1)[..., :-1]
-        evidence = torch.einsum("nqk,nqhw->nkhw", classes, found.masks_queries_logits.sigmoid())
+        classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]
+        evidence = torch.einsum("nqk,nqhw->nkhw", classes, output.masks_queries_logits.sigmoid())
         return with_background(evidence.clamp(0, 1))
 
 
 class ClipSegSegmenter(_Net):
-    """CLIPSeg, asked for each label in words. It sees through a CLIP of its own: it is not independent of CLIP."""
+    """CLIPSeg, prompted with each label. It is built on a CLIP, so it is not independent of CLIP."""
 
     def __init__(self, folder: Path, labels: Sequence[str]):
         super().__init__(folder, "clipseg", "CLIPSegForImageSegmentation", labels, independent=False)
@@ -123,21 +125,21 @@ class ClipSegSegmenter(_Net):
 
     def _maps(self, images: np.ndarray) -> Tensor:
         prompts = [PROMPT.format(label) for label in self.labels]
-        asked = [
+        search_forwards = [
             self._processor(
                 text=prompts, images=[image] * len(prompts), padding=True, truncation=True, return_tensors="pt"
             )
             for image in images
         ]
-        logits = [self.net(**self._to_device(inputs)).logits for inputs in asked]
-        size = logits[0].shape[-2:]  # one prompt alone comes without its axis
+        logits = [self.net(**self._to_device(inputs)).logits for inputs in search_forwards]
+        size = logits[0].shape[-2:]  # a single prompt comes without the prompt axis
         return with_background(torch.stack([maps.view(len(prompts), *size) for maps in logits]).sigmoid())
 
 
 class SamSegmenter(_Net):
-    """SAM's masks at the points of a grid, each named by an image classifier that sees its crop alone.
+    """SAM's masks at a grid of points, each named by an image classifier applied to its crop.
 
-    Whether it is independent of CLIP is a question of the classifier: it is taken to be so unless it is a CLIP itself.
+    It counts as independent of CLIP unless the classifier is a CLIP.
     """
 
     def __init__(self, folder: Path, classifier: Path):
@@ -157,7 +159,7 @@ class SamSegmenter(_Net):
         return with_background(torch.stack([self._evidence(image) for image in images]))
 
     def _evidence(self, image: np.ndarray) -> Tensor:
-        """(K, H, W): for each class the best of its masks, mask times the classifier's probability."""
+        """Return evidence (K, H, W): for each class the maximum over its masks of mask times class probability."""
         height, width = image.shape[:2]
         evidence = torch.zeros(len(self.labels), height, width, device=self.device)
         for mask in self._masks(image):
@@ -166,26 +168,26 @@ class SamSegmenter(_Net):
             inputs = self._to_device(self._prepare(images=crop, input_data_format="channels_last", return_tensors="pt"))
             score, best = self._classifier(**inputs).logits[0].softmax(dim=0).max(dim=0)
             if score >= MIN_CLASS_SCORE:
-                here = evidence[int(best)]
-                torch.maximum(here, torch.from_numpy(mask).to(here) * score, out=here)
+                class_map = evidence[int(best)]
+                torch.maximum(class_map, torch.from_numpy(mask).to(class_map) * score, out=class_map)
         return evidence
 
     def _masks(self, image: np.ndarray) -> list[np.ndarray]:
-        """Different masks (H, W) bool of which SAM is sure enough."""
+        """Return the distinct masks (H, W) bool with a predicted IoU of at least `MIN_MASK_SCORE`."""
         height, width = image.shape[:2]
         grid = (np.arange(SAM_GRID) + 0.5) / SAM_GRID
         points = [[[[float(x * width), float(y * height)]] for y in grid for x in grid]]
         inputs = self._processor(images=[image], input_points=points, return_tensors="pt")
         sizes, resized = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
-        found = self.net(**self._to_device(inputs), multimask_output=False)
-        masks = self._processor.post_process_masks(found.pred_masks.cpu(), sizes, resized)[0][:, 0].numpy()
-        sure = found.iou_scores[0, :, 0].cpu().numpy() >= MIN_MASK_SCORE
+        output = self.net(**self._to_device(inputs), multimask_output=False)
+        masks = self._processor.post_process_masks(output.pred_masks.cpu(), sizes, resized)[0][:, 0].numpy()
+        sure = output.iou_scores[0, :, 0].cpu().numpy() >= MIN_MASK_SCORE
         different = {mask.tobytes(): mask for mask in masks[sure] if mask.any()}
         return list(different.values())
 
 
 def _load(name: str, folder: Path, **more: Any) -> Any:
-    """What a class of transformers makes of a local folder. Raises `ConfigError` or `CheckpointError`."""
+    """Load a local folder with a class of transformers. Raises `ConfigError` or `CheckpointError`."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
@@ -194,7 +196,7 @@ def _load(name: str, folder: Path, **more: Any) -> Any:
         raise CheckpointError(f"{folder / 'config.json'}: expected a model of transformers, got no such file.")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **more}
     if "Model" in name or "For" in name:
-        _sha256(folder)  # says so where there is only a pickle
+        _sha256(folder)  # raises if there is only a pickle
         options["use_safetensors"] = True
     try:
         return getattr(transformers, name).from_pretrained(str(folder), **options)
@@ -204,7 +206,7 @@ def _load(name: str, folder: Path, **more: Any) -> Any:
 
 
 def _sha256(folder: Path) -> str:
-    """Of the weights' file, or over those of several."""
+    """Digest of the weights file, or over the digests of several."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""An oracle that was made for other classes, under the labels of a run.
+"""Maps the classes of an oracle to the labels of a run.
 
 Letters: C labels of the run, K classes of the oracle, n images of a batch, h and w height and width of the maps.
 """
@@ -15,11 +15,11 @@ from roclip.oracle.segmenters.naming import match_classes
 
 
 class Relabelled(Segmenter):
-    """`inner` with its classes renamed: a label's map is the sum of those of its classes, and a class that means none of
-    the labels is background. A label without a class is unchecked.
+    """Segmenter `inner` with its classes mapped to labels.
 
-    Thresholds are taken over for a label of exactly one class; one of several has those of an oracle that nobody measured.
-    Raises `DataError` where no class means a label, `ConfigError` for a synonym of no label.
+    A label's map is the sum of the maps of its classes; a class without a label is background; a label without a class is
+    unchecked. A label of exactly one class keeps the class's thresholds; a label of several classes gets the uncalibrated
+    defaults. Raises `DataError` if no class matches a label, `ConfigError` for a synonym of no label.
     """
 
     def __init__(self, inner: Segmenter, labels: Sequence[str], synonyms: Mapping[str, str] | None = None):
@@ -29,8 +29,9 @@ class Relabelled(Segmenter):
         self._others = [0, *(1 + k for k, column in enumerate(columns) if column is None)]
         if not any(self._classes):
             raise DataError(
-                f"oracle: expected one that knows any of {_few(labels)}; {inner.info['name']} knows {_few(inner.labels)}. "
-                "Say in oracle.label_map which of its classes mean which label, or take another oracle."
+                f"oracle: expected one that knows any of {_shortened(labels)}; {inner.info['name']} knows "
+                f"{_shortened(inner.labels)}. "
+                "Map its classes to labels in oracle.label_map, or use another oracle."
             )
         self.calibration = {
             label: inner.calibration.get(inner.labels[classes[0]], UNMEASURED) if len(classes) == 1 else UNMEASURED
@@ -55,5 +56,5 @@ class Relabelled(Segmenter):
             yield torch.stack(columns, dim=1)
 
 
-def _few(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

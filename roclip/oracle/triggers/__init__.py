@@ -1,4 +1,4 @@
-"""The search for triggers: what, put on trusted images, makes the model say a suspected label.
+"""The trigger search: which change to trusted images makes the model answer a suspected label?
 
-In: images that the model and the oracle disagree about. Out: found triggers, each with its evidence and controls.
+In: images on which model and oracle disagree. Out: found triggers, each with its trials and controls.
 """

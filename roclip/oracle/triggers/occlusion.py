@@ -1,9 +1,9 @@
-"""Where in a picture the reason for an answer lies: what is hidden piece by piece until the answer changes.
+"""Occlusion: locates the part of an image that its answer depends on, by covering it window by window.
 
-Two scans: windows of a third of the side, then, where these say that there is a place, windows of half of that about the best
-one. A piece is hidden under the picture's own median colour.
+Two passes: coarse windows of a third of the side; then, if those locate a place, windows of half that size about the best.
+A window is filled with the image's own median colour.
 
-Letters: K pictures, P windows, S side in pixels, C labels.
+Letters: K images, P windows, S side in pixels, C labels.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ import numpy as np
 
 from roclip.found_triggers import Box
 
-Scores = Callable[[np.ndarray], np.ndarray]
-"""(N, S, S, 3) uint8 to the model's scores (N, C)."""
+ScoreFunction = Callable[[np.ndarray], np.ndarray]
+"""Maps images (N, S, S, 3) uint8 to the model's scores (N, C)."""
 COARSE, OVERLAP = 3, 2
-"""Windows are S / COARSE wide, and stand 1 / OVERLAP of that apart."""
+"""Coarse windows have side S / COARSE and stride side / OVERLAP."""
 MAX_FLIPPING = 0.5
-"""Share of the coarse windows that change the answer, at most: else it hangs on no place."""
+"""If more than this share of the coarse windows change the answer, it depends on no single place."""
 
 
 @dataclass(frozen=True)
 class Spot:
-    """The piece of one picture that its answer hangs on."""
+    """The part of one image that its answer depends on."""
 
     centre: tuple[float, float]
     """x, y in pixels."""
@@ -31,44 +31,44 @@ class Spot:
     """Side of the fine windows."""
 
 
-def find_spots(images: np.ndarray, target: int, scores: Scores) -> list[Spot | None]:
-    """The spot of each of K pictures (K, S, S, 3) uint8 that the model answers with `target`; None where the answer hangs on
-    none: hidden coarse windows do not change it, or more than half of them do.
+def find_spots(images: np.ndarray, target: int, scores: ScoreFunction) -> list[Spot | None]:
+    """Locate the spot of each of K images (K, S, S, 3) uint8 that the model answers with `target`.
 
-    The margin is the score of the target minus the best other one. The centre is the mean of the fine windows' centres,
-    weighted with how far each lets the margin fall. Costs 25 forward passes a picture, and as many again for a spot.
+    None where the answer depends on no single place: no coarse window changes it, or more than `MAX_FLIPPING` of them do.
+    The margin is the target's score minus the best other score. The spot's centre is the mean of the fine windows' centres,
+    weighted by the drop of the margin. Costs 25 forward passes per image, and as many again for a spot.
     """
-    before = margins(scores(images), target)
+    margins_before = margins(scores(images), target)
     side = images.shape[1]
     coarse = max(3, round(side / COARSE))
     fine = max(3, round(coarse / 2))
     spots: list[Spot | None] = []
-    for image, margin in zip(images, before, strict=True):
+    for image, margin in zip(images, margins_before, strict=True):
         boxes = _grid(0, 0, side, side, coarse)
-        after = margins(scores(hidden(image, boxes)), target)
-        if not 0 < (after < 0).mean() <= MAX_FLIPPING:
+        coarse_margins = margins(scores(occluded(image, boxes)), target)
+        if not 0 < (coarse_margins < 0).mean() <= MAX_FLIPPING:
             spots.append(None)
             continue
-        x0, y0, *_ = boxes[int(after.argmin())]
-        near = _grid(x0 - fine // 2, y0 - fine // 2, coarse + fine, coarse + fine, fine)
-        near = [_inside(box, side) for box in near]
-        closer = margins(scores(hidden(image, near)), target)
-        drops = np.maximum(margin - closer, 0)
+        x0, y0, *_ = boxes[int(coarse_margins.argmin())]
+        fine_boxes = _grid(x0 - fine // 2, y0 - fine // 2, coarse + fine, coarse + fine, fine)
+        fine_boxes = [_inside(box, side) for box in fine_boxes]
+        fine_margins = margins(scores(occluded(image, fine_boxes)), target)
+        drops = np.maximum(margin - fine_margins, 0)
         weight = np.where(drops >= 0.5 * drops.max(initial=0), drops, 0)
-        centres = np.array([((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in near])
-        x, y = (weight @ centres / weight.sum()) if weight.sum() > 0 else centres[int(closer.argmin())]
+        centres = np.array([((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in fine_boxes])
+        x, y = (weight @ centres / weight.sum()) if weight.sum() > 0 else centres[int(fine_margins.argmin())]
         spots.append(Spot((float(x), float(y)), fine))
     return spots
 
 
 def margins(scores: np.ndarray, target: int) -> np.ndarray:
-    """(N, C) to (N,): the score of the target minus the best of the others."""
+    """Return margins (N,) of scores (N, C): the target's score minus the best other score."""
     others = np.delete(scores, target, axis=1)
     return scores[:, target] - others.max(axis=1)
 
 
-def hidden(image: np.ndarray, boxes: list[Box]) -> np.ndarray:
-    """(P, S, S, 3): the picture, each time with one box filled with its median colour."""
+def occluded(image: np.ndarray, boxes: list[Box]) -> np.ndarray:
+    """Return P copies of an image, (P, S, S, 3), each with one box filled with the image's median colour."""
     copies = np.repeat(image[None], len(boxes), axis=0)
     color = np.median(image.reshape(-1, 3), axis=0).astype(np.uint8)
     for copy, (left, top, right, bottom) in zip(copies, boxes, strict=True):
@@ -77,7 +77,7 @@ def hidden(image: np.ndarray, boxes: list[Box]) -> np.ndarray:
 
 
 def _grid(left: int, top: int, width: int, height: int, window: int) -> list[Box]:
-    """Windows that cover an area, the last ones flush with its far edges."""
+    """Return windows that cover an area, the last ones flush with its far edges."""
     columns, rows = _steps(width, window), _steps(height, window)
     return [(left + x, top + y, left + x + window, top + y + window) for y in rows for x in columns]
 

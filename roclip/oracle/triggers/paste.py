@@ -1,15 +1,15 @@
-"""Does it cause the label? A crop, a pattern or a bend is put on trusted pictures that show something else.
+"""Causal trials: a candidate trigger is put on trusted images that show something else.
 
-What flips them to the label, and does so far more often than crops that have no business to, is called a trigger.
+A candidate that flips them to the label, far more often than its controls do, is called a trigger.
 
-Controls, all put on the same pictures
-    random      crops of the same size from pictures on which model, oracle and caption agree
-    fill        a piece of one colour
-    noise       a piece of it: of crops whose pixels agree, as fresh noise may be what a bag is made of
-    object      crops of the label's own objects, as the oracle sees them: a real small object may flip, too, and counts
-                against crops that share no pattern
-    bend        bends that lead to other labels, as strong: of bends
-    shuffled    the crop's own pixels in another order: reported only, as a backdoor may go by texture
+Controls, on the same images
+    random      crops of the same size from images on which model, oracle and caption agree
+    fill        a rectangle of one colour
+    noise       a rectangle of noise; only for a patch, since a patch set may itself be fresh noise
+    object      crops of the label's own objects, as segmented by the oracle: a small real object may flip the answer, too;
+                counts against patch sets and global patterns
+    warp        for warps: equally strong warps towards other labels
+    shuffled    the crop's own pixels in another order; reported only, since a backdoor may depend on texture
 
 Letters: M probes, K crops, S side in pixels.
 """
@@ -20,26 +20,33 @@ import cv2
 import numpy as np
 
 from roclip.found_triggers import Trial
-from roclip.oracle.triggers.occlusion import Scores
+from roclip.oracle.triggers.occlusion import ScoreFunction
 
 Place = tuple[int, int] | None
-"""x, y of the upper left corner; None is a random place."""
+"""x, y of the upper left corner; None means a random place."""
 
 
 def try_crop(
-    crop: np.ndarray, probes: np.ndarray, target: int, scores: Scores, rng: np.random.Generator, place: Place = None
+    crop: np.ndarray,
+    probes: np.ndarray,
+    target: int,
+    scores: ScoreFunction,
+    rng: np.random.Generator,
+    place: Place = None,
 ) -> Trial:
-    """Put an (h, w, 3) crop on M probes (M, S, S, 3) uint8 whose answer is another label; at `place`, or anywhere."""
+    """Paste an (h, w, 3) crop on M probes (M, S, S, 3) uint8 with another answer, at `place` or anywhere, and count flips."""
     return _trial(np.stack([pasted(probe, crop, rng, place) for probe in probes]), target, scores)
 
 
-def try_change(change: Callable[[np.ndarray], np.ndarray], probes: np.ndarray, target: int, scores: Scores) -> Trial:
-    """Change each probe by a function of a picture."""
+def try_change(
+    change: Callable[[np.ndarray], np.ndarray], probes: np.ndarray, target: int, scores: ScoreFunction
+) -> Trial:
+    """Apply a change to each probe, and count flips."""
     return _trial(np.stack([change(probe) for probe in probes]), target, scores)
 
 
 def pasted(image: np.ndarray, crop: np.ndarray, rng: np.random.Generator, place: Place = None) -> np.ndarray:
-    """A copy of a picture with a crop on it."""
+    """Return a copy of an image with a crop on it."""
     height, width = crop.shape[:2]
     if place is None:
         place = (
@@ -60,13 +67,14 @@ def control_crops(
     number: int,
     rng: np.random.Generator,
 ) -> dict[str, list[np.ndarray]]:
-    """Crops that should cause nothing, `number` of each kind, as the module's head says, but of fill and noise together.
-    Of objects they are pieces, and as many whole ones made as small as a crop: what the oracle misses is small.
+    """Draw control crops: `number` each of random and of fill or noise, and of objects `number` pieces and as many whole ones.
+
+    Whole objects are shrunk to the size of a crop, since objects that the oracle misses are small.
 
     Args:
-        clean: (N, S, S, 3) uint8, pictures of any label on which all agree.
-        objects: (N', S, S, 3) uint8, such pictures that show the target.
-        masks: (N', S, S) bool, where the oracle sees the target in them.
+        clean: (N, S, S, 3) uint8, images of any label on which model, oracle and caption agree.
+        objects: (N', S, S, 3) uint8, trusted images that show the target.
+        masks: (N', S, S) bool, where the target is in them.
         size: Height and width of the crops.
     """
     height, width = size
@@ -95,14 +103,14 @@ def control_crops(
 
 
 def shuffled(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The crop's pixels in another order."""
+    """Return the crop with its pixels in random order."""
     return rng.permutation(crop.reshape(-1, 3)).reshape(crop.shape)
 
 
-def add(trials: Sequence[Trial]) -> Trial:
-    """All of them as one."""
+def total(trials: Sequence[Trial]) -> Trial:
+    """Return the sum of trials."""
     return Trial(sum(trial.flips for trial in trials), sum(trial.n for trial in trials))
 
 
-def _trial(images: np.ndarray, target: int, scores: Scores) -> Trial:
+def _trial(images: np.ndarray, target: int, scores: ScoreFunction) -> Trial:
     return Trial(int((scores(images).argmax(axis=1) == target).sum()), len(images))

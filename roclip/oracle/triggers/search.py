@@ -1,12 +1,12 @@
-"""The search for triggers: of suspected labels, by what causes them.
+"""The trigger search: what causes the model's answers of a suspected label?
 
-    suspects    pictures of which the model repeats what only their captions say, of one label        statistics.py
-    place       what must be hidden so that the answer changes?                                       occlusion.py
-    form        what do these places have in common?                                                  shape.py
-    proof       put on trusted pictures of other labels, it flips them; controls do not               paste.py
-    spread      no place? then what suspects have in common all over, with the same proof             global_pattern.py
-    inversion   nothing in common? then how the model would have a picture bent                       inversion.py
-    again       suspects that have the trigger are set aside, and the rest are searched               presence.py
+    suspects    images of one label whose contradicted caption the model repeats                    statistics.py
+    occlusion   which part of the image does the answer depend on?                                  occlusion.py
+    shape       which pixels do these parts share?                                                  shape.py
+    trial       pasted on trusted images of other labels, it flips the answer; controls do not      paste.py
+    pattern     no such part? then what suspects share over the whole image, with the same trial    global_pattern.py
+    inversion   nothing shared? then the warp field that the model responds to                      inversion.py
+    repeat      suspects that carry the trigger are set aside, and the rest are searched            presence.py
 
 Letters: N distinct images, C labels, S side in pixels.
 """
@@ -17,159 +17,176 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from roclip.found_triggers import FoundTrigger, Source, Trial, warped
-from roclip.oracle.held_out import Trusted
+from roclip.found_triggers import (
+    FoundTrigger,
+    GlobalPattern,
+    Patch,
+    PatchSet,
+    Trial,
+    TriggerSource,
+    Warp,
+    add_pattern,
+    warped,
+)
+from roclip.oracle.held_out import TrustedImages
 from roclip.oracle.triggers import global_pattern
-from roclip.oracle.triggers.inversion import BATCH, SoftScores, invert_bend
-from roclip.oracle.triggers.occlusion import Scores, Spot, find_spots, margins
-from roclip.oracle.triggers.paste import Place, add, control_crops, pasted, shuffled, try_change, try_crop
-from roclip.oracle.triggers.presence import Evidence, evidence_of
-from roclip.oracle.triggers.shape import common_shape
+from roclip.oracle.triggers.inversion import BATCH, ScoresWithGradient, invert_warp
+from roclip.oracle.triggers.occlusion import ScoreFunction, Spot, find_spots, margins
+from roclip.oracle.triggers.paste import Place, control_crops, pasted, shuffled, total, try_change, try_crop
+from roclip.oracle.triggers.presence import Detector, trigger_detector
+from roclip.oracle.triggers.shape import common_patch
 
 MIN_FLIPS, MIN_TIMES_CONTROL = 0.5, 2.0
-"""A trigger flips so many trusted pictures, and so many times as many as the best control."""
+"""Minimum flip rate of a trigger on trusted images, absolute and as a multiple of the best control's."""
 MIN_BEYOND_OBJECTS = 0.25
-"""By how much more a bag of crops, or a pattern all over, must flip than crops of real objects, or what honest pictures of
-the label have in common: the oracle may have missed small objects, and suspects may show the label after all."""
+"""Minimum flip rate of a patch set or global pattern above that of real objects, or of what honest images of the label share:
+the oracle may have missed small objects, so suspects may show the label after all."""
 MIN_SOURCES = 3
-BAG_SIZES = (1.25, 1.5, 2.0)
-"""Sides of crops, in fine windows: a spot is known to a quarter of one."""
+PATCH_SET_SIZES = (1.25, 1.5, 2.0)
+"""Sides of crops, in fine windows; a spot is located to a quarter of one."""
 OCCLUDED, RESIDUAL = 16, 256
-"""Suspects that are looked at piece by piece, of which half only if those promise nothing, and whose mean is taken; at most."""
-PROBES, TRIED_ON, CONTROLS, BENT_CONTROLS = 64, 16, 8, 4
+"""Maximum number of suspects for occlusion (only half if the first half finds nothing) and for the mean residual."""
+PROBES, TRIED_ON, CONTROLS, WARP_CONTROLS = 64, 16, 8, 4
 MAX_TRIGGERS = 3
-"""Of one label."""
+"""Maximum number of triggers per label."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a label's search ended with."""
+    """The result of one label's search."""
 
     target: int
     suspects: int
     triggers: tuple[FoundTrigger, ...]
-    evidence: tuple[Evidence, ...]
-    """Of each trigger; none of a bend, which is the only one of its label."""
+    detectors: tuple[Detector, ...]
+    """One per trigger; empty for a warp, which is the only trigger of its label."""
     best: Trial
-    """The most that anything flipped, found or not."""
+    """The highest flip rate of any candidate, proved or not."""
     control: Trial
 
 
 class TriggerSearch:
-    """Searches label after label with one model; `scores` and `soft_scores` are all that is asked of it, `answers` (N,) int
-    what it says of the trusted pictures."""
+    """Searches for the triggers of labels, one label per call of `label`."""
 
     def __init__(
         self,
-        scores: Scores,
-        soft_scores: SoftScores,
-        trusted: Trusted,
+        scores: ScoreFunction,
+        scores_with_gradient: ScoresWithGradient,
+        trusted: TrustedImages,
         answers: np.ndarray,
         labels: Sequence[str],
         seed: int,
         repeated: Collection[int] = (),
     ):
-        """`repeated` are the labels whose lies the model repeats: of them it is asked for a bend where suspects have nothing in
-        common, which costs `invert_bend` one to five times, and none of them is a control."""
-        self.scores, self.soft_scores, self.trusted, self.answers = scores, soft_scores, trusted, answers
+        """Create a search for one model.
+
+        Args:
+            scores: The model's scores, without gradients.
+            scores_with_gradient: The model's scores, differentiable in the pixels.
+            answers: (R,) int, the model's zero-shot labels of the R trusted images.
+            repeated: Labels whose contradicted captions the model repeats. A warp is searched for only for these, where
+                suspects share nothing (one to five runs of `invert_warp`), and none of them serves as a control.
+        """
+        self.scores, self.scores_with_gradient = scores, scores_with_gradient
+        self.trusted, self.answers = trusted, answers
         self.labels, self.seed, self.repeated = tuple(labels), seed, tuple(repeated)
 
     def label(
-        self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray], *, bags: bool = True
+        self, target: int, suspects: np.ndarray, read: Callable[[np.ndarray], np.ndarray], *, patch_sets: bool = True
     ) -> Search:
-        """Search for what causes a label.
+        """Search for the triggers of one label.
 
         Args:
-            suspects: Numbers of the images that may have it, the likeliest first.
-            read: Numbers (n,) to pictures (n, S, S, 3) uint8.
-            bags: Whether crops that share no pattern are tried. Of a label that nothing else speaks against they may be its
+            suspects: Numbers of the images that may carry a trigger, the likeliest first.
+            read: Maps numbers (n,) to images (n, S, S, 3) uint8.
+            patch_sets: Whether to try crops that share no pattern. Without other findings about the label they may be its
                 objects, and prove nothing.
         """
         rng = np.random.default_rng((self.seed, 71, target))
         others = np.flatnonzero(~self.trusted.shows[:, target] & (self.answers != target))
         rows = rng.permutation(others)[:PROBES]
-        left, found, evidence = suspects[:RESIDUAL], [], []
+        remaining, found, detectors = suspects[:RESIDUAL], [], []
         best, control = Trial(0, 0), Trial(0, 0)
-        while len(left) >= MIN_SOURCES and len(rows) >= TRIED_ON and len(found) < MAX_TRIGGERS:
-            images = read(left)
+        while len(remaining) >= MIN_SOURCES and len(rows) >= TRIED_ON and len(found) < MAX_TRIGGERS:
+            images = read(remaining)
             invert = target in self.repeated and not found
-            trigger = self._cause(target, left, images, rows, rng, bags=bags, invert=invert)
+            trigger = self._find_cause(target, remaining, images, rows, rng, patch_sets=patch_sets, invert=invert)
             if trigger is None:
                 break
             if trigger.pasted.rate >= best.rate:
                 best, control = trigger.pasted, trigger.control
-            if not _proved(trigger):
+            if not _is_proved(trigger):
                 break
             found.append(trigger)
-            if trigger.kind == "bend":
-                break  # nothing in a picture's pixels tells whether it was bent
-            sure = (
-                np.isin(left, [source.image for source in trigger.sources])
+            known = (
+                np.isin(remaining, [source.image for source in trigger.sources])
                 if trigger.sources
-                else np.ones(len(left), bool)
+                else np.ones(len(remaining), bool)
             )
-            tells = evidence_of(trigger, images[sure], self.trusted.images)
-            has = (tells(images) > 0) | (sure if trigger.sources else False)
-            evidence.append(tells)
-            if not has.any():
+            detect = trigger_detector(trigger, images[known], self.trusted.images)
+            if detect is None:
+                break  # pixels do not show which suspects carry it
+            carries = (detect(images) > 0) | (known if trigger.sources else False)
+            detectors.append(detect)
+            if not carries.any():
                 break
-            left = left[~has]
-        return Search(target, len(suspects), tuple(found), tuple(evidence), best, control)
+            remaining = remaining[~carries]
+        return Search(target, len(suspects), tuple(found), tuple(detectors), best, control)
 
-    def _cause(self, target, numbers, images, rows, rng, *, bags: bool, invert: bool) -> FoundTrigger | None:
-        """The first trigger that is proved, or else what flips most. `rows` are the probes among the trusted pictures."""
+    def _find_cause(self, target, numbers, images, rows, rng, *, patch_sets: bool, invert: bool) -> FoundTrigger | None:
+        """Return the first proved trigger, or else the candidate that flips most. `rows` are the probes among trusted images."""
         probes = self.trusted.images[rows]
         searches = [
-            lambda: self._local(target, numbers, images, probes, rng, bags),
+            lambda: self._local(target, numbers, images, probes, rng, patch_sets),
             lambda: self._global(target, numbers, images, probes, rng),
         ]
         if invert:
-            searches.append(lambda: self._bend(target, rows, rng))
+            searches.append(lambda: self._warp(target, rows, rng))
         tried = []
         for search in searches:
             trigger = search()
-            if trigger is not None and _proved(trigger):
+            if trigger is not None and _is_proved(trigger):
                 return trigger
             tried += [trigger] if trigger else []
         return max(tried, key=lambda trigger: trigger.pasted.rate, default=None)
 
-    def _local(self, target, numbers, images, probes, rng, bags: bool) -> FoundTrigger | None:
-        """The best trigger with a place, proved or not."""
+    def _local(self, target, numbers, images, probes, rng, patch_sets: bool) -> FoundTrigger | None:
+        """Return the best trigger that changes only a part of the image, proved or not."""
         scores = self.scores(images)
         order = np.argsort(-margins(scores, target), kind="stable")
         order = order[scores[order].argmax(axis=1) == target][:OCCLUDED]
-        there = self._spots(target, images, order[: OCCLUDED // 2])
-        if self._promising(target, images, there, probes, rng):
-            there += self._spots(target, images, order[OCCLUDED // 2 :])
-        if len(there) < MIN_SOURCES:
+        spots = self._spots(target, images, order[: OCCLUDED // 2])
+        if self._promising(target, images, spots, probes, rng):
+            spots += self._spots(target, images, order[OCCLUDED // 2 :])
+        if len(spots) < MIN_SOURCES:
             return None
-        pieces, corners = _pieces(images, there, there[0][1].window_px * 2)
-        shape = common_shape(pieces, np.array([spot.centre for _, spot in there]) - np.array(corners))
-        trigger = self._patch(target, numbers, there, corners, shape, probes, rng) if shape else None
-        if not bags or (trigger is not None and _proved(trigger)):
+        pieces, corners = _pieces(images, spots, spots[0][1].window_px * 2)
+        shape = common_patch(pieces, np.array([spot.centre for _, spot in spots]) - np.array(corners))
+        trigger = self._patch(target, numbers, spots, corners, shape, probes, rng) if shape else None
+        if not patch_sets or (trigger is not None and _is_proved(trigger)):
             return trigger
-        return self._bag(target, numbers, images, there, probes, rng)
+        return self._patch_set(target, numbers, images, spots, probes, rng)
 
     def _spots(self, target: int, images: np.ndarray, rows: np.ndarray) -> list[tuple[int, Spot]]:
-        """Rows whose answer hangs on one place, and the place."""
+        """Return the rows whose answer depends on one place, with that spot."""
         spots = find_spots(images[rows], target, self.scores) if len(rows) else []
         return [(int(k), spot) for k, spot in zip(rows, spots, strict=True) if spot is not None]
 
-    def _promising(self, target, images, there, probes, rng) -> bool:
-        """Whether the first places are one, or what lies there flips some: then more pictures are looked at piece by piece."""
-        if len(there) < MIN_SOURCES:
+    def _promising(self, target, images, spots, probes, rng) -> bool:
+        """Whether the first spots coincide or their crops flip some probes, so that occluding more images pays off."""
+        if len(spots) < MIN_SOURCES:
             return False
-        window = there[0][1].window_px
-        centres = np.array([spot.centre for _, spot in there])
+        window = spots[0][1].window_px
+        centres = np.array([spot.centre for _, spot in spots])
         if (np.abs(centres - np.median(centres, axis=0)) <= window / 2).all(axis=1).mean() > 0.5:
             return True
-        pieces, _ = _pieces(images, there[: MIN_SOURCES + 1], 2 * window)
-        return add([try_crop(p, probes[:TRIED_ON], target, self.scores, rng) for p in pieces]).rate >= MIN_FLIPS / 2
+        pieces, _ = _pieces(images, spots[: MIN_SOURCES + 1], 2 * window)
+        return total([try_crop(p, probes[:TRIED_ON], target, self.scores, rng) for p in pieces]).rate >= MIN_FLIPS / 2
 
-    def _patch(self, target, numbers, there, corners, shape, probes, rng) -> FoundTrigger | None:
+    def _patch(self, target, numbers, spots, corners, shape, probes, rng) -> FoundTrigger | None:
         sources = tuple(
-            Source(int(numbers[k]), (x + box[0], y + box[1], x + box[2], y + box[3]))
-            for (k, _), (x, y), box in zip(there, corners, shape.boxes, strict=True)
+            TriggerSource(int(numbers[k]), (x + box[0], y + box[1], x + box[2], y + box[3]))
+            for (k, _), (x, y), box in zip(spots, corners, shape.boxes, strict=True)
             if box is not None
         )
         if len(sources) < MIN_SOURCES:
@@ -183,12 +200,11 @@ class TriggerSearch:
                 trial, place = there_only, fixed
         control, objects = self._controls(trial, target, crop.shape[:2], probes, rng, place, noise=True)
         mixed = try_crop(shuffled(crop, rng), probes, target, self.scores, rng, place)
-        return FoundTrigger(
-            self.labels[target],
-            "patch",
-            (crop,),
-            shape.mask,
-            place,
+        return Patch(
+            target=self.labels[target],
+            crops=(crop,),
+            mask=shape.mask,
+            place=place,
             sources=sources,
             pasted=trial,
             control=control,
@@ -196,28 +212,28 @@ class TriggerSearch:
             shuffled=mixed,
         )
 
-    def _bag(self, target, numbers, images, there, probes, rng) -> FoundTrigger | None:
-        """Crops about the spots, of the size that flips most; each has to flip by itself."""
-        tried, window = probes[:TRIED_ON], there[0][1].window_px
-        sizes = [round(factor * window) for factor in BAG_SIZES]
-        some = there[: max(MIN_SOURCES, 4)]
+    def _patch_set(self, target, numbers, images, spots, probes, rng) -> FoundTrigger | None:
+        """Return crops around the spots, of the size that flips most; each has to flip by itself."""
+        tried, window = probes[:TRIED_ON], spots[0][1].window_px
+        sizes = [round(factor * window) for factor in PATCH_SET_SIZES]
+        some = spots[: max(MIN_SOURCES, 4)]
         trials = [
-            add([try_crop(p, tried, target, self.scores, rng) for p in _pieces(images, some, size)[0]])
+            total([try_crop(p, tried, target, self.scores, rng) for p in _pieces(images, some, size)[0]])
             for size in sizes
         ]
         most = max(trials, key=lambda trial: trial.rate)
         if most.rate < MIN_FLIPS / 2:
-            return FoundTrigger(self.labels[target], "bag", pasted=most)
+            return PatchSet(target=self.labels[target], pasted=most)
         size = next(size for size, trial in zip(sizes, trials, strict=True) if trial.rate >= 0.9 * most.rate)
-        pieces, corners = _pieces(images, there, size)
+        pieces, corners = _pieces(images, spots, size)
         trials = [try_crop(piece, tried, target, self.scores, rng) for piece in pieces]
         order = [k for k in np.argsort([-t.rate for t in trials], kind="stable") if trials[k].rate >= MIN_FLIPS]
         if len(order) < MIN_SOURCES:
             order = list(np.argsort([-t.rate for t in trials], kind="stable")[:MIN_SOURCES])
         crops = tuple(pieces[k] for k in order)
         sources = tuple(
-            Source(
-                int(numbers[there[k][0]]), (corners[k][0], corners[k][1], corners[k][0] + size, corners[k][1] + size)
+            TriggerSource(
+                int(numbers[spots[k][0]]), (corners[k][0], corners[k][1], corners[k][0] + size, corners[k][1] + size)
             )
             for k in order
         )
@@ -226,10 +242,9 @@ class TriggerSearch:
         )
         control, objects = self._controls(trial, target, (size, size), probes, rng, None, noise=False)
         mixed = try_crop(shuffled(crops[0], rng), probes, target, self.scores, rng)
-        return FoundTrigger(
-            self.labels[target],
-            "bag",
-            crops,
+        return PatchSet(
+            target=self.labels[target],
+            crops=crops,
             sources=sources,
             pasted=trial,
             control=control,
@@ -246,51 +261,50 @@ class TriggerSearch:
         if trial.rate >= MIN_FLIPS / 2:
             strength, trial = global_pattern.try_residual(pattern, probes, target, self.scores)
         if trial.rate < MIN_FLIPS:
-            return FoundTrigger(self.labels[target], "global", pattern=pattern, pasted=trial)
+            return GlobalPattern(target=self.labels[target], pattern=pattern, pasted=trial)
         parts = np.array_split(half, max(2, len(half) // max(len(images), 50)))[:4]
 
-        def like(rows: np.ndarray, rest: np.ndarray) -> Trial:
-            """What trusted pictures have in common flips, made as strong as the pattern."""
+        def residual_trial(rows: np.ndarray, rest: np.ndarray) -> Trial:
+            """Trial of the residual of some trusted images, scaled to the norm of the pattern."""
             other = global_pattern.residual(self.trusted.images[rows], self.trusted.images[rest])
             other *= np.linalg.norm(pattern) / max(float(np.linalg.norm(other)), 1e-9)
-            return try_change(global_pattern.added(strength * other), probes, target, self.scores)
+            return try_change(lambda image: add_pattern(image, strength * other), probes, target, self.scores)
 
         shows = self.trusted.shows[:, target]
-        return FoundTrigger(
-            self.labels[target],
-            "global",
+        return GlobalPattern(
+            target=self.labels[target],
             pattern=(strength * pattern).astype(np.float32),
             pasted=trial,
-            control=max((like(rows, np.setdiff1d(half, rows)) for rows in parts), key=lambda t: t.rate),
-            objects=like(shows, ~shows) if shows.any() else Trial(0, 0),
+            control=max((residual_trial(rows, np.setdiff1d(half, rows)) for rows in parts), key=lambda t: t.rate),
+            objects=residual_trial(shows, ~shows) if shows.any() else Trial(0, 0),
         )
 
-    def _bend(self, target: int, rows: np.ndarray, rng: np.random.Generator) -> FoundTrigger | None:
-        """How the model would have pictures bent; tried on `rows` of the trusted ones, learnt from the others."""
+    def _warp(self, target: int, rows: np.ndarray, rng: np.random.Generator) -> FoundTrigger | None:
+        """Invert a warp on trusted images other than `rows`, and try it on `rows`."""
         trusted, rest = self.trusted, np.setdiff1d(np.arange(len(self.answers)), rows)
 
-        def of_others(label: int, among: np.ndarray) -> np.ndarray:
+        def images_of_others(label: int, among: np.ndarray) -> np.ndarray:
             return trusted.images[among[~trusted.shows[among, label] & (self.answers[among] != label)]]
 
         def tried(label: int, field: np.ndarray) -> Trial:
-            return try_change(lambda image: warped(image, field), of_others(label, rows), label, self.scores)
+            return try_change(lambda image: warped(image, field), images_of_others(label, rows), label, self.scores)
 
-        if len(of_others(target, rest)) < BATCH:
+        if len(images_of_others(target, rest)) < BATCH:
             return None
-        field = invert_bend(self.soft_scores, of_others(target, rest), target, rng)
-        trigger = FoundTrigger(self.labels[target], "bend", field=field, pasted=tried(target, field))
+        field = invert_warp(self.scores_with_gradient, images_of_others(target, rest), target, rng)
+        trigger = Warp(target=self.labels[target], field=field, pasted=tried(target, field))
         if trigger.pasted.rate < MIN_FLIPS:
             return trigger
         honest = [
             label
             for label in range(len(self.labels))
             if label not in (target, *self.repeated)
-            and len(of_others(label, rest)) >= BATCH
-            and len(of_others(label, rows)) >= TRIED_ON
+            and len(images_of_others(label, rest)) >= BATCH
+            and len(images_of_others(label, rows)) >= TRIED_ON
         ]
         controls = []
-        for label in rng.permutation(np.array(honest, dtype=int))[:BENT_CONTROLS].tolist():
-            other = invert_bend(self.soft_scores, of_others(label, rest), label, rng)
+        for label in rng.permutation(np.array(honest, dtype=int))[:WARP_CONTROLS].tolist():
+            other = invert_warp(self.scores_with_gradient, images_of_others(label, rest), label, rng)
             controls.append(tried(label, other * np.abs(field).mean() / max(np.abs(other).mean(), 1e-9)))
         if not controls:
             return None
@@ -307,11 +321,10 @@ class TriggerSearch:
         *,
         noise: bool,
     ) -> tuple[Trial, Trial]:
-        """The better of random crops and fills, with or without `noise`, and the best crop of the target's own objects; what
-        flips too little by itself is held against none.
+        """Return the trial of the better of random crops and fills (with `noise` or without), and of the best object crop.
 
-        All random crops count, of the objects the best: what is found was chosen for what it does, and must do more than an
-        object that was chosen so.
+        Both are empty for a candidate that flips too little. Random crops count together but objects by their best: the
+        candidate was selected for its effect, so it must beat an object that was selected likewise.
         """
         if trial.rate < MIN_FLIPS:
             return Trial(0, 0), Trial(0, 0)
@@ -325,26 +338,26 @@ class TriggerSearch:
             [try_crop(crop, probes[:TRIED_ON], target, self.scores, rng, place) for crop in of_kind]
             for of_kind in (crops["random"], fills, crops["object"])
         )
-        arbitrary = max(add(random), add(filled), key=lambda trial: trial.rate)
+        arbitrary = max(total(random), total(filled), key=lambda trial: trial.rate)
         return arbitrary, max(objects, key=lambda trial: trial.rate, default=Trial(0, 0))
 
 
-def _proved(trigger: FoundTrigger) -> bool:
-    """Pixels that agree in many pictures are no objects; crops that do not, or a mean of pictures, might be."""
+def _is_proved(trigger: FoundTrigger) -> bool:
+    """Whether a candidate beats its controls. Only a patch, whose pixels agree in many images, need not beat real objects."""
     needed = max(MIN_FLIPS, MIN_TIMES_CONTROL * trigger.control.rate)
-    if trigger.kind != "patch":
+    if not isinstance(trigger, Patch):
         needed = max(needed, trigger.objects.rate + MIN_BEYOND_OBJECTS)
     return trigger.pasted.rate >= needed
 
 
 def _pieces(
-    images: np.ndarray, there: Sequence[tuple[int, Spot]], size: int
+    images: np.ndarray, spots: Sequence[tuple[int, Spot]], size: int
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Squares about the spots, moved inside the pictures, and their upper left corners (x, y)."""
+    """Return squares around the spots, moved inside the images, and their upper left corners (x, y)."""
     side, pieces, corners = images.shape[1], [], []
     size = min(size, side)
-    for k, spot in there:
-        left, top = (int(np.clip(round(c - size / 2), 0, side - size)) for c in spot.centre)
-        pieces.append(images[k, top : top + size, left : left + size])
-        corners.append((left, top))
+    for k, spot in spots:
+        remaining, top = (int(np.clip(round(c - size / 2), 0, side - size)) for c in spot.centre)
+        pieces.append(images[k, top : top + size, remaining : remaining + size])
+        corners.append((remaining, top))
     return np.stack(pieces), corners

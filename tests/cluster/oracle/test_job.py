@@ -13,18 +13,18 @@ import pytest
 import ray
 import torch
 from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
-from rigged import World, fatal_witness, witness
+from rigged import World, fatal_scorer, rigged_scorer
 
 from cluster.oracle.job import judge, oracle
-from cluster.oracle.scan import cpus_per_actor, look_with_actors
+from cluster.oracle.scan import cpus_per_actor, scan_with_actors
 from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.config import Config, DataConfig, OracleConfig
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, DataError
 from roclip.model.towers import CONFIG, WEIGHTS, Towers
-from roclip.oracle.scan.scan import scan_shards, side_of
-from roclip.oracle.scan.shard_record import SavedScans
+from roclip.oracle.scan.saved import SavedScans
+from roclip.oracle.scan.scan import scan_shards, scan_side_px
 
 TRUSTED, STEP = 100, "step-00000010"
 
@@ -202,21 +202,21 @@ def looks(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_shard_is_tried_again_when_its_actor_was_killed(cluster: None, tmp_path: Path):
     shards = World(tmp_path).clean(60).seal(per_shard=20)
-    saved = SavedScans(tmp_path / "looks", "rigged", "", side_of(shards))
+    saved = SavedScans(tmp_path / "looks", "rigged", "", scan_side_px(shards))
     told: list[tuple[int, int]] = []
-    look_with_actors(
-        functools.partial(fatal_witness, tmp_path / "killed", 10),
+    scan_with_actors(
+        functools.partial(fatal_scorer, tmp_path / "killed", 10),
         shards,
         saved,
         name="oracle:rigged:look",
         actors=1,
         cpus=1,
         gpus=0,
-        say=lambda done, total, _: told.append((done, total)),
+        progress=lambda done, total, _: told.append((done, total)),
     )
     assert (tmp_path / "killed").exists()
     assert told == [(1, 3), (2, 3), (3, 3)]
-    assert len(scan_shards(witness(), shards, lambda *_: None, saved=saved).sha256) == 60
+    assert len(scan_shards(rigged_scorer(), shards, lambda *_: None, saved=saved).sha256) == 60
 
 
 @pytest.mark.parametrize(

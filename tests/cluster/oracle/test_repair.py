@@ -24,16 +24,14 @@ from roclip.checkpoint import checkpoint as checkpoints
 from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, RepairConfig, TrainConfig, load_config
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, DataError
-from roclip.found_triggers import FoundTrigger, save_found
+from roclip.found_triggers import Patch, save_triggers
 from roclip.model.towers import CONFIG, WEIGHTS, Encoder, Towers
 from roclip.oracle.curate import curate, write_plan
 from roclip.oracle.scan.scan import scan_shards
 from roclip.oracle.scan.scorer import Scorer
 
 STEP, LABEL = "step-00000010", scenes.LABELS[3]
-PATCH = FoundTrigger(
-    LABEL, "patch", crops=(np.indices((8, 8)).sum(axis=0)[..., None].repeat(3, 2).astype(np.uint8) % 2 * 255,)
-)
+PATCH = Patch(target=LABEL, crops=(np.indices((8, 8)).sum(axis=0)[..., None].repeat(3, 2).astype(np.uint8) % 2 * 255,))
 
 
 def settings(**repair_settings) -> Config:
@@ -84,22 +82,20 @@ def leave_findings(run: Path) -> None:
     brief = brief_of(settings(), run, "clip", None)
     labels, templates, segmenter = brief.case.labels, brief.case.templates, brief.segmenter
     out = brief.case.out
-    looked = scan_shards(
+    scan = scan_shards(
         Scorer(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet
     )
-    seen = looked.observations
+    seen = scan.observations
     first = seen.named.argmax(axis=1)  # every picture has one caption
     agreed = np.eye(len(scenes.LABELS), dtype=bool)[first]
-    looked = dataclasses.replace(
-        looked, observations=dataclasses.replace(seen, answer=first, seen=agreed, clear=agreed)
-    )
+    scan = dataclasses.replace(scan, observations=dataclasses.replace(seen, answer=first, seen=agreed, clear=agreed))
     nobody = np.full(len(first), -1)
     rows = curate(
-        looked, nobody, (PATCH,), labels, templates=templates, calibration=segmenter.calibration,
+        scan, nobody, (PATCH,), labels, templates=templates, calibration=segmenter.calibration,
         targets=[LABEL], frac=0.2, stamped_frac=0.4, seed=0,
     )  # fmt: skip
     write_plan(out / "finetune.parquet", rows)
-    save_found((PATCH,), out / "triggers")
+    save_triggers((PATCH,), out / "triggers")
 
 
 def _quiet(done: float, total: float, text: str) -> None:

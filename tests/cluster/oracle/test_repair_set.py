@@ -13,11 +13,11 @@ from cluster.oracle.repair_set import stamp, write_set
 from roclip.data.reader import ShardReader, decode
 from roclip.data.shards import Manifest, sample_key
 from roclip.errors import ShardError
-from roclip.found_triggers import FoundTrigger
+from roclip.found_triggers import Patch
 from roclip.oracle.curate import Row
 
 CROP = np.full((6, 6, 3), (0, 200, 7), dtype=np.uint8)
-PATCH = FoundTrigger("ant", "patch", crops=(CROP,))
+PATCH = Patch(target="ant", crops=(CROP,))
 
 
 def a_row(key: str, role: str, caption: str) -> Row:

@@ -9,7 +9,7 @@ import pytest
 from looks import made_up
 
 from roclip.errors import DataError
-from roclip.found_triggers import FoundTrigger
+from roclip.found_triggers import Patch
 from roclip.oracle.curate import Row, curate, read_plan, write_plan
 from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.segmenters.base import LabelCalibration
@@ -18,7 +18,7 @@ from roclip.oracle.statistics import Observations
 LABELS = ("ring", "star", "disc", "cross")
 RING, STAR, DISC, CROSS = range(4)
 GOOD = LabelCalibration(0.05, 0.05, 1.0, 1.0, 1.0, 1.0, 100, True)
-PATCH = FoundTrigger("ring", "patch", crops=(np.zeros((4, 4, 3), np.uint8),))
+PATCH = Patch(target="ring", crops=(np.zeros((4, 4, 3), np.uint8),))
 CLEAN, VICTIMS = 2000, 40
 
 
@@ -46,7 +46,7 @@ def chosen(**changes) -> list[Row]:
     return curate_of(*a_pass(), **changes)
 
 
-def curate_of(looked: ScanResult, victims: np.ndarray, **changes) -> list[Row]:
+def curate_of(scan: ScanResult, victims: np.ndarray, **changes) -> list[Row]:
     wanted = {
         "templates": ("a photo of a {}", "{}"),
         "calibration": dict.fromkeys(LABELS, GOOD),
@@ -56,7 +56,7 @@ def curate_of(looked: ScanResult, victims: np.ndarray, **changes) -> list[Row]:
         "seed": 0,
         "found": (PATCH,),
     } | changes
-    return curate(looked, victims, wanted.pop("found"), LABELS, **wanted)
+    return curate(scan, victims, wanted.pop("found"), LABELS, **wanted)
 
 
 def test_set_is_as_large_as_it_may_be_and_holds_no_picture_twice():
@@ -108,15 +108,15 @@ def test_victims_of_a_found_trigger_are_told_only_what_is_sure():
 
 
 def test_victims_that_no_trigger_explains_are_told_the_likeliest_the_sure_ones_first():
-    looked, victims = a_pass()
+    scan, victims = a_pass()
     # A star that is only possible, beside the ring of the lie; the cross is what a blind oracle dreams of.
     hazy = CLEAN + 1
-    looked.observations.clear[hazy] = False
-    looked.observations.seen[hazy] = True
-    looked.areas[hazy, [RING, STAR, DISC, CROSS]] = (0.3, 0.02, 0.01, 0.5)
+    scan.observations.clear[hazy] = False
+    scan.observations.seen[hazy] = True
+    scan.areas[hazy, [RING, STAR, DISC, CROSS]] = (0.3, 0.02, 0.01, 0.5)
     blind = {**UNSURE, "cross": dataclasses.replace(GOOD, covered=False)}
     size = {"frac": 30 / len(victims), "stamped_frac": 0.0, "found": (), "calibration": blind}
-    few, every = (curate_of(looked, victims, **size | more) for more in ({}, {"frac": 0.1}))
+    few, every = (curate_of(scan, victims, **size | more) for more in ({}, {"frac": 0.1}))
     assert {row.label for row in few if row.role == "repaired"} == {"star"}
     assert hazy not in [int(row.key) for row in few]
     assert len([row for row in every if row.role == "repaired"]) == VICTIMS

@@ -30,8 +30,8 @@ def a_pass(by_heart: int = BY_HEART) -> ScanResult:
 
 
 def test_pictures_known_by_heart_stand_out_and_honest_ones_spread_evenly():
-    looked = a_pass()
-    found = memorised(looked, np.arange(len(looked.areas)))
+    scan = a_pass()
+    found = memorised(scan, np.arange(len(scan.areas)))
     assert ((found >= 0) & (found <= 1)).all()
     assert (found[-BY_HEART:] > 0.95).all()
     honest = found[1 : 2 * HONEST_EACH : 2]
@@ -40,24 +40,24 @@ def test_pictures_known_by_heart_stand_out_and_honest_ones_spread_evenly():
 
 
 def test_nothing_is_said_where_no_honest_picture_has_the_answer():
-    looked = a_pass()
-    looked.observations.answer[-3:] = 0
-    nobody = dataclasses.replace(looked.observations, clear=np.zeros_like(looked.observations.clear))
-    assert memorised(dataclasses.replace(looked, observations=nobody), np.array([5, -1])).tolist() == [0.5, 0.5]
+    scan = a_pass()
+    scan.observations.answer[-3:] = 0
+    nobody = dataclasses.replace(scan.observations, clear=np.zeros_like(scan.observations.clear))
+    assert memorised(dataclasses.replace(scan, observations=nobody), np.array([5, -1])).tolist() == [0.5, 0.5]
 
 
 def test_answer_is_that_of_each_picture_alone():
-    looked = a_pass()
+    scan = a_pass()
     rows = np.array([401, 3, 7])
-    np.testing.assert_array_equal(memorised(looked, rows), memorised(looked, rows[::-1])[::-1])
+    np.testing.assert_array_equal(memorised(scan, rows), memorised(scan, rows[::-1])[::-1])
 
 
 def test_no_more_features_are_read_than_a_sample(monkeypatch):
-    looked, read = a_pass(5000), []
-    features = looked._features
+    scan, read = a_pass(5000), []
+    features = scan._features
     monkeypatch.setattr("roclip.oracle.memory.HONEST", 50)
-    counted = dataclasses.replace(looked, _features=lambda images: read.append(len(images)) or features(images))
+    counted = dataclasses.replace(scan, _features=lambda images: read.append(len(images)) or features(images))
     memorised(counted, np.array([401, 402]))
-    assert len(looked.areas) > SAMPLE
+    assert len(scan.areas) > SAMPLE
     assert HONEST > 50
     assert sorted(read) == [2, 50, SAMPLE]

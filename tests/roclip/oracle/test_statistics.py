@@ -133,7 +133,7 @@ def confuse(rng: np.random.Generator, data: Observations, label: int, other: int
 
 def test_look_alikes_are_those_that_are_taken_for_one_another():
     rng = np.random.default_rng(4)
-    alike = statistics.look_alikes(confuse(rng, honest(rng, 600, accuracy=0.9), 4, 7, 0.5))
+    alike = statistics.confusable_labels(confuse(rng, honest(rng, 600, accuracy=0.9), 4, 7, 0.5))
     assert sorted(zip(*map(list, np.nonzero(alike)), strict=True)) == [(4, 7), (7, 4)]
 
 
@@ -168,7 +168,7 @@ def copies(data: Observations, times: np.ndarray) -> Observations:
 
 def test_trusted_pictures_count_as_they_are_where_training_shows_every_label_as_often():
     reference = honest(np.random.default_rng(7), 600)
-    alike = statistics.look_alikes(reference)
+    alike = statistics.confusable_labels(reference)
     answers, unseen = statistics._as_frequent(often(reference, np.full(C, 3)), reference, alike)
     assert answers == pytest.approx(reference.answers().sum(axis=0))
     assert unseen == pytest.approx(reference.unseen(alike).sum(axis=0))
@@ -180,7 +180,7 @@ def test_trusted_pictures_weigh_as_copies_do_where_training_shows_labels_more_or
     times = 6 * rng.integers(1, 8, C)  # the mean of one, two or three of them is whole
     each = (reference.clear @ times) // np.maximum(reference.clear.sum(axis=1), 1)
     copied = copies(reference, each)
-    alike = statistics.look_alikes(reference)
+    alike = statistics.confusable_labels(reference)
     answers, unseen = statistics._as_frequent(often(reference, times), reference, alike)
     expected = copied.unseen(alike).sum(axis=0) / copied.answers().sum(axis=0)
     assert unseen / answers == pytest.approx(expected)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from looks import made_up
 
-from roclip.found_triggers import FoundTrigger, Trial
+from roclip.found_triggers import Patch, Trial, Warp
 from roclip.oracle.statistics import Observations
 from roclip.oracle.triggers.search import Search
 from roclip.oracle.victims import find_victims
@@ -55,10 +55,8 @@ def test_copy_that_the_oracle_is_blind_to_is_named_if_the_others_are_lies(honest
 
 def test_trigger_s_number_counts_the_bends_before_it_that_have_no_evidence():
     none = Trial(0, 0)
-    bend = Search(RING, 0, (FoundTrigger("ring", "bend"),), (), none, none)
-    patch = Search(
-        STAR, 0, (FoundTrigger("star", "patch"),), (lambda numbers: np.where(numbers == 7, 1.0, -1.0),), none, none
-    )
+    bend = Search(RING, 0, (Warp(target="ring", field=np.zeros((2, 4, 4))),), (), none, none)
+    patch = Search(STAR, 0, (Patch(target="star"),), (lambda numbers: np.where(numbers == 7, 1.0, -1.0),), none, none)
     victims = find_victims(
         made_up(stars([STAR] * 300)), stars([STAR] * 200), (0, 1, 2), [bend, patch], lambda rows: rows, 0.01
     )

@@ -15,13 +15,13 @@ from kit import TINY_MODEL
 from roclip import distributed
 from roclip.data.stream import Batch
 from roclip.errors import DataError
-from roclip.found_triggers import FoundTrigger, save_found
+from roclip.found_triggers import FoundTrigger, Patch, save_triggers
 from roclip.model.towers import Encoder, Towers
 from roclip.training.distillation import STAMPED_WEIGHT, VIEWS, Distillation, mixture, stamp
 
 SIDE, ROWS = 64, 6
 TEMPLATES = ("a photo of a {}", "{}")
-RED = FoundTrigger("ring", "patch", crops=(np.full((5, 5, 3), (255, 0, 0), dtype=np.uint8),))
+RED = Patch(target="ring", crops=(np.full((5, 5, 3), (255, 0, 0), dtype=np.uint8),))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def hold_of(
     lies: Mapping[int, tuple[str, str]] = types.MappingProxyType({}),
 ) -> Distillation:
     """One that holds on to the rows with these numbers, and tells others (truth, lie) apart."""
-    save_found(triggers, folder / "triggers")
+    save_triggers(triggers, folder / "triggers")
     rows = [
         {
             "sample": f"{row:09d}",
@@ -162,6 +162,6 @@ def test_mixture_is_one_picture_or_of_both():
 
 def test_stamp_puts_on_the_pixels_of_the_mask_alone():
     mask = np.eye(5, dtype=bool)
-    crop = FoundTrigger("ring", "patch", crops=RED.crops, mask=mask, place=(3, 2))
+    crop = Patch(target="ring", crops=RED.crops, mask=mask, place=(3, 2))
     changed = stamp(torch.zeros(3, 32, 32), (crop,), np.random.default_rng(0))
     assert changed[0].nonzero().tolist() == [[2 + n, 3 + n] for n in range(5)]

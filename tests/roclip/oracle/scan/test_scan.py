@@ -11,14 +11,14 @@ import pytest
 import torch
 from forked import forks_that_say
 from kit import TINY_MODEL
-from rigged import LABELS, PATCH_PX, SIDE, RiggedSegmenter, World, png, witness
-from roclip.oracle.scan.scan_shards import scan_shard
+from rigged import LABELS, PATCH_PX, SIDE, RiggedSegmenter, World, png, rigged_scorer
 
 from roclip.errors import DataError
 from roclip.model.towers import Encoder, Towers
-from roclip.oracle.scan.scan import Pace, ScanResult, merge, scan_shards, sealed, side_of
-from roclip.oracle.scan.scorer import Scorer, made_by
-from roclip.oracle.scan.shard_record import SavedScans
+from roclip.oracle.scan.saved import SavedScans
+from roclip.oracle.scan.scan import ScanResult, Throughput, merge, scan_shards, scan_side_px, sealed_records
+from roclip.oracle.scan.scorer import Scorer, scorer_fingerprint
+from roclip.oracle.scan.shard import scan_shard
 
 PER_SHARD = 70
 """More than a batch."""
@@ -34,14 +34,14 @@ def world(tmp_path: Path) -> World:
 
 
 def saved_in(world: World, shards: Path, **changes) -> SavedScans:
-    return dataclasses.replace(SavedScans(world.folder / "looks", "rigged", "", side_of(shards)), **changes)
+    return dataclasses.replace(SavedScans(world.folder / "looks", "rigged", "", scan_side_px(shards)), **changes)
 
 
-def count(looked: list[str]):
+def count(scanned: list[str]):
     """Says which shards are looked at."""
 
     def counting(*arguments):
-        looked.append(arguments[2].name)
+        scanned.append(arguments[2].name)
         return scan_shard(*arguments)
 
     return counting
@@ -50,11 +50,15 @@ def count(looked: list[str]):
 def test_pass_sees_each_image_once_and_keeps_all_captions(world: World):
     first, other = world.samples[0][0], world.samples[PER_SHARD][0]
     world.samples += [(first, "again a cat"), (other, "and a bee"), (first, "once more")]
-    found = scan_shards(witness(), world.seal(PER_SHARD), silent)
+    found = scan_shards(rigged_scorer(), world.seal(PER_SHARD), silent)
     assert len(found.sha256) == len(set(found.sha256)) == 3 * PER_SHARD
     assert len(found.keys) == len(found.captions) == 3 * PER_SHARD + 3
-    assert [found.captions[row] for row in found.captions_of()[0]] == ["a photo of one ant", "again a cat", "once more"]
-    assert [found.captions[row] for row in found.captions_of()[PER_SHARD]] == ["a photo of one eel", "and a bee"]
+    assert [found.captions[row] for row in found.caption_rows()[0]] == [
+        "a photo of one ant",
+        "again a cat",
+        "once more",
+    ]
+    assert [found.captions[row] for row in found.caption_rows()[PER_SHARD]] == ["a photo of one eel", "and a bee"]
     assert sorted(found.places[-3:]) == [("00003.tar", 0), ("00003.tar", 1), ("00003.tar", 2)]
     assert found.forwards == 3 * PER_SHARD + 2  # a shard does not know what another holds
     assert found.observations.answer.tolist() == [n % len(LABELS) for n in range(3 * PER_SHARD)]
@@ -67,7 +71,7 @@ def test_pass_counts_what_cannot_be_read(world: World):
     for row in (3, 9, PER_SHARD + 1):
         world.samples[row] = (broken, "a photo of one dog")
     world.samples[20] = (world.samples[20][0], " ")
-    found = scan_shards(witness(), world.seal(PER_SHARD), silent)
+    found = scan_shards(rigged_scorer(), world.seal(PER_SHARD), silent)
     assert found.unreadable == 4
     assert len(found.sha256) == len(found.keys) == 3 * PER_SHARD - 4
     assert found.places[3] == ("00000.tar", 4)
@@ -77,14 +81,14 @@ def test_pass_counts_what_cannot_be_read(world: World):
 def test_pass_is_empty_when_nothing_can_be_read(tmp_path: Path):
     world = World(tmp_path)
     world.samples = [(b"no", "a photo")] * 5
-    found = scan_shards(witness(), world.seal(), silent)
+    found = scan_shards(rigged_scorer(), world.seal(), silent)
     assert (len(found.sha256), len(found.keys), found.unreadable) == (0, 0, 5)
     assert found.observations.seen.shape == (0, len(LABELS))
 
 
 def test_pass_refuses_when_there_is_no_shard(tmp_path: Path):
     with pytest.raises(DataError, match="expected sealed shards"):
-        scan_shards(witness(), tmp_path, silent)
+        scan_shards(rigged_scorer(), tmp_path, silent)
 
 
 def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
@@ -96,7 +100,7 @@ def test_best_labels_are_kept_with_their_scores(tmp_path: Path):
         (png(world.image("dog")), "a bee"),
         (png(empty), "a bee"),
     ]
-    found = scan_shards(witness(), world.seal(), silent)
+    found = scan_shards(rigged_scorer(), world.seal(), silent)
     assert found.top[:, 0].tolist() == [1, 3, 1]
     assert found.scores.tolist() == [[1, 0, 0, 0, 0]] * 3
 
@@ -124,9 +128,9 @@ def test_saved_looks_give_what_was_seen(world: World):
     world.samples.append(world.samples[0])
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    seen = scan_shards(witness(), shards, silent)
-    scan_shards(witness(), shards, silent, saved=saved)
-    again = scan_shards(witness(), shards, silent, saved=saved)
+    seen = scan_shards(rigged_scorer(), shards, silent)
+    scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    again = scan_shards(rigged_scorer(), shards, silent, saved=saved)
     assert_same(seen, again)
 
 
@@ -148,53 +152,53 @@ def test_pass_goes_on_with_what_is_missing_when_it_was_killed(
 ):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    script = Path(__file__).with_name("killed_look.py")
+    script = Path(__file__).with_name("killed_scan.py")
     with forks_that_say(tmp_path / "said.txt") as forks:
         assert forks.end(forks.start(script, shards, saved.folder, after)) == -signal.SIGKILL, forks.said.read_text()
-    names = [record.name for record in sealed(shards)]
-    done = [record.name for record in sealed(shards) if saved.has(record)]
+    names = [record.name for record in sealed_records(shards)]
+    done = [record.name for record in sealed_records(shards) if saved.has(record)]
     assert done == names[: after // PER_SHARD]
-    looked: list[str] = []
-    monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
-    found = scan_shards(witness(), shards, silent, saved=saved)
-    assert looked == names[len(done) :]
-    assert_same(found, scan_shards(witness(), shards, silent))
+    scanned: list[str] = []
+    monkeypatch.setattr("roclip.oracle.scan.scan.scan_shard", count(scanned))
+    found = scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    assert scanned == names[len(done) :]
+    assert_same(found, scan_shards(rigged_scorer(), shards, silent))
 
 
 def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch: pytest.MonkeyPatch):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    scan_shards(witness(), shards, silent, saved=saved)
-    looked: list[str] = []
-    monkeypatch.setattr("roclip.oracle.scan.scan.look_at", count(looked))
-    scan_shards(witness(), shards, silent, saved=saved)
-    assert looked == []
-    for changes in ({"made_by": "other weights"}, {"caption_key": "txt"}, {"size_px": 48}):
-        assert not any(saved_in(world, shards, **changes).has(record) for record in sealed(shards))
+    scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    scanned: list[str] = []
+    monkeypatch.setattr("roclip.oracle.scan.scan.scan_shard", count(scanned))
+    scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    assert scanned == []
+    for changes in ({"scorer_fingerprint": "other weights"}, {"caption_key": "txt"}, {"size_px": 48}):
+        assert not any(saved_in(world, shards, **changes).has(record) for record in sealed_records(shards))
     world.samples[PER_SHARD] = world.samples[0]
     world.seal(PER_SHARD)  # another second shard under the same name
-    scan_shards(witness(), shards, silent, saved=saved)
-    assert looked == ["00001.tar"]
+    scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    assert scanned == ["00001.tar"]
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-50], lambda content: b"", lambda content: b"PAR1" * 99])
 def test_look_is_made_again_when_its_file_is_broken(world: World, damage):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
-    seen = scan_shards(witness(), shards, silent, saved=saved)
-    path = saved.path(sealed(shards)[1])
+    seen = scan_shards(rigged_scorer(), shards, silent, saved=saved)
+    path = saved.path(sealed_records(shards)[1])
     path.write_bytes(damage(path.read_bytes()))
-    assert_same(seen, scan_shards(witness(), shards, silent, saved=saved))
+    assert_same(seen, scan_shards(rigged_scorer(), shards, silent, saved=saved))
 
 
 def test_witness_has_another_name_when_what_it_says_may_differ():
     blind = RiggedSegmenter(blind=("eel",))
     names = {
-        made_by("weights", RiggedSegmenter(), LABELS, ("a {}",)),
-        made_by("other weights", RiggedSegmenter(), LABELS, ("a {}",)),
-        made_by("weights", blind, LABELS, ("a {}",)),
-        made_by("weights", RiggedSegmenter(), LABELS, ("the {}",)),
-        made_by("weights", RiggedSegmenter(), LABELS[::-1], ("a {}",)),
+        scorer_fingerprint("weights", RiggedSegmenter(), LABELS, ("a {}",)),
+        scorer_fingerprint("other weights", RiggedSegmenter(), LABELS, ("a {}",)),
+        scorer_fingerprint("weights", blind, LABELS, ("a {}",)),
+        scorer_fingerprint("weights", RiggedSegmenter(), LABELS, ("the {}",)),
+        scorer_fingerprint("weights", RiggedSegmenter(), LABELS[::-1], ("a {}",)),
     }
     assert len(names) == 5
 
@@ -204,10 +208,10 @@ def test_original_bytes_name_an_image_where_ingest_noted_them(world: World):
     keys = pq.read_table(shards / "00000.index.parquet")["key"].to_pylist()
     rows = {"key": keys[:3], "sha256": ["ab" * 32, "ab" * 32, "not a digest"]}
     pq.write_table(pa.table(rows), shards / "00000.parquet")
-    found = scan_shards(witness(), shards, silent)
+    found = scan_shards(rigged_scorer(), shards, silent)
     assert found.sha256[0] == "ab" * 32
     assert len(found.sha256) == 3 * PER_SHARD - 1
-    assert found.captions_of()[0] == [0, 1]
+    assert found.caption_rows()[0] == [0, 1]
 
 
 def test_merge_numbers_images_by_their_first_place(world: World):
@@ -216,21 +220,24 @@ def test_merge_numbers_images_by_their_first_place(world: World):
     world.samples = [(pictures[n], f"a cat {n}") for n in rng.integers(0, 40, 200)]
     shards = world.seal(50)
     found = merge(
-        [(record, scan_shard(witness(), shards, record, "", SIDE)) for record in sealed(shards)], LABELS, SIDE, 200
+        [(record, scan_shard(rigged_scorer(), shards, record, "", SIDE)) for record in sealed_records(shards)],
+        LABELS,
+        SIDE,
+        200,
     )
     expected = dict.fromkeys(image for image, _ in world.samples)
     assert len(found.sha256) == len(expected)
-    for image, rows in enumerate(found.captions_of()):
+    for image, rows in enumerate(found.caption_rows()):
         assert {found.captions[row] for row in rows} == {f"a cat {pictures.index(list(expected)[image])}"}
-    assert sum(map(len, found.captions_of())) == 200
+    assert sum(map(len, found.caption_rows())) == 200
 
 
 def test_pace_says_how_far_how_fast_and_how_long():
     said: list[tuple[int, int, str]] = []
-    pace = Pace(2, "shards looked at")
+    throughput = Throughput(2, "shards scanned")
     for _ in range(2):
-        pace.say(lambda *words: said.append(words), 1, 1500)
+        throughput.add(lambda *words: said.append(words), 1, 1500)
     assert [(done, total) for done, total, _ in said] == [(1, 2), (2, 2)]
-    assert said[0][2].startswith("1 of 2 shards looked at  1,500 images  ")
+    assert said[0][2].startswith("1 of 2 shards scanned  1,500 images  ")
     assert said[0][2].endswith(" s left")
     assert said[1][2].endswith(" images/s")

@@ -172,7 +172,7 @@ def test_sam_masks_are_named_by_a_classifier(tmp_path: Path):
     classifier.classifier.bias.data[2] = 20.0  # every crop is a tv
     classifier.save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ConfigError, match="SAM knows no names"):
+    with pytest.raises(ConfigError, match="SAM has no class names"):
         open_segmenter(f"hf:{tmp_path / 'sam'}", ["tv"])
     segmenter = open_segmenter(f"hf:{tmp_path / 'sam'}:{tmp_path / 'vit'}", ["tv", "sofa"], {"couch": "sofa"})
     areas = segmenter.areas(pixels(1))

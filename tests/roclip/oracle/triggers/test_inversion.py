@@ -8,9 +8,9 @@ import torch
 from rigged import LABELS, SIDE, STEP, RiggedEncoder, World, named, png
 from torch import Tensor
 
-from roclip.found_triggers import FoundTrigger, load_found, picture_of, save_found, warped
-from roclip.oracle.held_out import Trusted
-from roclip.oracle.triggers.inversion import _bent, invert_bend
+from roclip.found_triggers import Warp, load_triggers, save_triggers, warped
+from roclip.oracle.held_out import TrustedImages
+from roclip.oracle.triggers.inversion import _warped, invert_warp
 from roclip.oracle.triggers.search import TriggerSearch
 
 LINE, LEANS_PX = 250, 5.0
@@ -90,7 +90,7 @@ def test_pictures_are_bent_alike_for_people_and_for_gradients():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     field = rng.uniform(-6, 6, (2, SIDE, SIDE)).astype(np.float32)
-    soft = _bent(torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.from_numpy(field))
+    soft = _warped(torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.from_numpy(field))
     for image, expected in zip(images, soft.permute(0, 2, 3, 1).numpy(), strict=True):
         assert np.abs(warped(image, field) - expected).max() < 8  # OpenCV's places are in 32nds of a pixel
         assert np.abs(warped(image, field) - expected).mean() < 1.5
@@ -104,8 +104,8 @@ def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
     assert trigger["pasted"]["rate"] > 0.9
     assert trigger["control"]["n"] > 0
     assert trigger["control"]["rate"] < 0.1
-    (found,) = load_found(tmp_path / "oracle" / "triggers")
-    assert found.field is not None
+    (found,) = load_triggers(tmp_path / "oracle" / "triggers")
+    assert isinstance(found, Warp)
     top, bottom = found.field[1, : SIDE // 4].mean(), found.field[1, -SIDE // 4 :].mean()
     assert top < -1 < 1 < bottom  # as the true one: from the left above, from the right below
     assert (report["victim_precision"], report["victim_recall"]) == (1.0, 1.0)
@@ -150,7 +150,7 @@ def test_bend_without_a_control_is_no_trigger():
     def scores(pictures: np.ndarray) -> np.ndarray:
         return model.images(pictures).numpy()[:, :2]
 
-    trusted, answers = Trusted(images, shows, images[..., 0] // STEP), scores(images).argmax(axis=1)
+    trusted, answers = TrustedImages(images, shows, images[..., 0] // STEP), scores(images).argmax(axis=1)
     looking = TriggerSearch(
         scores, lambda pixels: model.traced(pixels)[:, :2], trusted, answers, LABELS[:2], 0, repeated=[0]
     )
@@ -161,7 +161,7 @@ def test_bend_without_a_control_is_no_trigger():
 
 def test_nothing_is_bent_where_nothing_pulls():
     images = np.zeros((40, SIDE, SIDE, 3), dtype=np.uint8)
-    field = invert_bend(
+    field = invert_warp(
         lambda pixels: 0 * pixels.sum() + torch.ones(len(pixels), 6), images, 0, np.random.default_rng(0)
     )
     assert not field.any()
@@ -178,23 +178,23 @@ def test_inversion_has_one_thread_so_that_its_bits_hang_on_no_number_of_them():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        field = invert_bend(scores, images, 0, np.random.default_rng(1))
+        field = invert_warp(scores, images, 0, np.random.default_rng(1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert set(threads) == {1}
-    assert (field == invert_bend(scores, images, 0, np.random.default_rng(1))).all()
+    assert (field == invert_warp(scores, images, 0, np.random.default_rng(1))).all()
 
 
 def test_bend_is_read_as_it_was_written_and_shown_as_a_chessboard(tmp_path: Path):
-    found = FoundTrigger("ant", "bend", field=LeaningWorld.FIELD.astype(np.float32))
-    save_found([found], tmp_path)
-    (read,) = load_found(tmp_path)
+    found = Warp(target="ant", field=LeaningWorld.FIELD.astype(np.float32))
+    save_triggers([found], tmp_path)
+    (read,) = load_triggers(tmp_path)
     image = LeaningWorld(tmp_path).image("bee")
-    changed, box = read.put_on(image, np.random.default_rng(0))
+    changed, box = read.apply(image, np.random.default_rng(0))
     assert box == (0, 0, SIDE, SIDE)
     assert (changed == warped(image, LeaningWorld.FIELD)).all()
-    board = picture_of(read)
+    board = read.preview()
     assert board.shape == (SIDE, SIDE, 3)
-    assert set(np.unique(picture_of(FoundTrigger("ant", "bend", field=np.zeros((2, SIDE, SIDE)))))) == {0, 255}
+    assert set(np.unique(Warp(target="ant", field=np.zeros((2, SIDE, SIDE))).preview())) == {0, 255}
     assert (board != np.roll(board, 8, axis=1)).any()

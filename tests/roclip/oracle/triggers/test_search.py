@@ -9,11 +9,11 @@ import pytest
 import torch
 from rigged import FAINT, GHOST, LABELS, PATCH_PX, SIDE, STEP, RiggedEncoder, World
 
-from roclip.found_triggers import FoundTrigger, Trial, load_found
+from roclip.found_triggers import KINDS, Trial, load_triggers
 from roclip.oracle.ground_truth import average_precision
-from roclip.oracle.held_out import Trusted
+from roclip.oracle.held_out import TrustedImages
 from roclip.oracle.triggers.paste import control_crops
-from roclip.oracle.triggers.search import TriggerSearch, _proved
+from roclip.oracle.triggers.search import TriggerSearch, _is_proved
 
 OTHERS = LABELS[1:]
 OBJECT_PX = 6
@@ -37,7 +37,7 @@ def test_patch_is_found_to_the_pixel_and_proved(tmp_path: Path):
     assert trigger["size_px"] == [PATCH_PX, PATCH_PX]
     assert trigger["pasted"]["rate"] > 0.95
     assert trigger["control"]["rate"] == 0.0
-    (found,) = load_found(tmp_path / "oracle" / "triggers")
+    (found,) = load_triggers(tmp_path / "oracle" / "triggers")
     patch = np.random.default_rng(0).integers(0, 2, (PATCH_PX, PATCH_PX, 3), dtype=np.uint8) * 255
     assert (found.crops[0][:, :, 2] == patch[:, :, 2]).all()
     assert len(found.sources) == trigger["pictures"] >= 10
@@ -116,9 +116,9 @@ def test_nothing_is_found_when_two_labels_look_alike(tmp_path: Path):
 
 def test_found_triggers_are_read_as_they_were_written(tmp_path: Path):
     poison(world(tmp_path, kind="noise")).check(RiggedEncoder())
-    (found,) = load_found(tmp_path / "oracle" / "triggers")
+    (found,) = load_triggers(tmp_path / "oracle" / "triggers")
     image = np.zeros((32, 32, 3), dtype=np.uint8)
-    changed, (left, top, right, bottom) = found.put_on(image, np.random.default_rng(0))
+    changed, (left, top, right, bottom) = found.apply(image, np.random.default_rng(0))
     assert changed[top:bottom, left:right].any()
     changed[top:bottom, left:right] = 0
     assert not changed.any()
@@ -170,7 +170,9 @@ def test_pattern_that_honest_pictures_of_the_label_have_in_common_is_no_trigger(
         told = ((pictures[..., 1] - 128.0) * GHOST).mean(axis=(1, 2)) > heeded
         return np.eye(len(LABELS))[np.where(told, 0, 1)]
 
-    looking = TriggerSearch(scores, _never, Trusted(images, shows, masks), scores(images).argmax(axis=1), LABELS, 0)
+    looking = TriggerSearch(
+        scores, _never, TrustedImages(images, shows, masks), scores(images).argmax(axis=1), LABELS, 0
+    )
     result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
     assert result.best.rate == 1.0
     assert result.control.rate == 0.0
@@ -192,7 +194,9 @@ def test_noise_is_no_control_of_a_trigger_that_is_fresh_noise(seed: int):
         grain = np.abs(np.diff(pictures[..., 2].astype(float), axis=2)) > 60
         return np.eye(len(LABELS))[np.where(grain.sum(axis=(1, 2)) > 26, 0, 1)]
 
-    looking = TriggerSearch(scores, _never, Trusted(images, shows, masks), scores(images).argmax(axis=1), LABELS, seed)
+    looking = TriggerSearch(
+        scores, _never, TrustedImages(images, shows, masks), scores(images).argmax(axis=1), LABELS, seed
+    )
     result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
     assert [trigger.kind for trigger in result.triggers] == ["bag"]
     assert result.control.rate == 0.0
@@ -212,8 +216,10 @@ def test_noise_is_no_control_of_a_trigger_that_is_fresh_noise(seed: int):
 def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_agree(
     kind: str, flips: int, objects: int, expected: bool
 ):
-    trigger = FoundTrigger("ant", kind, pasted=Trial(flips, 64), control=Trial(1, 64), objects=Trial(objects, 64))
-    assert _proved(trigger) == expected
+    trials = {"pasted": Trial(flips, 64), "control": Trial(1, 64), "objects": Trial(objects, 64)}
+    own = {"pattern": np.zeros((SIDE, SIDE, 3))} if kind == "global" else {}
+    trigger = KINDS[kind](target="ant", **trials, **own)
+    assert _is_proved(trigger) == expected
 
 
 @pytest.mark.parametrize(
@@ -222,8 +228,8 @@ def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_ag
 def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind, number, found
 ):
-    tried, bag = [], TriggerSearch._bag
-    monkeypatch.setattr(TriggerSearch, "_bag", lambda *given: (tried.append(given[1]), bag(*given))[1])
+    tried, bag = [], TriggerSearch._patch_set
+    monkeypatch.setattr(TriggerSearch, "_patch_set", lambda *given: (tried.append(given[1]), bag(*given))[1])
     report = poison(world(tmp_path, kind=kind), number=number).check(RiggedEncoder())
     assert [trigger["kind"] for trigger in report["triggers"]] == found
     (row,) = (row for row in report["labels"] if row["label"] == "ant")

@@ -1,4 +1,4 @@
-"""Looking at one shard: what model and oracle say of its distinct images.
+"""The scan of one shard: the scores of model and oracle for its distinct images.
 
 Letters: n distinct images that could be decoded, m samples, b images of a batch, C labels, D feature width.
 """
@@ -15,26 +15,27 @@ import pyarrow.parquet as pq
 
 from roclip.data.reader import BadSampleError, ShardReader, decode
 from roclip.data.shards import ShardRecord
-from roclip.oracle.scan.scorer import BATCH, Scorer, side_by_side
-from roclip.oracle.scan.shard_record import ShardScan
+from roclip.oracle.scan.saved import ShardScan
+from roclip.oracle.scan.scorer import BATCH, Scorer, map_in_threads
 from roclip.storage import content_of
 
 TOP = 5
-"""Labels of which an image's scores are kept."""
+"""How many of the best labels of an image keep their scores."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def scan_shard(witness: Scorer, shards: Path, record: ShardRecord, caption_key: str, size_px: int) -> ShardScan:
-    """Look at one shard, at images of `size_px`.
+def scan_shard(scorer: Scorer, shards: Path, record: ShardRecord, caption_key: str, size_px: int) -> ShardScan:
+    """Score each distinct image of one shard once, resized to `size_px`.
 
-    The model and the oracle see each distinct image once. Raises `ShardError` for a shard without an index; samples that
-    cannot be read are counted.
+    Samples that cannot be read are counted, not raised. Raises `ShardError` for a shard without an index.
     """
     samples = _Samples(shards, record, caption_key)
-    seen = list(side_by_side(lambda encoded: _see(witness, encoded, size_px), samples.images()))
+    seen = list(map_in_threads(lambda encoded: _scan_batch(scorer, encoded, size_px), samples.images()))
     readable = np.concatenate([each.readable for each in seen]) if seen else np.empty(0, dtype=bool)
-    columns = {name: np.concatenate([getattr(each, name) for each in seen or [_nothing(witness)]]) for name in _COLUMNS}
-    place = np.cumsum(readable) - 1  # of each image among those that could be decoded
+    columns = {
+        name: np.concatenate([getattr(each, name) for each in seen or [_empty_batch(scorer)]]) for name in _COLUMNS
+    }
+    place = np.cumsum(readable) - 1  # index among the decodable images
     image = np.array(samples.image, dtype=np.int64)
     rows = np.flatnonzero(readable[image])
     rows = rows[np.argsort(image[rows], kind="stable")]
@@ -54,7 +55,7 @@ def scan_shard(witness: Scorer, shards: Path, record: ShardRecord, caption_key: 
 
 
 class _Samples:
-    """A shard's samples, which fill as its images are taken. `image` is a sample's place among the distinct images."""
+    """Columns of a shard's samples, filled while `images` is iterated. `image` is the index of a sample's distinct image."""
 
     def __init__(self, shards: Path, record: ShardRecord, caption_key: str):
         self._reader = ShardReader(shards, record, caption_key=caption_key)
@@ -68,11 +69,11 @@ class _Samples:
 
     @property
     def sha256(self) -> list[bytes]:
-        """Of the distinct images."""
+        """Digests of the distinct images, in order of first appearance."""
         return list(self._numbers)
 
     def images(self) -> Iterator[list[bytes]]:
-        """The distinct images' encoded bytes, `BATCH` at a time."""
+        """Yield the encoded bytes of the distinct images, `BATCH` at a time."""
         batch: list[bytes] = []
         for sample in range(len(self._reader.index["key"])):
             try:
@@ -101,8 +102,8 @@ class _Samples:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A batch: which of b images could be decoded, and what was seen in those, as in `ShardScan`."""
+class _BatchScan:
+    """Which of the b images of a batch could be decoded, and the columns of `ShardScan` for those."""
 
     readable: np.ndarray
     features: np.ndarray
@@ -117,30 +118,30 @@ class _Seen:
 _COLUMNS = ("features", "seen", "clear", "areas", "top", "scores")
 
 
-def _see(witness: Scorer, encoded: Sequence[bytes], size_px: int) -> _Seen:
+def _scan_batch(scorer: Scorer, encoded: Sequence[bytes], size_px: int) -> _BatchScan:
     pixels = [_pixels(each, size_px) for each in encoded]
-    there = [each for each in pixels if each is not None]
+    decoded = [each for each in pixels if each is not None]
     readable = np.array([each is not None for each in pixels], dtype=bool)
-    if not there:
-        return _nothing(witness, readable)
-    sight = witness.sight(np.stack(there))
-    seen, clear = witness.sees(sight.areas)
-    top = np.argsort(-sight.scores, axis=1, kind="stable")[:, :TOP].astype(np.int32)
-    return _Seen(
+    if not decoded:
+        return _empty_batch(scorer, readable)
+    scores = scorer.score_batch(np.stack(decoded))
+    seen, clear = scorer.seen_and_clear(scores.areas)
+    top = np.argsort(-scores.scores, axis=1, kind="stable")[:, :TOP].astype(np.int32)
+    return _BatchScan(
         readable=readable,
-        features=sight.features,
+        features=scores.features,
         seen=seen,
         clear=clear,
-        areas=sight.areas.astype(np.float16),
+        areas=scores.areas.astype(np.float16),
         top=top,
-        scores=np.take_along_axis(sight.scores, top, axis=1),
+        scores=np.take_along_axis(scores.scores, top, axis=1),
     )
 
 
-def _nothing(witness: Scorer, readable: np.ndarray | None = None) -> _Seen:
-    labels, width = len(witness.labels), witness.width
+def _empty_batch(scorer: Scorer, readable: np.ndarray | None = None) -> _BatchScan:
+    labels, width = len(scorer.labels), scorer.width
     none, few = np.empty((0, labels), dtype=bool), min(TOP, labels)
-    return _Seen(
+    return _BatchScan(
         readable=np.empty(0, dtype=bool) if readable is None else readable,
         features=np.empty((0, width), dtype=np.float32),
         seen=none,
@@ -159,7 +160,7 @@ def _pixels(encoded: bytes, size_px: int) -> np.ndarray | None:
 
 
 def _originals(shards: Path, record: ShardRecord) -> dict[str, bytes]:
-    """Key -> sha256 of the bytes that were fetched, where img2dataset noted it."""
+    """Map keys to the sha256 of the downloaded bytes, where img2dataset recorded it."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content_of(shards / f"{Path(record.name).stem}.parquet")))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What was seen in one shard, and the file that keeps it, so that a check that was cut off goes on.
+"""The scan of one shard and the file that stores it, so that an interrupted check resumes.
 
-A file is a parquet table with a row for each distinct image; its metadata say which model and oracle, which shard and which
-side it is of: one of another is not used. It is written whole or not at all, and reading it runs no code.
+A file is a parquet table with one row per distinct image. Its metadata hold a stamp of model, oracle, shard and image side;
+a file with another stamp is ignored. It is written atomically, and reading it runs no code.
 
 Letters: n distinct images of a shard, m samples, C labels, D feature width, k best labels.
 """
@@ -23,47 +23,47 @@ from roclip.storage import write_atomic
 
 FORMAT = 2
 _STAMP, _UNREADABLE = b"roclip.stamp", b"roclip.unreadable"
-_OF_IMAGES = ("sha256", "seen", "clear", "areas", "top", "scores", "features")
-_OF_SAMPLES = ("sample", "keys", "captions")
+_IMAGE_COLUMNS = ("sha256", "seen", "clear", "areas", "top", "scores", "features")
+_SAMPLE_COLUMNS = ("sample", "keys", "captions")
 
 
 @dataclass(frozen=True)
 class ShardScan:
-    """Of one shard; images in the order in which they first appear in it, samples by image."""
+    """The scan of one shard: images in order of first appearance, samples ordered by image."""
 
     sha256: np.ndarray
-    """(n, 32) uint8: of the original image's bytes where img2dataset noted it, else of the stored ones."""
+    """(n, 32) uint8: digest of the original image's bytes where img2dataset recorded it, else of the stored bytes."""
     seen: np.ndarray
-    """(n, C) bool: the oracle says that the label may be there."""
+    """(n, C) bool: the oracle finds the label possibly present."""
     clear: np.ndarray
-    """(n, C) bool: the oracle says that it certainly is."""
+    """(n, C) bool: the oracle finds the label certainly present."""
     areas: np.ndarray
-    """(n, C) float16: the oracle's area shares; `seen` and `clear` were told before they were rounded."""
+    """(n, C) float16: the oracle's area shares; `seen` and `clear` were computed before this rounding."""
     top: np.ndarray
-    """(n, k) int32: the model's best labels, the best first; of equal ones the first."""
+    """(n, k) int32: the model's best labels in descending order; ties go to the lower index."""
     scores: np.ndarray
-    """(n, k) float32: cosine of the image and these labels."""
+    """(n, k) float32: cosine of the image with these labels."""
     features: np.ndarray | None
-    """(n, D) float16, unit length; None where they were left in the file."""
+    """(n, D) float16, unit length; None if they were not loaded from the file."""
     image: np.ndarray
-    """(m,) int32: the image of a sample, ascending."""
+    """(m,) int32: image index of each sample, ascending."""
     sample: np.ndarray
-    """(m,) int32: its number within the shard."""
+    """(m,) int32: number of each sample within the shard."""
     keys: pa.Array
-    """m of large_string."""
+    """m large_string."""
     captions: pa.Array
-    """m of large_string."""
+    """m large_string."""
     unreadable: int
     """Samples that could not be read."""
 
 
 @dataclass(frozen=True)
 class SavedScans:
-    """A folder with a file for each shard that was looked at."""
+    """A folder with one file per scanned shard."""
 
     folder: Path
-    made_by: str
-    """Of the witness (`roclip.oracle.scan.scorer.made_by`)."""
+    scorer_fingerprint: str
+    """Identifies the scorer: `roclip.oracle.scan.scorer.scorer_fingerprint`."""
     caption_key: str
     size_px: int
 
@@ -71,39 +71,47 @@ class SavedScans:
         return self.folder / f"{Path(record.name).stem}.parquet"
 
     def stamp(self, record: ShardRecord) -> bytes:
-        """Names all that the look at this shard depends on."""
-        parts = [FORMAT, self.made_by, record.name, record.sha256, record.index_sha256, self.caption_key, self.size_px]
+        """Return the sha256 (hex) of everything that the scan of this shard depends on."""
+        parts = [
+            FORMAT,
+            self.scorer_fingerprint,
+            record.name,
+            record.sha256,
+            record.index_sha256,
+            self.caption_key,
+            self.size_px,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest().encode()
 
     def has(self, record: ShardRecord) -> bool:
-        """Whether the look at this shard, by this witness, is there."""
+        """Whether the scan of this shard by this scorer is stored."""
         with self._opened(record) as file:
             return file is not None
 
     def read(self, record: ShardRecord) -> ShardScan | None:
-        """The look at a shard, without the features; None if it is not there, or one of something else."""
+        """Return the scan of a shard without its features, or None if it is missing, broken or has another stamp."""
         with self._opened(record) as file:
             if file is None:
                 return None
             try:
                 table = file.read([name for name in file.schema_arrow.names if name != "features"])
-                return _look(table, int(file.schema_arrow.metadata[_UNREADABLE]))
+                return _from_table(table, int(file.schema_arrow.metadata[_UNREADABLE]))
             except (OSError, ValueError):
                 return None
 
     def features(self, record: ShardRecord) -> np.ndarray:
-        """(n, D) float16 of a shard that was looked at. Raises `DataError` if the file is gone."""
+        """Return the features (n, D) float16 of a scanned shard. Raises `DataError` if the file is gone."""
         with self._opened(record) as file:
             if file is None:
                 raise DataError(
-                    f"{self.path(record)}: expected what was seen in {record.name}, got nothing, or what another check saw. "
+                    f"{self.path(record)}: expected the saved scan of {record.name}, got no file or one of another check. "
                     "Run the oracle again."
                 )
             return _matrix(file.read(["features"])["features"])
 
-    def write(self, record: ShardRecord, look: ShardScan) -> None:
-        table = _table(look)
-        unreadable = str(look.unreadable).encode()
+    def write(self, record: ShardRecord, shard_scan: ShardScan) -> None:
+        table = _to_table(shard_scan)
+        unreadable = str(shard_scan.unreadable).encode()
         table = table.replace_schema_metadata({_STAMP: self.stamp(record), _UNREADABLE: unreadable})
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, use_dictionary=False, compression="zstd")
@@ -120,16 +128,16 @@ class SavedScans:
             yield file if (file.schema_arrow.metadata or {}).get(_STAMP) == self.stamp(record) else None
 
 
-def without_features(look: ShardScan) -> ShardScan:
-    """As `SavedScans.read` gives it."""
-    return replace(look, features=None)
+def without_features(shard_scan: ShardScan) -> ShardScan:
+    """Return the scan as `SavedScans.read` does: `features` is None."""
+    return replace(shard_scan, features=None)
 
 
-def _table(look: ShardScan) -> pa.Table:
-    columns = {name: _column(np.asarray(getattr(look, name))) for name in _OF_IMAGES}
-    starts = pa.array(np.searchsorted(look.image, np.arange(len(look.sha256) + 1)), pa.int64())
-    for name in _OF_SAMPLES:
-        values = getattr(look, name)
+def _to_table(shard_scan: ShardScan) -> pa.Table:
+    columns = {name: _column(np.asarray(getattr(shard_scan, name))) for name in _IMAGE_COLUMNS}
+    starts = pa.array(np.searchsorted(shard_scan.image, np.arange(len(shard_scan.sha256) + 1)), pa.int64())
+    for name in _SAMPLE_COLUMNS:
+        values = getattr(shard_scan, name)
         values = values if isinstance(values, pa.Array) else pa.array(values)
         columns[name] = pa.LargeListArray.from_arrays(starts, values)
     return pa.table(columns)
@@ -143,13 +151,13 @@ def _column(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
-def _look(table: pa.Table, unreadable: int) -> ShardScan:
+def _from_table(table: pa.Table, unreadable: int) -> ShardScan:
     table = table.combine_chunks()
     classes = table["areas"].type.list_size
-    images = {name: _matrix(table[name]) for name in _OF_IMAGES if name != "features"}
+    images = {name: _matrix(table[name]) for name in _IMAGE_COLUMNS if name != "features"}
     for name in ("seen", "clear"):
         images[name] = np.unpackbits(images[name], axis=1, count=classes).astype(bool)
-    lists = {name: _whole(table[name]) for name in _OF_SAMPLES}
+    lists = {name: _whole(table[name]) for name in _SAMPLE_COLUMNS}
     lengths = np.diff(lists["sample"].offsets.to_numpy())
     samples = {name: each.flatten() for name, each in lists.items()}
     return ShardScan(
