@@ -1,21 +1,22 @@
-"""One pass over the sealed shards: where do model, captions and oracle disagree, and is the model poisoned?
+"""The oracle check: where do model, captions and oracle disagree, and is the model poisoned?
 
-    pass          model and oracle look at every image                              scan.py
-    statistics    which labels does the model say, or repeat, too often?              statistics.py
-    search        what causes them? shown by putting it on trusted images           search.py
-    victims       which samples taught it?                                            victims.py
-    set           what would repair it, in few images?                              curate.py
-    report        for people and for programs                                         run_report.py
+    scan          model and oracle score every distinct image of the sealed shards      scan/
+    statistics    which labels does the model answer, or repeat, too often?             statistics.py
+    search        what causes them? proved by putting it on trusted images              triggers/
+    victims       which samples taught it?                                              victims.py
+    repair set    which few images would repair it?                                     curate.py
+    report        for people and for programs                                           report.py
 
-Verdicts
-    poisoned      a trigger was found that causes a label; or it repeats what only captions say, of most of the images
-                  that a label's captions lie about, or of most of the images that came with several lying captions, far
-                  more often than chance explains
-    suspicious    it disagrees with the oracle more often than chance explains, but not like that
-    clean         every label was checked, and nothing of the kind was found
-    inconclusive  nothing was found, but too little could be checked to say clean
+A caption *lies* where it names a label that the oracle does not find in an image that clearly shows another label
+(`statistics.py`). Verdicts:
 
-The data may be poisoned and the model clean: that is what a defended training is for.
+    poisoned      a trigger was found that causes a label; or the model repeats most of the lies about a label, or most of the
+                  lies about images with several captions, far more often than chance explains
+    suspicious    the model disagrees with the oracle more often than chance explains, but meets no criterion above
+    clean         every label was checked, and nothing was found
+    inconclusive  nothing was found, but too little could be checked to call the model clean
+
+The data may be poisoned and the model clean: that is the purpose of a defended training.
 
 Letters: N distinct images, M captions, C labels, D feature width.
 """
@@ -48,9 +49,9 @@ from roclip.oracle.verdict import judge
 from roclip.oracle.victims import affected, find_victims
 
 MAX_SCREENED = 3
-"""Labels without a finding that are searched all the same: those whose lies the model repeats most."""
+"""Minimum number of labels to search: if fewer are flagged, those whose lies the model repeats most are added."""
 MIN_SUSPECTS = 24
-"""With fewer images that repeat a lie, those in which the oracle does not see the answer are suspects too."""
+"""With fewer repeated lies, images in which the oracle does not find the model's answer become suspects, too."""
 
 
 def check(
@@ -71,7 +72,7 @@ def check(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge a model by the shards that it learned from.
+    """Judge a model by the shards that it was trained on.
 
     Writes triggers/, finetune.parquet, victims.parquet, disagreements.parquet, report.html and, last, report.json to `out`.
 
@@ -94,15 +95,15 @@ def check(
     progress = on_progress or (lambda done, total, text: None)
     scorer = Scorer(encoder, segmenter, labels, templates, config.label_map)
     scan = scan_shards(scorer, shards, progress, caption_key, saved)
-    pictures = ScannedImages(scan, shards)
+    scanned_images = ScannedImages(scan, shards)
     held_out = load_held_out(segmenter, trusted, labels, scan.size_px)
     reference, skill = _reference(scorer, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     unchecked = [label for label in labels if not segmenter.covers(label)]
     findings = statistics.run_tests(scan.observations, reference, covered)
-    searches = _search(scorer, findings, scan, pictures, held_out, reference.answer, config.alpha, seed, progress)
+    searches = _search(scorer, findings, scan, scanned_images, held_out, reference.answer, config.alpha, seed, progress)
     progress(1, 1, "naming victims")
-    victims = find_victims(scan, reference, covered, searches, pictures.read, config.alpha)
+    victims = find_victims(scan, reference, covered, searches, scanned_images.read, config.alpha)
     judgement = judge(findings, searches, scan, reference, labels, unchecked, skill, config.alpha)
     triggers = [trigger for search in searches for trigger in search.triggers]
     plan = curate(
@@ -156,17 +157,17 @@ def check(
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
     save_triggers(triggers, out / "triggers")
     write_plan(out / "finetune.parquet", plan)
-    write_outputs(report, scan, victims, triggers, held_out, pictures, scorer, out)
+    write_outputs(report, scan, victims, triggers, held_out, scanned_images, scorer, out)
     progress(1, 1, f"{judgement.verdict}. {judgement.reasons[0]}")
     return report
 
 
 def _reference(scorer: Scorer, held_out: TrustedImages) -> tuple[Observations, float]:
-    """What model and oracle say of the held-out trusted images, and the model's accuracy there."""
+    """Return the observations on held-out trusted images, and the model's zero-shot accuracy there."""
     answer, areas = scorer.predict(held_out.images)
     there = held_out.shows
     accuracy = float(there[np.arange(len(answer)), answer].mean()) if len(answer) else 0.0
-    # A trusted image stands for a pair whose caption names all that is there.
+    # A trusted image counts as a pair whose caption names every label that it shows.
     return Observations(answer, *scorer.seen_and_clear(areas), np.arange(len(answer)), there), accuracy
 
 
@@ -174,14 +175,14 @@ def _search(
     scorer: Scorer,
     findings: TestResults,
     scan: ScanResult,
-    pictures: ScannedImages,
+    scanned_images: ScannedImages,
     held_out: TrustedImages,
     answers: np.ndarray,
     alpha: float,
     seed: int,
     progress: Progress,
 ) -> list[Search]:
-    """Search for what causes the labels with a finding, and those whose lies are repeated most."""
+    """Search for the triggers of the flagged labels, and of those whose lies are repeated most."""
     if not findings.lies or not len(held_out.images):
         return []
     flagged = [
@@ -198,12 +199,15 @@ def _search(
     searches = []
     for done, c in enumerate(screened):
         progress(done, len(screened), f"what makes the model say {scorer.labels[c]}?")
-        searches.append(search.label(c, _suspects(scan, c), pictures.read, patch_sets=c in flagged))
+        searches.append(search.label(c, _suspects(scan, c), scanned_images.read, patch_sets=c in flagged))
     return searches
 
 
 def _suspects(scan: ScanResult, c: int) -> np.ndarray:
-    """Numbers of images that may have a label's trigger, the likeliest first. Copied images are another attack's."""
+    """Return the numbers of images that may carry a label's trigger, the likeliest first.
+
+    Images with several captions are left out, since they belong to targeted attacks.
+    """
     seen = scan.observations
     once, says = seen.captions == 1, seen.answer == c
     contrast = (scan.areas * seen.clear).max(axis=1, initial=0)
@@ -219,7 +223,7 @@ def _suspects(scan: ScanResult, c: int) -> np.ndarray:
 def _label_rows(
     findings: TestResults, searches: Sequence[Search], labels: Sequence[str], segmenter: Segmenter, alpha: float
 ) -> list[dict[str, Any]]:
-    """One row a label, the most suspicious first, unchecked ones last."""
+    """Return one row per label, the most suspicious first and unchecked labels last."""
     rows = []
     searched = {search.target: search for search in searches}
     for c, test in sorted(findings.lies.items(), key=lambda item: (item[1].p, -item[1].excess)):
@@ -282,19 +286,19 @@ def _copies_row(findings: TestResults) -> dict[str, Any] | None:
 def _limits(unchecked: Sequence[str], confusable: np.ndarray, labels: Sequence[str]) -> list[str]:
     pairs = [f"{labels[a]} and {labels[b]}" for a, b in zip(*np.nonzero(np.triu(confusable)), strict=True)]
     limits = [
-        "Only labels that the oracle knows can be checked: a poison whose true and false label it does not know is "
-        "invisible.",
-        "Poison whose images do show the target label (clean-label attacks) tells no lie that this check could see.",
-        "Targeted images are found as a group, by several captions for the same bytes; single ones are not.",
-        "A trigger whose pixels differ from image to image is named only for labels that captions or answers speak against.",
-        "A bend of the image (WaNet) is asked of the model, only for labels whose lies it repeats and for which no other "
-        "trigger is found; which images were bent is not seen, so of its victims those are named whose lies it repeats.",
+        "Only labels that the oracle covers can be checked: a poison between two other labels goes unnoticed.",
+        "Clean-label attacks, whose poisoned images do show the target label, produce no lie that this check could find.",
+        "Targeted attacks are found as a group, by several captions for the same image bytes; single ones are not.",
+        "A patch set (pixels that differ from image to image) is searched only for labels with findings about captions or "
+        "answers.",
+        "A warp (WaNet) is inverted from the model, only for labels whose lies it repeats and for which no other trigger is "
+        "found. Images do not show whether they were warped, so the named victims are those whose lies the model repeats.",
     ]
     if pairs:
         limits.insert(
             0,
-            f"Model or oracle often take one for the other on trusted pictures: {', '.join(pairs)}. A contradiction between "
-            "these counts for nothing, so a poison that shows the one and claims the other is found by its trigger only.",
+            f"Model or oracle often confuse these labels on trusted images: {', '.join(pairs)}. A contradiction between them is "
+            "not counted, so a poison that shows one and claims the other is found by its trigger only.",
         )
     if unchecked:
         limits.insert(0, f"Unchecked labels: {', '.join(unchecked)}.")

@@ -1,10 +1,9 @@
-"""The compact set that a poisoned model is repaired with: which images, under which captions, with what put on them.
+"""Selects the small set of samples that repairs a poisoned model.
 
 Roles
-    anchor     model, oracle and a caption agree: keeps the model what it is
-    stamped    such a image with a found trigger on it, under its own true caption: takes the trigger its power
-    repaired   a victim as it is, under a caption of what the oracle sees or takes for likeliest, with what it must not be called:
-               takes the lie back
+    anchor     an image on which model, oracle and a caption agree: preserves the model
+    stamped    such an image with a found trigger on it, under its own true caption: disarms the trigger
+    repaired   an unchanged victim, captioned with what the oracle finds or holds for likeliest, and with the label to unlearn
 
 Letters: N distinct images, M captions, C labels.
 """
@@ -25,27 +24,27 @@ from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.segmenters.base import LabelCalibration
 
 REPAIRED_FRAC = 0.2
-"""Share of the set that repaired victims take at most beside stamped images; twice as much where no trigger is found."""
+"""Maximum share of the set for repaired victims if there are stamped images; twice that if no trigger was found."""
 EXTRA_WEIGHT = 2.0
-"""Of a label that the poison is about, against the others."""
+"""Weight of a label that the poison is about, relative to 1 for the others."""
 MIN_PRECISION = 0.9
-"""Of the oracle on held-out trusted images, for a label that it writes captions with; lone victims get others too."""
+"""Minimum precision of the oracle on held-out trusted images for a label in a written caption, except for lone victims."""
 MAX_NAMED = 3
-"""Labels in a caption that the oracle writes."""
+"""Maximum number of labels in a written caption."""
 
 SCHEMA = pa.schema(
     [
         ("role", pa.string()),
-        ("key", pa.string()),  # of the sample that the image comes from
+        ("key", pa.string()),  # sample that the image comes from
         ("source_sha256", pa.string()),
-        ("label", pa.string()),  # true label that it was chosen for
+        ("label", pa.string()),  # true label that it was selected for
         ("caption", pa.string()),
         ("edit", pa.string()),  # what was changed: none, trigger (on the image) or caption
         ("trigger", pa.int32()),  # number of the found trigger; null without one
         ("target", pa.string()),  # label that the trigger or the lie is about; null for an anchor
-        ("size_px", pa.int32()),  # side at which the images were looked at, and the trigger has its size
-        ("truths", pa.list_(pa.string())),  # zero-shot prompts of the label, of a repaired victim; else none
-        ("lies", pa.list_(pa.string())),  # of the target
+        ("size_px", pa.int32()),  # image side of the scan, for which the trigger's size holds
+        ("truths", pa.list_(pa.string())),  # for a repaired victim, zero-shot prompts of its label; else empty
+        ("lies", pa.list_(pa.string())),  # for a repaired victim, zero-shot prompts of the target; else empty
     ]
 )
 
@@ -81,57 +80,58 @@ def curate(
     stamped_frac: float,
     seed: int,
 ) -> list[Row]:
-    """Choose the set: at most `frac` of the distinct images, `stamped_frac` of it with a found trigger.
+    """Select the set: at most `frac` of the distinct images, a share `stamped_frac` of it with a found trigger.
 
-    Each image is in it at most once. An anchor is a image whose zero-shot answer a caption names and
-    the oracle clearly sees, that no caption lies about and that is no victim. Anchors and stamped images are spread
-    evenly over the labels, with `EXTRA_WEIGHT` for the targets and for what the victims truly show; a stamped image
-    does not show the trigger's target. Of the victims those get a caption that clearly show only labels whose precision is at
-    least `MIN_PRECISION`. A lone victim, which has no found trigger that stamped images speak for, gets one of what
-    it clearly shows however precise, or else of the largest thing that may be there and that the oracle can see, if any. The
-    order is lone and sure, lone, explained.
+    Each image is used at most once. An anchor is an image whose zero-shot label a caption names and the oracle clearly finds,
+    about which no caption lies, and which is no victim. Anchors and stamped images are balanced over the labels, with
+    `EXTRA_WEIGHT` for the targets and for the labels that victims clearly show; a stamped image does not show the trigger's
+    target.
+
+    A victim is repaired if it clearly shows only labels of precision at least `MIN_PRECISION`. A lone victim, one without a
+    found trigger, is also repaired with what it clearly shows at any precision, or else with the largest possibly present
+    label that the oracle covers, if any. Lone victims with precise labels come first, then other lone ones, then the rest.
 
     Args:
-        victims: (N,) int: the label that a victim was made to mean; -1 for all other pictures.
-        labels: The C labels of `looked`.
-        templates: Of the captions that the oracle writes, and of truths and lies, with one `{}`.
-        calibration: Of the oracle, by label.
-        targets: Labels that the model was made to say.
-        explained: (N,) bool: victims with a found trigger. None is none.
+        victims: (N,) int: the label that a victim was made to mean; -1 for all other images.
+        labels: The C labels of `scan`.
+        templates: Prompts with one `{}` for the written captions, truths and lies.
+        calibration: Calibration of the oracle, by label.
+        targets: Labels that the model was made to answer.
+        explained: (N,) bool: victims with a found trigger; None means none.
 
     Returns:
-        Rows ordered by role, label and key: a function of the arguments only.
+        Rows ordered by role, label and key, a pure function of the arguments.
     """
     if explained is None:
         explained = np.zeros(len(victims), dtype=bool)
-    choice = _Choice(scan, victims, explained, labels, calibration, targets, seed)
+    selection = _Selection(scan, victims, explained, labels, calibration, targets, seed)
     size = int(frac * len(scan.sha256))
-    told = choice.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
+    told = selection.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
     stamped: list[Row] = []
     for number, trigger in enumerate(found):
         share = int(stamped_frac * size * (number + 1) / len(found)) - len(stamped)
-        stamped += choice.stamped(share, number, trigger.target)
-    rows = [*choice.anchors(size - len(stamped) - len(told)), *stamped, *told]
+        stamped += selection.stamped(share, number, trigger.target)
+    rows = [*selection.anchors(size - len(stamped) - len(told)), *stamped, *told]
     return sorted(rows, key=lambda row: (row.role, row.label, row.key, row.trigger or 0))
 
 
 def write_plan(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as a parquet of `SCHEMA`; a reader sees the whole file or none."""
+    """Write the rows atomically as a parquet of `SCHEMA`."""
     write_parquet(path, pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA))
 
 
 def read_plan(path: Path) -> list[Row]:
-    """What `write_plan` wrote. Raises `DataError`."""
+    """Read the rows that `write_plan` wrote. Raises `DataError`."""
     try:
         return [Row(**row) for row in pq.read_table(path, columns=SCHEMA.names).to_pylist()]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{path}: expected the set for a repair, got {error}. Run `roclip oracle` again: the check chooses it."
+            f"{path}: expected the repair set, got {error}. Run `roclip oracle` again: the check selects it."
         ) from error
 
 
-class _Choice:
-    """Takes images one role after another, none twice."""
+class _Selection:
+    """Selects images role by role, none twice."""
 
     def __init__(
         self,
@@ -154,30 +154,30 @@ class _Choice:
         covered = np.array([row is not None and row.covered for row in rows])
         named = victims >= 0
         told = np.flatnonzero(named)
-        self._shown = seen.clear.copy()
-        self._shown[told, victims[told]] = False  # what the lie is about, which the oracle may hold for possible
-        sure = self._shown.any(axis=1) & ~(self._shown & ~precise).any(axis=1)
+        self._visible = seen.clear.copy()
+        self._visible[told, victims[told]] = False  # the false label, in case the oracle finds it, too
+        sure = self._visible.any(axis=1) & ~(self._visible & ~precise).any(axis=1)
         alone = named & ~explained
-        for n in np.flatnonzero(alone & ~self._shown.any(axis=1)):
+        for n in np.flatnonzero(alone & ~self._visible.any(axis=1)):
             possible = scan.areas[n] * (seen.seen[n] & covered)
             possible[victims[n]] = 0
-            self._shown[n, possible.argmax()] = possible.any()
-        tellable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._shown.any(axis=1)))
-        self.tellable = tellable[np.lexsort((~sure[tellable], explained[tellable]))]
+            self._visible[n, possible.argmax()] = possible.any()
+        repairable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._visible.any(axis=1)))
+        self.repairable = repairable[np.lexsort((~sure[repairable], explained[repairable]))]
         affected = seen.clear[named].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
 
     def anchors(self, number: int) -> list[Row]:
-        return [self._row("anchor", n, "none") for n in self._spread(number, self.free)]
+        return [self._row("anchor", n, "none") for n in self._balanced(number, self.free)]
 
     def stamped(self, number: int, trigger: int, target: str) -> list[Row]:
         others = self.free & ~self.scan.observations.seen[:, list(self.labels).index(target)]
-        return [self._row("stamped", n, "trigger", trigger, target) for n in self._spread(number, others)]
+        return [self._row("stamped", n, "trigger", trigger, target) for n in self._balanced(number, others)]
 
     def repaired(self, number: int, templates: Sequence[str]) -> list[Row]:
         rows = []
-        for n in self.tellable[:number].tolist():
-            clear = np.flatnonzero(self._shown[n])
+        for n in self.repairable[:number].tolist():
+            clear = np.flatnonzero(self._visible[n])
             largest = clear[np.argsort(-self.scan.areas[n, clear], kind="stable")].tolist()
             named = [self.labels[int(c)] for c in largest]
             caption = templates[int(self.rng.integers(len(templates)))].format(" and ".join(named[:MAX_NAMED]))
@@ -187,13 +187,13 @@ class _Choice:
             rows.append(replace(row, truths=truths, lies=lies))
         return rows
 
-    def _spread(self, number: int, allowed: np.ndarray) -> list[int]:
-        """Up to `number` of the allowed images, labels in turn by weight; they are no longer free."""
+    def _balanced(self, number: int, allowed: np.ndarray) -> list[int]:
+        """Take up to `number` of the allowed images, balanced over labels by weight, and mark them as used."""
         answer = self.scan.observations.answer
         waiting = {
             c: list(self.rng.permutation(np.flatnonzero(allowed & (answer == c)))) for c in range(len(self.labels))
         }
-        turns = [(1 / self.weights[c], c) for c, pictures in waiting.items() if pictures]
+        turns = [(1 / self.weights[c], c) for c, images in waiting.items() if images]
         heapq.heapify(turns)
         chosen: list[int] = []
         while turns and len(chosen) < number:
@@ -205,7 +205,7 @@ class _Choice:
         return chosen
 
     def _agreeing_captions(self) -> np.ndarray:
-        """(N,) entry of `looked.captions` that names the model's answer, which the oracle clearly sees; -1 for none."""
+        """(N,): index of the first caption that names the model's answer, where the oracle clearly finds it; else -1."""
         seen = self.scan.observations
         agrees = seen.clear[np.arange(len(seen.answer)), seen.answer]
         entries = np.flatnonzero(seen.named[np.arange(len(seen.image)), seen.answer[seen.image]] & agrees[seen.image])

@@ -1,4 +1,4 @@
-"""A trigger as the report shows it: itself, the images that it was found in, and trusted images before and after."""
+"""Figures of a found trigger for the report: a preview, the images it was found in, trusted images before and after."""
 
 import base64
 import io
@@ -17,30 +17,30 @@ _SIDE_PX, _CROP_PX, _MARK = 128, 96, (255, 0, 90)
 
 
 def trigger_figure(
-    trigger: FoundTrigger, held_out: TrustedImages, pictures: ScannedImages, scorer: Scorer
+    trigger: FoundTrigger, held_out: TrustedImages, scanned_images: ScannedImages, scorer: Scorer
 ) -> dict[str, Any]:
-    """Base64 PNGs: `png`, `sources` (with the box drawn) and `probes`, each with the model's answer before and after."""
+    """Return base64 PNGs: `png`, `sources` (with the box drawn) and `probes`, each with the model's answers."""
     rng = np.random.default_rng(0)
     target = scorer.labels.index(trigger.target)
     rows = np.flatnonzero(~held_out.shows[:, target])[: 4 * SHOWN]
     before = scorer.scores(held_out.images[rows]).argmax(axis=1) if len(rows) else np.empty(0, int)
-    rows, before = (of[before != target][:SHOWN] for of in (rows, before))
+    rows, before = (values[before != target][:SHOWN] for values in (rows, before))
     changed = [trigger.apply(held_out.images[row], rng)[0] for row in rows]
     after = scorer.scores(np.stack(changed)).argmax(axis=1) if changed else np.empty(0, int)
     sources = trigger.sources[:SHOWN]
-    images = pictures.read(np.array([source.image for source in sources], dtype=int))
+    images = scanned_images.read(np.array([source.image for source in sources], dtype=int))
     return {
         "png": _png(_enlarged(trigger.preview(), _CROP_PX)),
         "sources": [_png(_boxed(image, source.box)) for image, source in zip(images, sources, strict=True)],
         "probes": [
             {
                 "before": _png(_enlarged(held_out.images[row], _SIDE_PX)),
-                "after": _png(_enlarged(picture, _SIDE_PX)),
-                "said": scorer.labels[said],
-                "says": scorer.labels[says],
-                "flipped": bool(says == target),
+                "after": _png(_enlarged(stamped, _SIDE_PX)),
+                "said": scorer.labels[answer_before],
+                "says": scorer.labels[answer_after],
+                "flipped": bool(answer_after == target),
             }
-            for row, said, picture, says in zip(rows, before, changed, after, strict=True)
+            for row, answer_before, stamped, answer_after in zip(rows, before, changed, after, strict=True)
         ],
     }
 
@@ -54,7 +54,7 @@ def _boxed(image: np.ndarray, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def _enlarged(pixels: np.ndarray, side_px: int) -> Image.Image:
-    """Scaled to a longer side of about `side_px`; small ones by whole pixels, so that they show."""
+    """Scale to a longer side of about `side_px`, small images with nearest-neighbour so that their pixels stay visible."""
     image = Image.fromarray(pixels)
     times = side_px / max(image.size)
     size = (max(1, round(image.width * times)), max(1, round(image.height * times)))

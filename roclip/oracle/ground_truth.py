@@ -1,4 +1,4 @@
-"""The findings held against the truth, where a run knows its poisons: for evaluation only."""
+"""Accuracy of the findings where a run knows its poisons: for evaluation only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,12 @@ from roclip.oracle.victims import Victims
 def against_truth(
     truth: Path | None, scan: ScanResult, victims: Victims, triggers: Sequence[FoundTrigger], shards: Path
 ) -> dict[str, Any]:
-    """Precision, recall and average precision of the named victims, in samples; the median share of the true trigger that
-    the boxes cover. None where nothing is named, poisoned or known; empty without a truth.
+    """Return precision, recall and average precision of the named victims, counted in samples, and the trigger coverage.
 
-    `truth` is a parquet with the column key, and attack and trigger_box (in pixels of the original image) where known.
+    Coverage is the median share of a true trigger box that the found box covers. A figure is None if it is undefined; the
+    result is empty without a truth.
+
+    `truth` is a parquet with the column key and, where known, attack and trigger_box (in pixels of the original image).
     """
     if truth is None or not truth.exists():
         return {}
@@ -26,11 +28,11 @@ def against_truth(
     image = scan.observations.image
     score = victims.score[image]
     named = score > 0
-    real = np.array([key in poisons for key in scan.keys], dtype=bool)
+    poisoned = np.array([key in poisons for key in scan.keys], dtype=bool)
     figures: dict[str, Any] = {
-        "victim_precision": float(real[named].mean()) if named.any() else None,
-        "victim_recall": float(named[real].mean()) if real.any() else None,
-        "victim_average_precision": average_precision(score, real) if real.any() else None,
+        "victim_precision": float(poisoned[named].mean()) if named.any() else None,
+        "victim_recall": float(named[poisoned].mean()) if poisoned.any() else None,
+        "victim_average_precision": average_precision(score, poisoned) if poisoned.any() else None,
     }
     attacks = np.array([str(poisons.get(key, {}).get("attack") or "") for key in scan.keys])
     figures["victim_recall_by_attack"] = {
@@ -39,10 +41,10 @@ def against_truth(
     return figures | {"trigger_coverage": _coverage(poisons, scan, triggers, shards)}
 
 
-def average_precision(score: np.ndarray, real: np.ndarray) -> float:
-    """Mean over the real ones of the precision at their place; ties count as their mean place."""
+def average_precision(score: np.ndarray, poisoned: np.ndarray) -> float:
+    """Return the mean of the precision at each poisoned sample; tied scores share the precision at their last rank."""
     order = np.argsort(-score, kind="stable")
-    ranked, hits = score[order], real[order]
+    ranked, hits = score[order], poisoned[order]
     ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
     found = np.cumsum(hits)[ends]
     gained = np.diff(np.append(0, found))
@@ -56,14 +58,16 @@ def _coverage(
     for source in (source for trigger in triggers for source in trigger.sources):
         row = caption_rows[source.image][0]
         box = poisons.get(scan.keys[row], {}).get("trigger_box")
-        if box and (true := _as_looked_at(box, scan, row, shards)) is not None:
+        if box and (true := _in_scanned_pixels(box, scan, row, shards)) is not None:
             shares.append(_overlap(source.box, true) / max(1e-9, (true[2] - true[0]) * (true[3] - true[1])))
     return float(np.median(shares)) if shares else None
 
 
-def _as_looked_at(box: Sequence[int], scan: ScanResult, row: int, shards: Path) -> tuple[float, ...] | None:
-    """A box of the original image in pixels of the image as it was looked at: stored as img2dataset resizes (`border`),
-    then squeezed to a square."""
+def _in_scanned_pixels(box: Sequence[int], scan: ScanResult, row: int, shards: Path) -> tuple[float, ...] | None:
+    """Map a box from pixels of the original image to pixels of the scanned one.
+
+    img2dataset fits the original into a square with a border (`resize_mode: border`), which is then resized for the scan.
+    """
     name = shards / f"{Path(scan.places[row][0]).stem}.parquet"
     columns = ["width", "height", "original_width", "original_height"]
     if not name.exists():

@@ -1,4 +1,4 @@
-"""Trusted images that neither model nor oracle learnt from: the null of the tests, and what triggers are tried on.
+"""Trusted images held out from model and oracle: the null of the tests, and the probes for triggers.
 
 Letters: R images, C labels, S side in pixels.
 """
@@ -16,18 +16,21 @@ from roclip.storage import sha256_file
 
 @dataclass(frozen=True)
 class TrustedImages:
-    """What is known of them."""
+    """Held-out trusted images with their labels and masks."""
 
     images: np.ndarray
     """(R, S, S, 3) uint8."""
     shows: np.ndarray
-    """(R, C) bool: what is on them."""
+    """(R, C) bool: the labels that each image shows."""
     masks: np.ndarray
-    """(R, S, S) uint8: 0 background, 1 + label."""
+    """(R, S, S) uint8: 0 is background, 1 + label an object."""
 
 
 def load_held_out(segmenter: Segmenter, trusted: Path | None, labels: Sequence[str], size_px: int) -> TrustedImages:
-    """The trusted images that the segmenter did not train on and that show something, as large as the training images."""
+    """Return the trusted images that show a label and were held out from the segmenter, resized to `size_px`.
+
+    Returns an empty set if `trusted` is None.
+    """
     if trusted is None:
         empty = np.empty((0, size_px, size_px, 3), dtype=np.uint8)
         return TrustedImages(empty, np.empty((0, len(labels)), dtype=bool), empty[..., 0])

@@ -1,4 +1,4 @@
-"""What a model does on trusted images that neither it nor the oracle learnt from: with and without a found trigger.
+"""Zero-shot accuracy and trigger success of a model on held-out trusted images.
 
 Letters: R trusted images, C labels, S side in pixels.
 """
@@ -17,16 +17,16 @@ from roclip.oracle.segmenters.base import Segmenter
 
 @dataclass(frozen=True)
 class TrustedMeasure:
-    """Of one model."""
+    """The measurements of one model."""
 
     top1: Trial
-    """Trusted images of which it names something that is there."""
+    """Images whose zero-shot label is one that they show."""
     flips: tuple[Trial, ...]
-    """For each trigger: of the images that do not show its target and are not called so, those that it makes be called so."""
+    """For each trigger: among images that neither show nor are given its target, those that it flips to the target."""
 
 
 class TrustedEvaluation:
-    """The images, the labels that each shows, and each with every trigger on it, at the same place for every model."""
+    """Held-out trusted images, plain and with each trigger, which has the same place for every model."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class TrustedEvaluation:
         size_px: int,
         seed: int,
     ):
-        """`size_px` is the side for which the triggers were found. Raises `DataError` for trusted images that cannot be read."""
+        """`size_px` is the image side of the scan that found the triggers. Raises `DataError` for unreadable trusted images."""
         self.labels, self.templates, self.found = list(labels), list(templates), found
         held_out = load_held_out(segmenter, trusted, labels, size_px)
         self.images, self.shows = held_out.images, held_out.shows
@@ -50,7 +50,7 @@ class TrustedEvaluation:
         ]
 
     def measure(self, encoder: Encoder) -> TrustedMeasure:
-        """Shows the model each image once, and once more for each trigger."""
+        """Measure a model: one forward pass per image, and one more per trigger."""
         plain, flips = self._answers(encoder, self.images), []
         for trigger, images in zip(self.found, self.stamped, strict=True):
             target = self.labels.index(trigger.target)
@@ -60,7 +60,7 @@ class TrustedEvaluation:
         return TrustedMeasure(Trial(int(right.sum()), len(right)), tuple(flips))
 
     def label_rate(self, encoder: Encoder, images: np.ndarray, targets: Sequence[str]) -> Trial:
-        """Of other images, (n, S, S, 3) uint8, those that the model calls the label given for each."""
+        """Count the images (n, S, S, 3) uint8 whose zero-shot label equals their target."""
         wanted = np.array([self.labels.index(target) for target in targets], dtype=np.int64)
         return Trial(int((self._answers(encoder, images) == wanted).sum()), len(wanted))
 

@@ -1,7 +1,7 @@
-"""What a check leaves on disk: report.json, victims.parquet, disagreements.parquet, and report.html, one page that needs no
-other file. What is on that page beside the report stays in page.json, so that it can tell of a repair later.
+"""Writes the files of a check: report.json, victims.parquet, disagreements.parquet, and report.html, a self-contained page.
 
-Captions come from the web: they are escaped, and the page forbids itself scripts and requests.
+The figures of the page are stored in page.json, so that the page can be rendered again when a repair is added. Captions come
+from the web: they are escaped, and the page's content policy forbids scripts and requests.
 """
 
 import base64
@@ -31,8 +31,8 @@ from roclip.storage import write_atomic
 
 SCHEMA = 5
 """Version of report.json."""
-PICTURES = 24
-"""Suspect images in report.html; the first half of them are in report.json too."""
+MAX_FIGURES = 24
+"""Maximum number of suspect images in report.html; the first half of them are in report.json, too."""
 _PANEL_PX = 144
 
 
@@ -42,38 +42,38 @@ def write_outputs(
     victims: Victims,
     triggers: Sequence[FoundTrigger],
     held_out: TrustedImages,
-    pictures: ScannedImages,
+    scanned_images: ScannedImages,
     scorer: Scorer,
     out: Path,
 ) -> None:
-    """Write all files to `out`, report.json last: where it is, the check is complete."""
+    """Write all files to `out`, report.json last: its presence means that the check is complete."""
     labels, segmenter = scorer.labels, scorer.segmenter
     rows = disagreements(scan, victims.named, labels)
     _write_table(out / "disagreements.parquet", rows, DISAGREEMENTS)
     _write_table(out / "victims.parquet", victim_rows(scan, victims, labels), VICTIMS)
     repeated = [row for row in rows if row["victim"]] or [row for row in rows if row["d3"]]
     resisted = [row for row in rows if row["d2"] and not row["d3"]]
-    suspects = _pictures(_varied(repeated, PICTURES), scan, segmenter, labels, pictures)
-    others = _pictures(_varied(resisted, PICTURES // 3), scan, segmenter, labels, pictures)
-    shown = [trigger_figure(trigger, held_out, pictures, scorer) for trigger in triggers]
-    shows = {"suspects": suspects, "others": others, "exhibits": shown, "labels": list(labels)}
-    page = render(report, shows)
+    suspects = _gallery(_alternating(repeated, MAX_FIGURES), scan, segmenter, labels, scanned_images)
+    others = _gallery(_alternating(resisted, MAX_FIGURES // 3), scan, segmenter, labels, scanned_images)
+    trigger_figures = [trigger_figure(trigger, held_out, scanned_images, scorer) for trigger in triggers]
+    content = {"suspects": suspects, "others": others, "exhibits": trigger_figures, "labels": list(labels)}
+    page = render(report, content)
     report["pictures"] = [
         {
-            "png": picture["png"],
-            "caption": f"{picture['caption']} – model: {picture['model']}, oracle: {picture['oracle']}",
+            "png": figure["png"],
+            "caption": f"{figure['caption']} – model: {figure['model']}, oracle: {figure['oracle']}",
         }
-        for picture in suspects[: PICTURES // 2]
+        for figure in suspects[: MAX_FIGURES // 2]
     ]
-    write_atomic(out / "page.json", json.dumps(shows))
+    write_atomic(out / "page.json", json.dumps(content))
     write_atomic(out / "report.html", page)
     write_atomic(out / "report.json", json.dumps(report, indent=1))
 
 
 def add_repair(repair: dict[str, Any], out: Path) -> None:
-    """Write the page of the complete check in `out` again, with what came of the repair: the content of repair.json."""
-    report, shows = (json.loads((out / name).read_text()) for name in ("report.json", "page.json"))
-    write_atomic(out / "report.html", render(report, shows, repair))
+    """Render the page of the complete check in `out` again, with the content of repair.json."""
+    report, content = (json.loads((out / name).read_text()) for name in ("report.json", "page.json"))
+    write_atomic(out / "report.html", render(report, content, repair))
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -89,13 +89,13 @@ DISAGREEMENTS = pa.schema(
         ("keys", pa.list_(pa.string())),
         ("captions", pa.list_(pa.string())),
         ("model", pa.string()),  # zero-shot answer
-        ("oracle", pa.list_(pa.string())),  # labels it clearly sees, the largest first
+        ("oracle", pa.list_(pa.string())),  # labels that it clearly finds, the largest first
         ("lie", pa.string()),  # label that only captions name
         ("d1", pa.bool_()),  # model against oracle
         ("d2", pa.bool_()),  # caption against oracle
         ("d3", pa.bool_()),  # the model repeats what only the caption says
-        ("victim", pa.bool_()),  # d3, of a label or a kind for which chance does not explain it
-        ("image", pa.int32()),  # number of the distinct image in this pass
+        ("victim", pa.bool_()),  # named as a victim (`victims.py`)
+        ("image", pa.int32()),  # number of the distinct image in this scan
     ]
 )
 VICTIMS = pa.schema(
@@ -103,7 +103,7 @@ VICTIMS = pa.schema(
         ("rank", pa.int32()),
         ("score", pa.float64()),  # over 1 where the trigger is in the image
         ("target", pa.string()),
-        ("trigger", pa.int32()),  # number of triggers/<number>.png; null where none is in the image
+        ("trigger", pa.int32()),  # number of triggers/<number>.png; null if the image carries none
         ("oracle", pa.list_(pa.string())),
         ("keys", pa.list_(pa.string())),
         ("captions", pa.list_(pa.string())),
@@ -114,7 +114,7 @@ VICTIMS = pa.schema(
 
 
 def victim_rows(scan: ScanResult, victims: Victims, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a victim, the surest first; columns as in `VICTIMS`."""
+    """Return one row per victim, the most certain first; columns as in `VICTIMS`."""
     caption_rows = scan.caption_rows()
     order = [int(n) for n in np.argsort(-victims.score, kind="stable") if victims.score[n] > 0]
     return [
@@ -134,17 +134,17 @@ def victim_rows(scan: ScanResult, victims: Victims, labels: Sequence[str]) -> li
 
 
 def _clearly(scan: ScanResult, n: int, labels: Sequence[str]) -> list[str]:
-    """Labels that the oracle clearly sees in an image, the largest first."""
+    """Return the labels that the oracle clearly finds in an image, the largest first."""
     largest = np.argsort(-scan.areas[n], kind="stable").tolist()
     return [labels[int(c)] for c in largest if scan.observations.clear[n, c]]
 
 
 def disagreements(scan: ScanResult, victims: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a distinct image on which the three disagree, the most suspicious first; columns as in `DISAGREEMENTS`."""
+    """Return one row per image on which model, captions or oracle disagree, the most suspicious first (`DISAGREEMENTS`)."""
     seen = scan.observations
-    lies, says = seen.lies(), seen.says()
+    lies, says = seen.lies(), seen.answer_mask()
     d1, d2, d3 = (np.asarray(rows.any(axis=1)) for rows in (says & ~seen.seen, lies, lies & says))
-    # How much more of the image is something else than what the caption claims.
+    # Area of the largest clear label minus that of the label that the caption claims.
     contrast = (scan.areas * seen.clear).max(axis=1, initial=0) - (scan.areas * lies).max(axis=1, initial=0)
     copies = np.minimum(seen.captions, 99)
     order = [n for n in np.lexsort((-contrast, -copies, ~d3, ~victims)) if d1[n] or d2[n]]
@@ -170,11 +170,17 @@ def disagreements(scan: ScanResult, victims: np.ndarray, labels: Sequence[str]) 
     return rows
 
 
-def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any] | None = None) -> str:
-    """The page. `shows`: images `suspects` and `others` as `_pictures` makes them, `exhibits` as `trigger_figure` does, one a
-    trigger, and all `labels`. `repair`: the content of repair.json."""
+def render(report: dict[str, Any], content: dict[str, Any], repair: dict[str, Any] | None = None) -> str:
+    """Render the page.
+
+    Args:
+        report: The content of report.json.
+        content: The content of page.json: images `suspects` and `others` as `_gallery` returns them, `exhibits` with one
+            `trigger_figure` per trigger, and all `labels`.
+        repair: The content of repair.json, if there is one.
+    """
     checked = [row for row in report["labels"] if "lies" in row]
-    labels = shows["labels"]
+    labels = content["labels"]
     return (
         environment(Path(__file__).parent)
         .get_template("report.html.jinja")
@@ -183,9 +189,9 @@ def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any]
             repair=repair,
             checked=checked,
             longest=max([row["lies"] for row in checked] + [row["expected"] for row in checked], default=0) or 1,
-            suspects=shows["suspects"],
-            others=shows["others"],
-            exhibits=list(zip(report["triggers"], shows["exhibits"], strict=True)),
+            suspects=content["suspects"],
+            others=content["others"],
+            exhibits=list(zip(report["triggers"], content["exhibits"], strict=True)),
             colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
             min_belief=statistics.MIN_BELIEF,
         )
@@ -193,14 +199,14 @@ def render(report: dict[str, Any], shows: dict[str, Any], repair: dict[str, Any]
 
 
 def palette(number: int) -> list[tuple[int, int, int]]:
-    """So many different strong colours."""
+    """Return `number` distinct saturated RGB colours."""
     hues = [(0.09 + place * 0.618034) % 1 for place in range(number)]
     triples = [colorsys.hls_to_rgb(hue, 0.5, 0.85) for hue in hues]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in triples]
 
 
-def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The first rows, images with one caption and with several in turn, and labels in turn."""
+def _alternating(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Return the first rows, alternating between images with one caption and with several, and between labels."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((len(row["keys"]) > 1, row["lie"] if len(row["keys"]) == 1 else ""), []).append(row)
@@ -212,13 +218,17 @@ def _varied(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
     return [row for _, _, row in sorted(turns, key=lambda turn: turn[:2])[:number]]
 
 
-def _pictures(
-    rows: list[dict[str, Any]], scan: ScanResult, segmenter: Segmenter, labels: Sequence[str], pictures: ScannedImages
+def _gallery(
+    rows: list[dict[str, Any]],
+    scan: ScanResult,
+    segmenter: Segmenter,
+    labels: Sequence[str],
+    scanned_images: ScannedImages,
 ) -> list[dict[str, Any]]:
-    """Each row's image beside what the oracle sees in it, as base64 PNG, with the words that belong to it."""
+    """Return each row's image beside its mask, as base64 PNG, with its caption, labels and key."""
     if not rows:
         return []
-    images = pictures.read(np.array([row["image"] for row in rows]))
+    images = scanned_images.read(np.array([row["image"] for row in rows]))
     masks = segmenter.masks(images)
     return [
         {
@@ -237,7 +247,7 @@ def _pictures(
 
 
 def two_panels(image: np.ndarray, mask: np.ndarray, classes: int) -> str:
-    """Base64 PNG: the image, and the image in grey with every object of the mask in its label's colour."""
+    """Return a base64 PNG of the image, and of the image in grey with every object of the mask in its label's colour."""
     gray = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.55 + 100
     colors = np.array([(0, 0, 0), *palette(classes)], dtype=float)[mask]
     on = (mask > 0)[:, :, None]

@@ -1,11 +1,11 @@
-"""Whose captions taught the trigger: each sample of the data that a finding explains, and how sure that is.
+"""Names the victims: the samples that taught the model a finding, each with a score of certainty.
 
-    trigger     a caption names the target, and the trigger is in the image; score 1 + evidence
-    lie         the model repeats what only the caption says, more often than chance explains once the images with a
-                trigger are set aside; score between 0 and 1: half of it is what else the image shows, half whether
-                the model knows it by heart (memory.py)
-    copies      the same of images that came with several captions. If all of those are lies that the oracle can judge, but
-                for as many as it should miss, then so are those that it holds for possible or is blind to
+    trigger     a caption names the target, and the image carries the trigger; score 1 + evidence
+    lie         the model repeats a lie about a label for which this is more frequent than chance explains, even without the
+                images that carry a trigger; score in (0, 1], the mean of how much of the image shows another label and of
+                whether the model has memorised it (memory.py)
+    copies      the same for images with several captions. If the lies among these that the oracle can judge account for all of
+                them, up to the oracle's misses, then the ones that it cannot judge are named, too
 
 Letters: N distinct images, C labels.
 """
@@ -23,23 +23,23 @@ from roclip.oracle.triggers.search import Search
 
 BATCH = 512
 MAX_WRONG = 0.05
-"""Of the victims, honest copies that may be expected among them."""
+"""Maximum share of honest images expected among the victims for naming unjudged copies."""
 
 
 @dataclass(frozen=True)
 class Victims:
-    """All (N,)."""
+    """The victims; all arrays are (N,)."""
 
     score: np.ndarray
-    """Over 0 for victims, the surer the higher; 0 for the rest."""
+    """Above 0 for victims, higher for more certainty; 0 for the rest."""
     target: np.ndarray
-    """Label that the image was made to mean; -1 for the rest."""
+    """Label that the victim was made to mean; -1 for the rest."""
     trigger: np.ndarray
-    """Number of the trigger among all found; -1 where none is in the picture."""
+    """Number of the found trigger that the image carries; -1 without one."""
 
     @property
     def named(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool: the victims."""
         return self.score > 0
 
 
@@ -51,7 +51,7 @@ def find_victims(
     read: Callable[[np.ndarray], np.ndarray],
     alpha: float,
 ) -> Victims:
-    """Name the victims. `read` gives images (n, S, S, 3) uint8 by their numbers (n,)."""
+    """Name the victims. `read` maps numbers (n,) to images (n, S, S, 3) uint8."""
     seen = scan.observations
     victims = Victims(np.zeros(len(seen.answer)), np.full(len(seen.answer), -1), np.full(len(seen.answer), -1))
     named, first = seen.any_named, 0
@@ -59,51 +59,55 @@ def find_victims(
         for number, detect in enumerate(search.detectors, first):
             for rows in _batches(np.flatnonzero(named[:, search.target])):
                 evidence = detect(read(rows))
-                there = (evidence > 0) & (1 + evidence > victims.score[rows])
-                victims.score[rows[there]] = 1 + evidence[there]
-                victims.target[rows[there]], victims.trigger[rows[there]] = search.target, number
+                present = (evidence > 0) & (1 + evidence > victims.score[rows])
+                victims.score[rows[present]] = 1 + evidence[present]
+                victims.target[rows[present]], victims.trigger[rows[present]] = search.target, number
         first += len(search.triggers)
-    _unexplained(scan, reference, covered, victims, alpha)
+    _add_unexplained(scan, reference, covered, victims, alpha)
     return victims
 
 
-def _unexplained(
+def _add_unexplained(
     scan: ScanResult, reference: Observations, covered: Sequence[int], victims: Victims, alpha: float
 ) -> None:
-    """Add repeated lies of labels, and of copied images, that the triggers leave significant."""
+    """Add repeated lies of labels, and of images with several captions, that are significant without the triggers."""
     seen, rest = scan.observations, ~victims.named
-    findings = statistics.run_tests(seen.only(rest), reference, covered)
-    repeated = seen.lies() & seen.says() & rest[:, None]
-    told = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
-    lied = np.zeros_like(repeated)
-    lied[:, told] = repeated[:, told]
+    findings = statistics.run_tests(seen.subset(rest), reference, covered)
+    repeated = seen.lies() & seen.answer_mask() & rest[:, None]
+    flagged = [c for c, test in findings.lies.items() if statistics.repeats(test, alpha)]
+    significant = np.zeros_like(repeated)
+    significant[:, flagged] = repeated[:, flagged]
     if statistics.repeats_copies(findings.copied, alpha):
-        tested = np.isin(np.arange(lied.shape[1]), list(findings.lies))
-        copied = seen.any_named & seen.says() & (rest & (seen.captions > 1))[:, None]
-        lied |= repeated & tested & copied
+        tested = np.isin(np.arange(significant.shape[1]), list(findings.lies))
+        copied = seen.any_named & seen.answer_mask() & (rest & (seen.captions > 1))[:, None]
+        significant |= repeated & tested & copied
         if (
             _honest_copies(copied, repeated & copied, tested, reference)
-            <= MAX_WRONG * (victims.named | lied.any(axis=1)).sum()
+            <= MAX_WRONG * (victims.named | significant.any(axis=1)).sum()
         ):
-            lied |= copied
-    rows = np.flatnonzero(lied.any(axis=1))
-    # How much more of the image is something else than what its caption claims.
+            significant |= copied
+    rows = np.flatnonzero(significant.any(axis=1))
+    # Area of the largest clear label minus that of the label that the caption claims.
     other = (scan.areas * seen.clear).max(axis=1, initial=0)
-    claimed = (scan.areas * lied).max(axis=1, initial=0)
+    claimed = (scan.areas * significant).max(axis=1, initial=0)
     shown = 0.5 + 0.5 * (other - claimed)[rows]
     victims.score[rows] = np.clip((shown + memorised(scan, rows)) / 2, 0.01, 1)
-    victims.target[rows] = lied[rows].argmax(axis=1)
+    victims.target[rows] = significant[rows].argmax(axis=1)
 
 
-def _honest_copies(copied: np.ndarray, lied: np.ndarray, tested: np.ndarray, reference: Observations) -> float:
-    """How many honest images are to be expected among those whose captions the model repeats (N, C), with the lies (N, C) among
-    them and the labels (C,) that the oracle can judge.
+def _honest_copies(copied: np.ndarray, repeated_lies: np.ndarray, tested: np.ndarray, reference: Observations) -> float:
+    """Return the expected number of honest images among those whose captions the model repeats.
 
-        H = max(0, judged - lies / q),  and the same share of those that it cannot judge
+        H = max(0, judged - lies / q) for the labels that the oracle can judge, and the same share of the others
 
-    q is the share of lies that it contradicts: of trusted images with labels that they do not show.
+    q is the share of lies that the oracle contradicts, measured on trusted images with labels that they do not show.
+
+    Args:
+        copied: (N, C) bool, the repeated captions of images with several.
+        repeated_lies: (N, C) bool, the lies among them.
+        tested: (C,) bool, the labels that the oracle can judge.
     """
-    lies = (lied & tested).any(axis=1).sum()
+    lies = (repeated_lies & tested).any(axis=1).sum()
     judged = (copied & tested).any(axis=1).sum()
     q = reference.contradicts()[~reference.any_named & tested].mean()
     honest = max(0.0, judged - lies / max(q, 1e-9))
@@ -111,7 +115,7 @@ def _honest_copies(copied: np.ndarray, lied: np.ndarray, tested: np.ndarray, ref
 
 
 def affected(scan: ScanResult, victims: Victims, labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """By target label: what the oracle sees in its victims, with counts, the most frequent first."""
+    """Return for each target label how often the oracle clearly finds each label in its victims, most frequent first."""
     counts: dict[str, dict[str, int]] = {}
     for target in np.unique(victims.target[victims.named]):
         clear = scan.observations.clear[victims.named & (victims.target == target)].sum(axis=0)

@@ -169,8 +169,8 @@ def copies(data: Observations, times: np.ndarray) -> Observations:
 def test_trusted_pictures_count_as_they_are_where_training_shows_every_label_as_often():
     reference = honest(np.random.default_rng(7), 600)
     alike = statistics.confusable_labels(reference)
-    answers, unseen = statistics._as_frequent(often(reference, np.full(C, 3)), reference, alike)
-    assert answers == pytest.approx(reference.answers().sum(axis=0))
+    answers, unseen = statistics._reweighted(often(reference, np.full(C, 3)), reference, alike)
+    assert answers == pytest.approx(reference.judged_answers().sum(axis=0))
     assert unseen == pytest.approx(reference.unseen(alike).sum(axis=0))
 
 
@@ -181,11 +181,11 @@ def test_trusted_pictures_weigh_as_copies_do_where_training_shows_labels_more_or
     each = (reference.clear @ times) // np.maximum(reference.clear.sum(axis=1), 1)
     copied = copies(reference, each)
     alike = statistics.confusable_labels(reference)
-    answers, unseen = statistics._as_frequent(often(reference, times), reference, alike)
-    expected = copied.unseen(alike).sum(axis=0) / copied.answers().sum(axis=0)
+    answers, unseen = statistics._reweighted(often(reference, times), reference, alike)
+    expected = copied.unseen(alike).sum(axis=0) / copied.judged_answers().sum(axis=0)
     assert unseen / answers == pytest.approx(expected)
-    assert np.abs(expected - reference.unseen(alike).sum(axis=0) / reference.answers().sum(axis=0)).max() > 0.05
-    weights = [each[reference.answers()[:, c]] for c in range(C)]
+    assert np.abs(expected - reference.unseen(alike).sum(axis=0) / reference.judged_answers().sum(axis=0)).max() > 0.05
+    weights = [each[reference.judged_answers()[:, c]] for c in range(C)]
     assert answers == pytest.approx([of.sum() ** 2 / (of**2).sum() for of in weights])
 
 
@@ -201,7 +201,7 @@ def test_alarms_are_rare_where_training_shows_a_label_far_more_often():
     rounds = []
     for _ in range(20):
         many = misread(20000)
-        frequent = many.only(many.named[:, 4] | (rng.random(20000) < 0.1))
+        frequent = many.subset(many.named[:, 4] | (rng.random(20000) < 0.1))
         rounds.append(alarms(run_tests(frequent, misread(2400), range(C))))
     assert sum(rounds) <= 2
 

@@ -27,7 +27,7 @@ def pair(value: int) -> dict[str, bytes]:
 
 def test_parquet_with_masks_is_read_with_the_labels_beside_it(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist([pair(n % 3) for n in range(9)]), tmp_path / "masks.parquet")
-    with pytest.raises(DataError, match=r"labels\.json: expected the classes"):
+    with pytest.raises(DataError, match=r"labels\.json: expected the class names"):
         read_masks(tmp_path / "masks.parquet")
     (tmp_path / "labels.json").write_text(json.dumps(["null", "ant", "bee"]))
     for source in (tmp_path / "masks.parquet", tmp_path):
@@ -117,7 +117,7 @@ def test_labels_are_read_from_a_list_or_lines(tmp_path: Path):
     assert without_background(["ant", "background"]) == ["ant", "background"]
     (tmp_path / "b.json").write_text('["ant", "ant"]')
     for name in ("b.json", "none.json"):
-        with pytest.raises(ConfigError, match=r"expected (different )?class names"):
+        with pytest.raises(ConfigError, match=r"expected (distinct )?class names"):
             read_labels(tmp_path / name)
 
 
