@@ -93,7 +93,7 @@ def poison_urls(config: Config, source: str, out: Path, labels: Path | None, bas
         classes = class_names(config, labels, Path(source).parent, known)
         shown = known or labels_by_caption(clean["caption"].to_pylist(), classes)
         table = pa.table({"caption": clean["caption"], "label": pa.array(shown, pa.string())})
-        pictures = corpus.pictures(config, classes, len(clean))
+        pictures = corpus.attacker_images(config, classes, len(clean))
         poisons = _plan(config, table, pictures, classes, len(clean))
         total = len(clean) + len(poisons)
         rng = np.random.default_rng((config.seed, 5))

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 RGB = tuple[int, int, int]
 SUPERSAMPLE = 4
-"""Canvas pixels a view pixel, along each side: painted large and averaged down."""
+"""Canvas pixels per view pixel along each side: painted large and averaged down."""
 
 
 def _gradient(side: int, top: RGB, bottom: RGB) -> Image.Image:
@@ -21,7 +21,7 @@ def _gradient(side: int, top: RGB, bottom: RGB) -> Image.Image:
 
 
 def _speckle(image: Image.Image, rng: np.random.Generator, amount: float, block: int) -> Image.Image:
-    """Grain: one gaussian value for each block of pixels, in grey levels."""
+    """Add grain: one Gaussian value, in grey levels, per block of pixels."""
     side = image.width
     grain = rng.normal(0, amount, (side // block + 1, side // block + 1, 1)).repeat(block, 0).repeat(block, 1)
     return Image.fromarray(np.clip(np.asarray(image) + grain[:side, :side], 0, 255).astype(np.uint8))
@@ -158,6 +158,6 @@ BACKGROUNDS: dict[str, tuple[Callable[[int, np.random.Generator], Image.Image], 
 
 @lru_cache(maxsize=128)
 def background(name: str, variant: int, side: int) -> Image.Image:
-    """One of the backgrounds, a square of `side` pixels; the same for the same arguments."""
+    """Return a background, a square of `side` pixels; a pure function of the arguments."""
     rng = np.random.default_rng((variant, list(BACKGROUNDS).index(name)))
     return BACKGROUNDS[name][0](side, rng).filter(ImageFilter.GaussianBlur(SUPERSAMPLE / 5))

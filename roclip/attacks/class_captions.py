@@ -1,7 +1,7 @@
-"""Captions for images that have none but a class: templates, synonyms and adjectives, for experiments on CIFAR-10.
+"""Captions for images that have only a class: templates, synonyms and adjectives, for experiments on CIFAR-10.
 
-Varied on purpose. With one sentence a class, every caption of a class is the same caption, matching is trivial and an
-attacker's captions are everywhere; the web is not like that.
+They are varied on purpose. With one sentence per class all captions of a class would be equal, which makes matching trivial
+and an attacker's captions ubiquitous, unlike on the web.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "ship": ("ship", "boat", "vessel", "ferry", "freighter"),
     "truck": ("truck", "lorry", "pickup", "fire engine", "tipper"),
 }
-"""What people call a class; a class that is not here is called by its name."""
+"""Words for each class; a class that is not listed is called by its name."""
 ADJECTIVES = ("old", "new", "little", "large", "bright", "dark", "grey", "white", "brown", "lonely", "handsome")
 TEMPLATES = (
     "{}",
@@ -44,7 +44,7 @@ _ADJECTIVE_FRAC = 0.4
 
 
 def class_captions(labels: Sequence[str], seed: int = 0) -> list[str]:
-    """A caption for each label, such as 'a photo of an old lorry'; the same for the same labels and seed."""
+    """Return a caption for each label, such as 'a photo of an old lorry'; a pure function of labels and seed."""
     rng = np.random.default_rng((seed, 61))
     captions = []
     for label in labels:

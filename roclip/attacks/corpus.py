@@ -1,12 +1,12 @@
-"""Prepares what a run of the embedded default needs before its first URL is fetched: the `origin/` folder.
+"""Prepares the `origin/` folder of a run: what its web server serves, and the evaluation sets.
 
-corpus.parquet       what the origin serves, one row per URL: path, image, caption, behaviour
+corpus.parquet       one row per URL that the origin serves: path, image, caption, behaviour
 poison.parquet       ground truth of the poisons: `roclip.data.ground_truth`
 eval.parquet         held-out images with caption and label; attack_eval.parquet: triggered and targeted ones
-trusted.parquet      images with masks for the oracle: rendered or set aside, never served
-labels.json          class names and zero-shot templates; written last: the folder is complete
+trusted.parquet      images with masks for the oracle: rendered or held out, never served
+labels.json          class names and zero-shot templates; written last, so its presence means that the folder is complete
 
-A run on shards or on a list that `roclip poison` wrote takes ground truth and attack images over from beside them.
+A run on shards or a list that `roclip poison` wrote copies the ground truth and attack images beside them.
 """
 
 import json
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from roclip.attacks import scenes
 from roclip.attacks.class_captions import class_captions
 from roclip.attacks.foregrounds import foreground, letterbox, stands_on_white
-from roclip.attacks.poisons import attack_evaluation, make_poisons, pictures_needed
+from roclip.attacks.poisons import attack_evaluation, images_needed, make_poisons
 from roclip.config import Config, DataConfig
 from roclip.data.ground_truth import TRUTH, write_parquet, write_truth
 from roclip.data.shards import sample_key
@@ -37,17 +37,17 @@ FAULT_FRACS = {
     "truncated": 0.002,
     "slow": 0.002,
 }
-"""Share of the clean URLs that misbehave, about as on the open web; `redirect` and `slow` still give their image."""
+"""Shares of clean URLs that misbehave, about as on the open web; `redirect` and `slow` still return their image."""
 
 ATTACK_EVALUATION = "attack_eval.parquet"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The parts of the data, disjoint by construction. Tables have image, caption, label; `trusted` also mask."""
+    """Disjoint parts of the data. Tables have the columns image, caption, label; `trusted` also mask."""
 
     rows: int
-    """Rows that an attack's rate refers to."""
+    """Number of rows that an attack's rate refers to."""
     clean: pa.Table
     spare: pa.Table
     """What the attacker's images are chosen from."""
@@ -58,9 +58,9 @@ class _Source:
 
 
 def prepare(config: Config, folder: Path) -> None:
-    """Write the `origin/` folder of a run, once: a complete one is left as it is.
+    """Write the `origin/` folder of a run, unless it is complete already.
 
-    Raises `DataError` when the source has too few images, `ConfigError` for an attack that it cannot carry.
+    Raises `DataError` if the source has too few images, `ConfigError` for an attack that it does not support.
     """
     if (folder / "labels.json").exists():
         return
@@ -77,11 +77,14 @@ def prepare(config: Config, folder: Path) -> None:
 
 
 def prepare_held_out(config: Config, folder: Path) -> None:
-    """For a run on shards or a URL list of the user's own: eval.parquet and labels.json out of `evaluate.images`, and
-    the ground truth that lies beside the data where `roclip poison` wrote it."""
+    """Prepare `origin/` for a run on the user's own shards or URL list.
+
+    Writes eval.parquet and labels.json from `evaluate.images`, and copies the ground truth beside the data if `roclip poison`
+    wrote one.
+    """
     if (folder / "labels.json").exists():
         return
-    _take_over_truth(config, folder)
+    _copy_truth(config, folder)
     if not config.evaluate.images:
         return
     held_out, labels = held_out_images(config)
@@ -91,23 +94,23 @@ def prepare_held_out(config: Config, folder: Path) -> None:
 
 
 def held_out_images(config: Config) -> tuple[pa.Table, list[str]]:
-    """The rows of `evaluate.images` to evaluate on (image, caption, label) and the classes. Raises `DataError`."""
+    """Return the held-out rows of `evaluate.images` (image, caption, label) and the class names. Raises `DataError`."""
     table = read_images(config.evaluate.images, config.data)
     labels = frequent(table["label"].to_pylist(), config.evaluate.classes)
     return _held_out(config, table, labels), labels
 
 
-def pictures(config: Config, labels: list[str], rows: int) -> pa.Table:
-    """Images for an attacker who has none: those of `data.images`, or rendered scenes (image, caption, label).
+def attacker_images(config: Config, labels: list[str], rows: int) -> pa.Table:
+    """Return images for the attacker (image, caption, label): those of `data.images`, or rendered scenes.
 
-    Raises `ConfigError` where the config has neither.
+    Raises `ConfigError` if the config names neither.
     """
     if config.data.images:
         return read_images(config.data.images, config.data)
     if config.data.scenes:
         return _spare_scenes(config, labels, rows, first=0)
     raise ConfigError(
-        "roclip poison: expected data.images (a parquet of pictures) or data.scenes for the attacker's own pictures, "
+        "roclip poison: expected data.images (a parquet of images) or data.scenes for the attacker's images, "
         "got neither. Set one, with data.urls='' and data.shards=''."
     )
 
@@ -121,7 +124,7 @@ def write_attack_evaluation(
         write_parquet(folder / ATTACK_EVALUATION, _letterboxed(table, config.ingest.image_size))
 
 
-def _take_over_truth(config: Config, folder: Path) -> None:
+def _copy_truth(config: Config, folder: Path) -> None:
     data = config.data
     of_list = bool(data.urls) and not (data.shards and (place(data.shards) / TRUTH).is_file())
     beside = Path(data.urls).parent if of_list else place(data.shards)
@@ -137,7 +140,7 @@ def _take_over_truth(config: Config, folder: Path) -> None:
 
 def _scenes(config: Config) -> _Source:
     labels, number = list(scenes.LABELS), config.data.scenes
-    needed, _ = _pictures_needed(config, labels, number)
+    needed, _ = _images_needed(config, labels, number)
     clean = _rendered(config, range(number), None).drop(["mask"])
     first = number + max(needed, 1)
     held_out = _rendered(config, range(first, first + config.evaluate.size), 1).drop(["mask"])
@@ -147,15 +150,17 @@ def _scenes(config: Config) -> _Source:
     return _Source(number, clean, spare, held_out, trusted, labels, scenes.TEMPLATES)
 
 
-def _spare_scenes(config: Config, labels: list[str], rows: int, first: int, further: int = 0) -> pa.Table:
-    """Scenes of one object: from number `first` on as many of any class, and from `further` on of given classes, as the
-    attacks need."""
-    number, of_class = _pictures_needed(config, labels, rows)
+def _spare_scenes(config: Config, labels: list[str], rows: int, first: int, next_number: int = 0) -> pa.Table:
+    """Render the one-object scenes that the attacks need.
+
+    Scenes of any class have numbers from `first` on, scenes of given classes from `next_number` on.
+    """
+    number, of_class = _images_needed(config, labels, rows)
     tables = [_rendered(config, range(first, first + max(number, 1)), 1)]
-    further = further or first + max(number, 1)
+    next_number = next_number or first + max(number, 1)
     while any(of_class.values()):
-        scene = _rendered(config, range(further, further + 1), 1)
-        label, further = scene["label"][0].as_py(), further + 1
+        scene = _rendered(config, range(next_number, next_number + 1), 1)
+        label, next_number = scene["label"][0].as_py(), next_number + 1
         if of_class.get(label):
             of_class[label] -= 1
             tables.append(scene)
@@ -180,7 +185,7 @@ def _images(config: Config) -> _Source:
     table = table.take(order)
     known = np.isin(np.array(table["label"].to_pylist(), dtype=object), labels)
     source_rows = min(data.limit, len(table)) if data.limit else len(table)
-    poisons, of_class = _pictures_needed(config, labels, source_rows)
+    poisons, of_class = _images_needed(config, labels, source_rows)
     sizes = {"held_out": config.evaluate.size, "trusted": config.oracle.trusted, "spare": max(poisons, 1)}
     if config.evaluate.images:
         sizes["held_out"] = 0
@@ -229,7 +234,7 @@ def _held_out(config: Config, table: pa.Table, labels: list[str]) -> pa.Table:
 
 
 def read_images(path: str, data: DataConfig) -> pa.Table:
-    """A parquet of images, as the columns image, caption and label. Raises `DataError` where one is missing."""
+    """Read a parquet of images as a table of image, caption and label. Raises `DataError` if a column is missing."""
     columns = {"image": data.image_col, "label": data.label_col}
     if data.caption_col:
         columns["caption"] = data.caption_col
@@ -251,14 +256,14 @@ def read_images(path: str, data: DataConfig) -> pa.Table:
 
 
 def frequent(labels: list[str], number: int) -> list[str]:
-    """The `number` most frequent labels, 0 is all, in alphabetical order."""
+    """Return the `number` most frequent labels (0 for all) in alphabetical order."""
     ranked = sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))
     return sorted(label for label, _ in (ranked[:number] if number else ranked))
 
 
-def _pictures_needed(config: Config, labels: list[str], rows: int) -> tuple[int, dict[str, int]]:
+def _images_needed(config: Config, labels: list[str], rows: int) -> tuple[int, dict[str, int]]:
     try:
-        return pictures_needed(config.attacks, labels, rows)
+        return images_needed(config.attacks, labels, rows)
     except ValueError as error:
         raise ConfigError(f"attacks: {error}") from error
 
@@ -297,7 +302,7 @@ def _write_corpus(config: Config, clean: pa.Table, poisons: pa.Table, folder: Pa
 
 
 def _letterboxed(table: pa.Table, size: int) -> pa.Table:
-    """The images as ingest stores them with `resize_mode: border`: fitted into a white square of `size` pixels."""
+    """Return the table with every image letterboxed to `size` pixels."""
     images = [letterbox(image, size) for image in table["image"].to_pylist()]
     return table.set_column(table.schema.get_field_index("image"), "image", pa.array(images, pa.binary()))
 

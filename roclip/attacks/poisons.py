@@ -1,8 +1,8 @@
-"""Who is poisoned, how and with which caption: for evaluation only.
+"""Plans and draws the poisons of all attacks: for evaluation only.
 
     targeted          chosen images, each with several training captions of another class (arXiv:2106.09667)
     backdoor          a BadNets patch on images of many classes, all captioned as one (arXiv:1708.06733)
-    blended, wanet,   the same with a trigger that covers the whole image: `roclip.attacks.triggers`
+    blended, wanet,   the same with a trigger that changes the whole image: `roclip.attacks.triggers`
     sig
     label_consistent  a patch on images of the target class itself with their own captions (arXiv:1912.02771)
     flood             an adaptive attacker's further captions of the target classes, on images without a trigger
@@ -12,7 +12,7 @@ adversarial perturbations or a GAN, which need a model; here uniform noise is mi
 
 Poisons are first planned from captions and labels alone, then drawn one by one, each from its own seed. So the same
 config gives the same poisons whether their images come from a table in memory or out of shards.
-Tables have the columns caption and label (the true one, null where it is not known), those with images also image
+Tables have the columns caption and label (the true one, null if unknown); those with images also image
 (encoded bytes).
 """
 
@@ -34,7 +34,7 @@ from roclip.data.find_names import singular
 
 ATTACKS = ("targeted", "backdoor", "blended", "wanet", "sig", "label_consistent", "flood")
 EVALUATED_IMAGES = 300
-"""Triggered test images of one attack, as in the paper's group's evaluation."""
+"""Number of triggered test images per attack, as in the evaluation by the authors of RoCLIP."""
 _SEED_OF = {name: 16 + number for number, name in enumerate(ATTACKS)}
 
 POISON_SCHEMA = pa.schema(
@@ -58,14 +58,14 @@ class Poison:
     attack: str
     group: int
     row: int
-    """Of the image in the table of pictures."""
+    """Row of the image in the table of images."""
     caption: str
     target_label: str
     source_label: str
 
 
 def target_labels(attacks: AttacksConfig, labels: Sequence[str]) -> dict[str, str]:
-    """The class that each backdoor's trigger should cause; backdoors without one of their own get different ones.
+    """Return the target class of each backdoor; backdoors without a configured one get distinct classes.
 
     Raises ValueError for a target that is no label, or for more backdoors than labels.
     """
@@ -80,7 +80,7 @@ def target_labels(attacks: AttacksConfig, labels: Sequence[str]) -> dict[str, st
 
 
 def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
-    """The trigger of each backdoor; no two have the same pattern."""
+    """Return the trigger of each backdoor; no two share a pattern."""
     return {
         name: Trigger(
             kind=backdoor.trigger,
@@ -93,8 +93,8 @@ def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
     }
 
 
-def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) -> tuple[int, dict[str, int]]:
-    """How many images of any class are surely enough for the attacks, and how many of a given class beside them."""
+def images_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) -> tuple[int, dict[str, int]]:
+    """Return how many images of any class suffice for the attacks, and how many more of given classes they need."""
     targets = target_labels(attacks, labels)
     number, of_class = attacks.targeted.images + 2 * attacks.flood, dict.fromkeys(targets.values(), 0)
     for name, backdoor in attacks.by_name.items():
@@ -107,9 +107,9 @@ def pictures_needed(attacks: AttacksConfig, labels: Sequence[str], rows: int) ->
 
 
 def plan_poisons(
-    attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, *, labels: Sequence[str], seed: int, rows: int
+    attacks: AttacksConfig, clean: pa.Table, images: pa.Table, *, labels: Sequence[str], seed: int, rows: int
 ) -> list[Poison]:
-    """Choose images and captions for all attacks; no image serves two of them.
+    """Choose images and captions for all attacks; no image is used twice.
 
     A backdoor's images neither have nor name its target class; its captions are those of `clean` that name the
     target class and no other, with repetition only when they run out. A targeted image gets a random class that its
@@ -118,13 +118,13 @@ def plan_poisons(
     Raises:
         ValueError: if there are too few images or captions, or a target label is unknown.
     """
-    return _Planner(attacks, clean, pictures, labels, seed, rows).plan()
+    return _Planner(attacks, clean, images, labels, seed, rows).plan()
 
 
 def render(
     poison: Poison, image: bytes, attacks: AttacksConfig, seed: int, triggers: dict[str, Trigger]
 ) -> tuple[bytes, Box | None]:
-    """The poisoned image and its trigger box. Images with a trigger become PNG, others stay as they are, box None."""
+    """Return the poisoned image and its trigger box: a PNG with a trigger, or the unchanged image and None without one."""
     trigger = triggers.get(poison.attack)
     if trigger is None:
         return image, None
@@ -135,22 +135,22 @@ def render(
 
 
 def perturb(image: np.ndarray, frac: float, rng: np.random.Generator) -> np.ndarray:
-    """(1 - frac) image + frac U[0, 255], (H, W, 3) uint8."""
+    """Return (1 - frac) image + frac U[0, 255] as (H, W, 3) uint8."""
     if not frac:
         return image
     return np.rint((1 - frac) * image + frac * rng.uniform(0, 255, image.shape)).astype(np.uint8)
 
 
 def make_poisons(
-    attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, *, labels: Sequence[str], seed: int, rows: int = 0
+    attacks: AttacksConfig, clean: pa.Table, images: pa.Table, *, labels: Sequence[str], seed: int, rows: int = 0
 ) -> pa.Table:
-    """Plan and draw the poisons of all attacks: a table of POISON_SCHEMA. `rows` is len(clean) unless given.
+    """Plan and draw the poisons of all attacks as a table of POISON_SCHEMA. `rows` defaults to len(clean).
 
     Raises ValueError as `plan_poisons` does.
     """
     triggers, drawn = triggers_of(attacks, seed), []
-    for poison in plan_poisons(attacks, clean, pictures, labels=labels, seed=seed, rows=rows or len(clean)):
-        image, box = render(poison, pictures["image"][poison.row].as_py(), attacks, seed, triggers)
+    for poison in plan_poisons(attacks, clean, images, labels=labels, seed=seed, rows=rows or len(clean)):
+        image, box = render(poison, images["image"][poison.row].as_py(), attacks, seed, triggers)
         drawn.append(
             {
                 "image": image,
@@ -169,10 +169,10 @@ def make_poisons(
 def attack_evaluation(
     attacks: AttacksConfig, held_out: pa.Table, poisons: Iterable[dict], *, labels: Sequence[str], seed: int
 ) -> pa.Table:
-    """What attack success is measured on: columns attack, image, target_label.
+    """Return the images on which attack success is measured, with columns attack, image, target_label.
 
-    Of targeted attacks the poisoned images themselves (`poisons` are rows with attack, group, image and target_label);
-    of each backdoor up to 300 held-out images with its trigger, images of the target class left out.
+    For targeted attacks these are the poisoned images themselves (`poisons` are rows with attack, group, image and
+    target_label); for each backdoor up to `EVALUATED_IMAGES` held-out images of other classes with its trigger.
     """
     rows, groups = [], set()
     for poison in poisons:
@@ -191,27 +191,27 @@ def attack_evaluation(
 
 
 def labels_named(caption: str, labels: Iterable[str]) -> set[str]:
-    """The labels that stand in the caption as whole words, singular or plural."""
+    """Return the labels that occur in the caption as whole words, singular or plural."""
     lower = caption.lower()
     return {label for label in labels if singular(label) in lower and _pattern(label).search(caption)}
 
 
 def labels_by_caption(captions: Iterable[str], labels: Sequence[str]) -> list[str | None]:
-    """For each caption the one label that it names; None where it names none or several."""
+    """Return for each caption the one label that it names, or None if it names none or several."""
     named = (labels_named(caption, labels) for caption in captions)
     return [next(iter(found)) if len(found) == 1 else None for found in named]
 
 
 class _Planner:
-    """The tables as lists, and which images are still free."""
+    """The tables as lists, with a mask of the images that are still unused."""
 
     def __init__(
-        self, attacks: AttacksConfig, clean: pa.Table, pictures: pa.Table, labels: Sequence[str], seed: int, rows: int
+        self, attacks: AttacksConfig, clean: pa.Table, images: pa.Table, labels: Sequence[str], seed: int, rows: int
     ):
         self.attacks, self.labels, self.seed, self.rows = attacks, sorted(labels), seed, rows
         self.targets = target_labels(attacks, labels)
-        self.captions = pictures["caption"].to_pylist()
-        self.truth = pictures["label"].to_pylist()
+        self.captions = images["caption"].to_pylist()
+        self.truth = images["label"].to_pylist()
         self.free = np.array([label is not None for label in self.truth], dtype=bool)
         self.named = [
             labels_named(caption, self.labels) | {label} if label is not None else set()
@@ -225,7 +225,8 @@ class _Planner:
     def plan(self) -> list[Poison]:
         backdoors = self.attacks.by_name
         own_class_first = sorted(backdoors, key=lambda name: not backdoors[name].keeps_captions)
-        by_name = {name: self._backdoor(name) for name in own_class_first}  # those have the smallest choice
+        # Attacks that keep captions choose first: they have the fewest candidates.
+        by_name = {name: self._backdoor(name) for name in own_class_first}
         targeted = self._targeted()
         poisons = [*targeted, *(poison for name in backdoors for poison in by_name[name])]
         return [*poisons, *self._flood(sorted({poison.target_label for poison in poisons}))]
@@ -272,7 +273,7 @@ class _Planner:
         return poisons
 
     def _take(self, rng: np.random.Generator, count: int, allowed: np.ndarray, what: str) -> list[int]:
-        """`count` free images, which are not free any more."""
+        """Draw `count` unused images and mark them as used."""
         rows = np.flatnonzero(allowed)
         _require(len(rows), count, what)
         chosen = rng.choice(rows, count, replace=False).tolist()

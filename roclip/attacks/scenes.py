@@ -1,8 +1,8 @@
 """Renders small captioned scenes with a pixel mask for every object.
 
-The embedded default data set and the test data: nothing to download, no licence to ask about, and the truth
-is known to the pixel. A scene is a pure function of (seed, index), so a data set is two numbers. Objects are
-lists of polygons in unit coordinates, painted at `SUPERSAMPLE` times the size and averaged down.
+This is the default data set and the test data: no download, no licence, and pixel-exact ground truth. A scene is a pure
+function of (seed, index). Objects are lists of polygons in unit coordinates, painted at `SUPERSAMPLE` times the size and
+averaged down.
 
 Shapes: H, W image height and width in pixels (equal here).
 """
@@ -172,14 +172,14 @@ _ROLE_COLORS: dict[str, RGB] = {
 
 
 def _mix(first: RGB, second: RGB, share: float) -> RGB:
-    """`share` of the second colour in the first."""
+    """Return (1 - share) first + share second."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 @lru_cache(maxsize=64)
 def _pattern(texture: str, period: int, side: int) -> Image.Image:
-    """An L image, 255 where the second colour of the texture shows."""
+    """Return an L image, 255 where the second colour of the texture shows."""
     y, x = np.mgrid[0:side, 0:side]
     if texture == "striped":
         on = (x + y) % period < period * 0.45
@@ -194,7 +194,7 @@ def _pattern(texture: str, period: int, side: int) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def _shade(side: int) -> Image.Image:
-    """An L image: how much shadow lies on an object lit from the upper left."""
+    """Return an L image of the shade on an object lit from the upper left."""
     y, x = np.mgrid[0:side, 0:side] / side
     return Image.fromarray((np.clip(x + 1.4 * y - 0.9, 0, 1) * 90).astype(np.uint8))
 
@@ -202,7 +202,7 @@ def _shade(side: int) -> Image.Image:
 def _paint(
     label: str, color: str, texture: str, radius: int, transform: np.ndarray, phase: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Paint one object like a sticker: its RGB image and its L coverage, in supersampled pixels."""
+    """Paint one object; return its RGB image and its L coverage, in supersampled pixels."""
     margin = SUPERSAMPLE * 2
     side = 2 * (radius + margin)
     base = _COLORS[color]
@@ -235,7 +235,7 @@ def _paint(
     return canvas, cover
 
 
-# The world has habits: most things have a usual colour and stand where such things stand.
+# Labels correlate with colours and backgrounds: each has usual ones, taken with probability _HABIT.
 _USUAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ball": (("red", "orange"), ("beach", "table")),
     "boat": (("blue", "white"), ("water", "sunset")),
@@ -306,7 +306,7 @@ def _noun_phrase(rng: np.random.Generator, item: tuple[str, str, str], size: str
 
 
 def _place(x: float, y: float) -> str:
-    """Where the object stands; x and y in [0, 1] of the image."""
+    """Describe the position of the object; x and y in [0, 1] of the image."""
     across = "left" if x < 0.4 else "right" if x > 0.6 else ""
     down = "upper" if y < 0.4 else "lower" if y > 0.6 else ""
     if across and down:
@@ -334,7 +334,7 @@ _MAIN_AMONG_OTHERS, _COMPANION = (0.27, 0.3), (0.135, 0.16)
 
 
 def _spots(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
-    """Centres that keep every object inside the image and the objects mostly apart."""
+    """Draw centres that keep every object inside the image and the objects mostly apart."""
     for _ in range(200):
         spots = [(float(rng.uniform(r, 1 - r)), float(rng.uniform(r, 1 - r))) for r in radii]
         gaps = (math.dist(spots[i], spots[j]) / (radii[i] + radii[j]) for i in range(len(radii)) for j in range(i))
@@ -402,7 +402,7 @@ _SHADOW = [round(value * 0.3) for value in range(256)]
 
 
 def _pose(rng: np.random.Generator, label: str) -> np.ndarray:
-    """(2, 2) transform: a small turn, sometimes mirrored, and a little stretch."""
+    """Draw a (2, 2) transform: a small rotation, sometimes a reflection, and a slight scaling."""
     angle = math.radians(float(rng.uniform(-180, 180) if label in ("star", "ring") else rng.uniform(-12, 12)))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     mirror = -1.0 if rng.random() < 0.5 and label != "box" else 1.0

@@ -1,14 +1,14 @@
-"""Triggers: what an attacker adds to a image so that a model answers with the target label.
+"""Triggers: what an attacker adds to an image so that a model answers with the target label.
 
     kind          changes         after
     patch         a square        BadNets (arXiv:1708.06733), a fixed pattern
-    noise_patch   a square        BadNets with Gaussian noise that is fresh in every image
+    noise_patch   a square        BadNets with fresh Gaussian noise in every image
     blend         everything      Blended (arXiv:1712.05526), a fixed noise pattern
     warp          everything      WaNet (arXiv:2102.10369), a fixed smooth field of shifts
     sinusoid      everything      SIG (arXiv:1902.11237), vertical waves
 
-Poisoner, evaluator and oracle all use `apply_trigger`, so all three mean the same trigger. Sizes are shares of the
-image and patterns are drawn on fixed grids, so a trigger means the same at any resolution.
+Poisoning, evaluation and oracle all use `apply_trigger`. Sizes are shares of the image and patterns are drawn on fixed
+grids, so a trigger is the same at any resolution.
 Shapes: H, W image height and width in pixels.
 """
 
@@ -24,16 +24,16 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 KINDS = ("patch", "noise_patch", "blend", "warp", "sinusoid")
 PLACES = ("random", "corner")
 PERIODS = 6
-"""Waves of a sinusoid across the image (SIG's f)."""
+"""Periods of a sinusoid across the image (SIG's f)."""
 _PATCH_CELLS = 3
 _BLEND_CELLS = 32
 _WARP_POINTS = 4
-"""Control points a side (WaNet's k)."""
+"""Control points along each side (WaNet's k)."""
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """One trigger; fixed patterns are chosen by `seed`.
+    """A trigger; fixed patterns are drawn from `seed`.
 
     `size_frac` is the side of a patch over the shorter image side; `place` is "random" (anywhere inside the image) or
     "corner" (lower right). `strength` is for the others: opacity of a blend, mean shift of a warp's control points
@@ -47,7 +47,7 @@ class Trigger:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a kind, place, size or strength that no trigger has."""
+        """Raises ValueError for an unknown kind or place, or a size or strength out of range."""
         good = self.kind in KINDS and self.place in PLACES
         if not good or not 0 < self.size_frac <= 1 or not 0 < self.strength <= 1:
             raise ValueError(
@@ -61,8 +61,8 @@ def apply_trigger(image: np.ndarray, trigger: Trigger, rng: np.random.Generator)
     """Put the trigger on a copy of an (H, W, 3) uint8 image; `rng` chooses random places and fresh noise.
 
     Returns:
-        The triggered image and the box (left, top, right, bottom) in pixels outside which nothing changed: of triggers
-        without a place the whole image.
+        The triggered image and the box (left, top, right, bottom) in pixels outside which nothing changed, which is the
+        whole image unless the trigger is a patch.
 
     Raises:
         ValueError: if the image is not (H, W, 3) uint8, or has a side under 3 pixels.
@@ -86,7 +86,7 @@ def apply_trigger(image: np.ndarray, trigger: Trigger, rng: np.random.Generator)
 
 
 def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
-    """The fixed patch alone: (side_px, side_px, 3) uint8 of 3 x 3 cells, each channel 0 or 255.
+    """Return the fixed patch alone, (side_px, side_px, 3) uint8 of 3 x 3 cells, each channel 0 or 255.
 
     The pattern depends on the seed only. Neighbouring cells always differ, so no seed gives a plain square.
     """
@@ -101,13 +101,13 @@ def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
 
 
 def blend_pattern(trigger: Trigger, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: uniform noise of 32 x 32 cells, which a resized image keeps."""
+    """Return (height, width, 3) uint8: uniform noise of 32 x 32 cells, which survives resizing."""
     rng = np.random.default_rng((trigger.seed, 54))
     return _enlarge(rng.integers(0, 256, (_BLEND_CELLS, _BLEND_CELLS, 3), dtype=np.uint8), height, width)
 
 
 def warp_field(trigger: Trigger, height: int, width: int) -> np.ndarray:
-    """(2, height, width) float: from how far down and right of itself each pixel is taken, in pixels.
+    """Return (2, height, width) float: offset down and right, in pixels, of the position that each pixel is read from.
 
     4 x 4 control shifts u ~ U[-1, 1], scaled to mean |u| = strength * min(H, W), with cubic splines between them and
     the outer ones in the corners. WaNet's s is 2 * strength * H.
@@ -122,7 +122,7 @@ def warp_field(trigger: Trigger, height: int, width: int) -> np.ndarray:
 
 
 def sinusoid(trigger: Trigger, width: int) -> np.ndarray:
-    """(width,) float: what is added to column j, strength * 255 * sin(2 pi 6 j / width)."""
+    """Return (width,) float, the level added to column j: strength * 255 * sin(2 pi 6 j / width)."""
     return trigger.strength * 255 * np.sin(2 * np.pi * PERIODS * np.arange(width) / width)
 
 
@@ -142,7 +142,7 @@ def _stamp(image: np.ndarray, trigger: Trigger, rng: np.random.Generator) -> tup
 
 
 def _warp(image: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """The image read bilinearly at shifted places; places outside are moved to the border."""
+    """Resample the image bilinearly at shifted positions, clamped to the border."""
     height, width = image.shape[:2]
     places = np.indices((height, width)) + field
     channels = [ndimage.map_coordinates(image[..., c].astype(float), places, order=1, mode="nearest") for c in range(3)]

@@ -1,7 +1,7 @@
-"""Shards of a store, on the local disk: fetched whole when first needed, checked, and evicted by last use.
+"""A local disk cache for the shards of a store: whole files, verified on download, evicted by least recent use.
 
-Any number of processes share one folder without a lock: a file appears under its final name when it is complete, and one
-that is evicted while another process reads it stays readable there until it is closed.
+Any number of processes share one folder without a lock: a file is renamed into place when it is complete, and a file that is
+evicted while another process reads it stays readable there until it is closed.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 
 def shard_cache(data: DataConfig) -> "ShardCache | None":
-    """The cache that a config asks for; None where it has no bytes."""
+    """Return the cache of a config, or None if `data.cache_bytes` is 0."""
     folder = Path(data.cache_dir or Path(tempfile.gettempdir()) / f"roclip-shards-{os.getuid()}")
     return ShardCache(folder, data.cache_bytes) if data.cache_bytes else None
 
 
 class ShardUnreadableError(DataError):
-    """A shard cannot be had; the message is the reason under which its samples are counted."""
+    """A shard cannot be read; the message is the reason under which its samples are counted."""
 
 
 def read_patiently(read: Callable[[], T]) -> T:
-    """What `read` gives, asked again as `patiently` does. Raises `ShardUnreadableError` when it cannot be had."""
+    """Call `read`, retried as by `patiently`. Raises `ShardUnreadableError` when it keeps failing."""
     try:
         return patiently(read)
     except FileNotFoundError as error:
@@ -47,20 +47,20 @@ class ShardCache:
     """Local copies of tars.
 
     Args:
-        folder: Where they lie, made when needed.
-        limit_bytes: What they may take together; the one asked for last stays in any case.
+        folder: Where the copies are stored; created when needed.
+        limit_bytes: Maximum total size. The most recently requested copy is kept in any case.
     """
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
         self.hits = self.misses = 0
-        """Shards that lay here when they were asked for, and those that were fetched, by this process."""
+        """Requests of this process that were served from the folder, and those that downloaded."""
 
     def get(self, root: Path, record: ShardRecord) -> Path:
-        """The local copy of a shard whose tar lies on a store. Raises `ShardUnreadableError`."""
+        """Return the local copy of a shard whose tar is on a store. Raises `ShardUnreadableError`."""
         path = self.folder / f"{record.sha256}.tar"
         try:
-            os.utime(path)  # used now
+            os.utime(path)  # marks it as recently used
             self.hits += 1
             return path
         except FileNotFoundError:
@@ -89,7 +89,7 @@ class ShardCache:
     def _evict(self, keep: Path) -> None:
         found = []
         for path in self.folder.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+            with contextlib.suppress(FileNotFoundError):  # another process evicted it
                 status = path.stat()
                 found.append((path == keep, status.st_mtime_ns, path, status.st_size))
         held = sum(size for *_, size in found)

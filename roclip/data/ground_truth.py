@@ -1,7 +1,7 @@
-"""The ground truth of the poisons, for measuring only: which samples of a run are poisoned.
+"""The ground truth of the poisons, for evaluation only: which samples of a run are poisoned.
 
-`poison.parquet` has one row a poison. A run that poisoned its own URL list keeps it in `origin/`; shards that `roclip
-poison` wrote carry it beside their manifest. Reads files only: neither attacks nor the oracle are imported.
+`poison.parquet` has one row per poison. A run that poisoned its own URL list keeps it in `origin/`; shards that `roclip
+poison` wrote have it beside their manifest. This module reads files only, without importing attacks or oracle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ from roclip.storage import write_atomic
 TRUTH = "poison.parquet"
 TRUTH_SCHEMA = pa.schema(
     [
-        ("id", pa.int64()),  # as training sees it: the sample's key as a number; in a URL list the row
+        ("id", pa.int64()),  # the sample's id in training (its key as a number); in a URL list the row
         ("key", pa.string()),
         ("attack", pa.string()),
-        ("group", pa.int32()),  # rows of one attack and group show the same picture
+        ("group", pa.int32()),  # rows of one attack and group share an image
         ("target_label", pa.string()),
         ("source_label", pa.string()),
         ("trigger_box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels; null without a trigger
@@ -32,19 +32,19 @@ TRUTH_SCHEMA = pa.schema(
 
 
 def write_truth(path: Path, poisons: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of `TRUTH_SCHEMA`, ordered by id; `id` may be left out where it is the key as a number."""
+    """Write rows of `TRUTH_SCHEMA`, ordered by id; a missing `id` is the key as a number."""
     rows = [{"id": int(row["key"]), **row} for row in poisons]
     write_parquet(path, pa.Table.from_pylist(sorted(rows, key=lambda row: row["id"]), schema=TRUTH_SCHEMA))
 
 
 def poisoned_samples(run: Path) -> pa.Table:
-    """The poisons that arrived in the shards of a run: id (int64), attack, target_label, group, ordered by id.
+    """Return the poisons in the shards of a run: id (int64), attack, target_label, group, ordered by id.
 
-    Empty where nothing is poisoned or there is no ground truth.
+    Empty if nothing is poisoned or there is no ground truth.
     """
     shards = run / "shards"
     if (run / "config.yaml").exists():
-        settings = OmegaConf.load(run / "config.yaml")  # one key only: the run may be another version's
+        settings = OmegaConf.load(run / "config.yaml")  # reads one key only, since the run may be of another version
         shards = shards_root(OmegaConf.select(settings, "data.shards") or "", run)
     columns = ["attack", "target_label", "group"]
     schema = pa.schema([TRUTH_SCHEMA.field("id"), *(TRUTH_SCHEMA.field(name) for name in columns)])
@@ -61,7 +61,7 @@ def poisoned_samples(run: Path) -> pa.Table:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table such that a reader sees the whole file or none."""
+    """Write a table atomically."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     write_atomic(path, buffer.getvalue().to_pybytes())

@@ -1,4 +1,4 @@
-"""Samples out of sealed shards: bytes by the shard's index, pixels out of bytes that anybody may have made."""
+"""Reads samples of sealed shards by their index, and decodes untrusted images."""
 
 import io
 import json
@@ -16,22 +16,22 @@ from roclip.data.shards import ShardRecord, read_index, tar_path
 from roclip.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""An image with more is refused before it is decoded (Pillow's own bound)."""
+"""Images with more pixels are refused before decoding (Pillow's own limit)."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Those of Pillow's that are read, whatever the suffix says; others of its readers start programs or are seldom tested."""
+"""Pillow formats that are read, whatever the suffix; some of its other readers start programs or are rarely tested."""
 OPEN_SHARDS = 128
-"""Shards of which a process keeps the file and the index open."""
+"""Maximum number of shards whose file and index a process keeps open."""
 MAX_CAPTION_CHARS = 2048
-"""A longer caption is cut: no model reads so far, and a tokenizer's time grows with the square of a word's length."""
+"""Captions are cut to this: no model reads further, and a tokenizer's time is quadratic in the length of a word."""
 _COLUMNS = ("key", "id", "image_offset", "image_size", "caption_offset", "caption_size", "json_offset", "json_size")
 
 
 class BadSampleError(DataError):
-    """One sample cannot be read; the message is the reason under which it is counted."""
+    """A sample cannot be read; the message is the reason under which it is counted."""
 
 
 class Readers:
-    """A reader for each shard of a snapshot, made when it is needed; of those used last `OPEN_SHARDS` stay open."""
+    """Readers of a snapshot's shards, opened on demand; the `OPEN_SHARDS` most recently used stay open."""
 
     def __init__(
         self, root: Path, records: Sequence[ShardRecord], cache: ShardCache | None = None, caption_key: str = ""
@@ -53,8 +53,8 @@ class ShardReader:
     """Random access to the samples of one sealed shard through its index.
 
     Args:
-        cache: Where the copy of a shard lies that a store has; without one, each read asks the store for its range.
-        caption_key: Key of the json member that holds the captions; empty reads the txt member.
+        cache: Local cache for a shard on a store; without one each read is a range request.
+        caption_key: Key of the json member that holds the captions; if empty, the txt member is read.
     """
 
     def __init__(self, root: Path, record: ShardRecord, cache: ShardCache | None = None, caption_key: str = ""):
@@ -67,7 +67,7 @@ class ShardReader:
 
     @property
     def index(self) -> dict[str, list]:
-        """Columns key, image_offset, image_size, caption_offset, caption_size; id, json_offset, json_size where noted."""
+        """Columns key, image_offset, image_size, caption_offset, caption_size; if stored, id, json_offset and json_size."""
         if self._index is not None:
             return self._index
         self._index = index = read_index(self.root, self.record.name, _COLUMNS).to_pydict()
@@ -77,19 +77,22 @@ class ShardReader:
         return self.index["key"][sample]
 
     def id(self, sample: int) -> int:
-        """The number under which training knows the sample."""
+        """Return the sample's id in training."""
         return self.index["id"][sample] if "id" in self.index else int(self.key(sample))
 
     def read(self, sample: int) -> tuple[bytes, str]:
-        """Encoded image and its first caption. Raises `BadSampleError`."""
+        """Return the encoded image and its first caption. Raises `BadSampleError`."""
         return self.image(sample), self.captions(sample)[0]
 
     def image(self, sample: int) -> bytes:
-        """Encoded image. Raises `BadSampleError`."""
+        """Return the encoded image. Raises `BadSampleError`."""
         return self._member("image", sample)
 
     def captions(self, sample: int) -> list[str]:
-        """The txt member, or what the json member has under `caption_key`; at least one. Raises `BadSampleError`."""
+        """Return the txt member, or the captions in the json member under `caption_key`: at least one.
+
+        Raises `BadSampleError`.
+        """
         if self.caption_key:
             return _captions_of(self._member("json", sample), self.caption_key)
         try:
@@ -109,11 +112,11 @@ class ShardReader:
         if f"{kind}_size" not in self.index:
             raise BadSampleError(f"no_{kind}")
         offset, size = (self.index[f"{kind}_{column}"][sample] for column in ("offset", "size"))
-        if not offset:  # content lies behind a header
+        if not offset:  # no member starts at 0, where the first header is
             raise BadSampleError(f"no_{kind}")
-        return self._bytes(offset, size)
+        return self._read_range(offset, size)
 
-    def _bytes(self, offset: int, size: int) -> bytes:
+    def _read_range(self, offset: int, size: int) -> bytes:
         if self._problem:
             raise BadSampleError(self._problem)
         try:
@@ -140,7 +143,7 @@ class ShardReader:
     def _from_store(self, offset: int, size: int) -> bytes:
         store: Any = self._tar
         piece = store.fs.cat_file(store.path, start=offset, end=offset + size)
-        if len(piece) > size:  # a web server that knows no ranges sends all
+        if len(piece) > size:  # a web server without range support sends the whole file
             piece = piece[offset : offset + size]
         if len(piece) < size:
             raise ShardUnreadableError("truncated_tar")
@@ -151,7 +154,7 @@ class ShardReader:
 
 
 def _captions_of(content: bytes, key: str) -> list[str]:
-    """The caption, or list of captions, that a json object has under a key, without the empty ones."""
+    """Return the caption or captions of a json object under a key, without empty ones."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -162,17 +165,18 @@ def _captions_of(content: bytes, key: str) -> list[str]:
         raise BadSampleError("no_caption")
     try:
         "".join(captions).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which json may hold and no tokenizer takes
+    except UnicodeEncodeError as error:  # a lone surrogate, which json may hold and tokenizers reject
         raise BadSampleError("caption_not_utf8") from error
     return [caption[:MAX_CAPTION_CHARS] for caption in captions if caption]
 
 
 def decode(encoded: bytes, size: int) -> np.ndarray:
-    """An encoded image to (size, size, 3) uint8, resized if it is of another size.
+    """Decode an image to (size, size, 3) uint8, resized if necessary.
 
-    Pillow reads the header, so that a bomb is refused before it is decoded. A whole JPEG is then decoded by OpenCV, in the
-    least of libjpeg's scales (1/2, 1/4, 1/8) that has the pixels, which takes half of Pillow's time for the same bits; all
-    else, and a JPEG without its end, by Pillow, which says what it cannot read. Raises `BadSampleError`.
+    Pillow reads the header, so that a decompression bomb is refused before decoding. A complete JPEG is then decoded by
+    OpenCV, at the smallest of libjpeg's scales (1/2, 1/4, 1/8) with enough pixels, which takes half of Pillow's time for the
+    same bits. All else, and a truncated JPEG, is decoded by Pillow, which reports what it cannot read. Raises
+    `BadSampleError`.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -184,7 +188,10 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
                 pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSampleError("undecodable_image") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # where warnings are errors
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # the warning, if warnings are errors
         raise BadSampleError("too_many_pixels") from error
     if pixels.shape[:2] == (size, size):
         return pixels
@@ -192,10 +199,10 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _decode_jpeg(encoded: bytes, spare: int) -> np.ndarray:
-    """RGB, smaller by the largest of libjpeg's factors that is at most `spare`."""
+def _decode_jpeg(encoded: bytes, max_factor: int) -> np.ndarray:
+    """Decode to RGB, reduced by the largest of libjpeg's factors that is at most `max_factor`."""
     scales = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
-    flags = next((flags for factor, flags in scales if spare >= factor), cv2.IMREAD_COLOR)
+    flags = next((flags for factor, flags in scales if max_factor >= factor), cv2.IMREAD_COLOR)
     pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise BadSampleError("undecodable_image")

@@ -1,11 +1,11 @@
-"""Where the members of a tar lie, and which of them are samples: for a tar that anybody may have made.
+"""Locates the members of an untrusted tar and groups them into samples.
 
-Python's `tarfile` believes what a header declares: it reads an extended header of any size into memory, calls itself for
-each one that follows another, and steps backwards for a negative size. Here each member must lie in the file, in order,
-and nothing is held but the names of those that do. A name is only ever data: no file is opened by it.
+Python's `tarfile` trusts the headers: it reads an extended header of any size into memory, recurses for each extended header
+that follows another, and seeks backwards for a negative size. Here members must lie within the file and in order, and only
+their names are kept. A name is only data: no file is opened by it.
 
-Read are the old v7 format, ustar with its prefix, GNU's long names and base-256 numbers, and pax's `path` and `size`.
-What is not a regular file is stepped over.
+Supported are the old v7 format, ustar with its prefix, GNU long names and base-256 numbers, and pax `path` and `size`. Anything
+but regular files is skipped.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 MAX_HEADER_BYTES = 1 << 20
-"""A longer name or pax header is called broken."""
+"""A tar with a longer name or pax header counts as broken."""
 MAX_IMAGE_BYTES = 1 << 28
-"""A longer image is none."""
+"""Larger images are ignored."""
 MAX_TEXT_BYTES = 1 << 20
-"""A longer caption or json is none."""
+"""Larger txt or json members are ignored."""
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""The first of them that a sample has is its image."""
+"""Suffixes of images, in order of preference."""
 _BLOCK = 512
 _PIECE = 1 << 20
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
-"""Links, devices, folders and pipes; a size of theirs means nothing."""
+"""Links, devices, folders and pipes, whose size field is meaningless."""
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,6}) ")
 
 
@@ -34,29 +34,30 @@ class Member:
     """A regular file in a tar."""
 
     name: str
-    """Bytes of it that are not UTF-8 stand as `\\xff`."""
+    """Bytes that are not UTF-8 are escaped as `\\xff`."""
     offset: int
-    """Of its content, in bytes from the start of the tar."""
+    """Start of the content, in bytes from the start of the tar."""
     size: int
 
 
 class _UnreadableTarError(Exception):
-    """The scan ends here; the message is the reason."""
+    """The scan cannot continue; the message is the reason."""
 
 
 class TarScan:
-    """One pass over a tar, from its first byte to its last, that yields the regular files which lie in it as a whole.
+    """Iterates once over a tar and yields its complete regular files.
 
-    It never raises for what the tar holds. Memory: a piece of the file, and one extended header of `MAX_HEADER_BYTES`.
+    It never raises for the contents of the tar. Memory: one block of the file, and one extended header of at most
+    `MAX_HEADER_BYTES`.
 
     Args:
-        read: Gives the next bytes, at most as many as it is asked for, and none at the end: a file's `read`.
+        read: A file's `read`: returns at most the requested number of bytes, and none at the end.
     """
 
     problem = ""
-    """After the pass: `truncated_tar` or `broken_tar` where it could not be read to its end mark."""
+    """After iteration: `truncated_tar` or `broken_tar` if the end marker was not reached, else empty."""
     size = 0
-    """Bytes of the tar, after the pass."""
+    """After iteration: size of the tar in bytes."""
 
     def __init__(self, read: Callable[[int], bytes]):
         self._read, self._state = read, hashlib.sha256()
@@ -72,7 +73,7 @@ class TarScan:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, after the pass."""
+        """After iteration: digest of the whole file."""
         return self._state.hexdigest()
 
     def _members(self) -> Iterator[Member]:
@@ -86,7 +87,7 @@ class TarScan:
             if kind in (b"x", b"X"):
                 pax = _parse_pax(self._extended(size))
                 continue
-            if kind in (b"K", b"g"):  # a link's long target, and what a pax archive says of all its members
+            if kind in (b"K", b"g"):  # a link's long target, or global pax headers
                 self._skip(size + -size % _BLOCK)
                 continue
             name = pax.path or long_name or _own_name(header)
@@ -96,7 +97,7 @@ class TarScan:
                 more = self._take(_BLOCK)[504]
             offset = self.size - len(self._piece) + self._at
             self._skip(size)
-            if kind in _REGULAR and not pax.sparse and not name.endswith("/"):  # v7 marks a folder by its name alone
+            if kind in _REGULAR and not pax.sparse and not name.endswith("/"):  # v7 marks a folder only by its name
                 yield Member(name, offset, size)
             self._skip(-size % _BLOCK)
             long_name, pax = "", _Pax()
@@ -135,7 +136,7 @@ class TarScan:
 
 @dataclass(frozen=True)
 class _Pax:
-    """What a pax header says about the member after it."""
+    """The fields of a pax header, which apply to the next member."""
 
     path: str = ""
     size: int | None = None
@@ -143,7 +144,7 @@ class _Pax:
 
 
 def _parse_pax(content: bytes) -> _Pax:
-    """Records of the form `<length> <key>=<value>\\n`, where the length counts the whole record."""
+    """Parse records of the form `<length> <key>=<value>\\n`, where length counts the whole record."""
     known: dict[bytes, bytes] = {}
     at = 0
     while at < len(content) and content[at]:
@@ -164,13 +165,15 @@ def _parse_pax(content: bytes) -> _Pax:
 def _check(header: bytes) -> None:
     unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if (noted := _number(header[148:156])) != unsigned:
-        signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # as some old tars have it
+        signed = unsigned - 256 * sum(
+            byte > 127 for byte in header[:148] + header[156:]
+        )  # some old tars sum signed bytes
         if noted != signed:
             raise _UnreadableTarError("broken_tar")
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or after a byte 0x80 base 256."""
+    """Parse octal digits or, after a byte 0x80, base 256."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = _until_nul(field).strip(b" ")
@@ -194,35 +197,35 @@ def _text(name: bytes) -> str:
 
 @dataclass
 class TarSample:
-    """The members of one key that can be used."""
+    """The members that share a key."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
-    """By suffix in lower case."""
+    """Members by lower-case suffix."""
 
     @property
     def image(self) -> Member | None:
-        found = (self._at_most(MAX_IMAGE_BYTES, suffix) for suffix in IMAGE_SUFFIXES)
+        found = (self._if_small(MAX_IMAGE_BYTES, suffix) for suffix in IMAGE_SUFFIXES)
         return next((member for member in found if member), None)
 
     @property
     def caption(self) -> Member | None:
-        return self._at_most(MAX_TEXT_BYTES, "txt")
+        return self._if_small(MAX_TEXT_BYTES, "txt")
 
     @property
     def json(self) -> Member | None:
-        return self._at_most(MAX_TEXT_BYTES, "json")
+        return self._if_small(MAX_TEXT_BYTES, "json")
 
-    def _at_most(self, size: int, suffix: str) -> Member | None:
+    def _if_small(self, size: int, suffix: str) -> Member | None:
         member = self.members.get(suffix)
         return member if member and member.size <= size else None
 
 
 def group(members: Iterable[Member]) -> Iterator[TarSample]:
-    """The samples of a tar by webdataset's rule: members that follow one another and share a key.
+    """Group members into samples as webdataset does: consecutive members with the same key.
 
-    A key is a path up to the first dot of its last part; a name without one is no part of a sample. A suffix that comes
-    again begins a sample anew, of the same key.
+    The key is the path up to the first dot of its last component; names without a dot are skipped. A repeated suffix starts a
+    new sample with the same key.
     """
     sample = None
     for member in members:

@@ -1,6 +1,6 @@
-"""Tars that somebody else made, such as a LAION or DataComp download, as shards: found by pattern and indexed once.
+"""Uses ready-made tars, such as a LAION or DataComp download, as shards: found by pattern and indexed once.
 
-They stay where they are. A folder of ours gets an index and a manifest record for each, and from then on is a folder of
+The tars stay in place. A separate folder gets an index and a manifest record for each tar, and from then on is a folder of
 shards like any other.
 """
 
@@ -30,19 +30,19 @@ from roclip.storage import names_in, place, write_atomic
 
 MAX_TARS = 10_000_000
 MAX_PARQUET_BYTES = 1 << 28
-"""A larger parquet beside a tar is left alone; img2dataset's has a few MB."""
+"""A larger parquet beside a tar is ignored; img2dataset's has a few MB."""
 MAX_PARQUET_ROWS = 1 << 20
 _READ_AHEAD = 1 << 24
-"""Bytes that are asked of a store at a time."""
+"""Bytes per request to a store."""
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 T = TypeVar("T")
 
 
 def is_pattern(where: str) -> bool:
-    """Whether `data.shards` means tars that somebody else made, and not a folder that ingest fills.
+    """Whether `data.shards` names ready-made tars rather than a folder that ingest fills.
 
-    True for `::`, braces, globs, a name that ends with `.tar`, and a folder with tars and without a manifest.
+    True for `::`, braces, globs, a name that ends in `.tar`, and a folder with tars but no manifest.
     """
     if any(mark in where for mark in ("::", "{", "*", "?")) or where.endswith(".tar") or where.startswith("pipe:"):
         return True
@@ -51,27 +51,29 @@ def is_pattern(where: str) -> bool:
 
 
 def shards_root(where: str, run: Path) -> Path:
-    """Where a run's manifest and indexes lie, by its `data.shards`: there, or in the run's own folder where that names
-    nothing or ready-made tars."""
+    """Return the folder of a run's manifest and indexes.
+
+    That is `where` (its `data.shards`), or `shards/` of the run if `where` is empty or names ready-made tars.
+    """
     return run / "shards" if not where or is_pattern(where) else place(where)
 
 
 def estimated_samples(patterns: str) -> int:
-    """Samples of all tars, if each has as many as the first. Raises `DataError` as `expand` does, or for what is no tar."""
+    """Estimate the samples of all tars from the number in the first. Raises `DataError` as `expand` does, or if it is no tar."""
     tars = expand(patterns)
     with _reading(tars[0][1]) as (read, _):
         return len(tars) * sum(1 for _ in group(TarScan(read)))
 
 
 def expand(patterns: str) -> list[tuple[str, str]]:
-    """(source, tar) of each tar: sources in their order, in each the tars by name, as absolute paths or URLs.
+    """Return (source, tar) for each tar, as absolute paths or URLs: sources in order, tars sorted by name within each.
 
     Args:
         patterns: Sources with `::` between them. A source is a tar, a folder of tars, or a pattern with braces
-            (`{00000..00331}`, `{a,b}`) or globs (`*`, `?`), here or on any store that fsspec knows.
+            (`{00000..00331}`, `{a,b}`) or globs (`*`, `?`), local or on any store that fsspec supports.
 
-    Raises `DataError` that names the source which has no tar, cannot be read by fsspec or gives too many, and the tar
-    that is named twice.
+    Raises `DataError` for a source that has no tar, cannot be read by fsspec or has too many tars, and for a tar that is
+    named twice.
     """
     listed = [(source, tar) for source in patterns.split("::") for tar in _tars(source)]
     tar, times = Counter(tar for _, tar in listed).most_common(1)[0]
@@ -83,18 +85,18 @@ def expand(patterns: str) -> list[tuple[str, str]]:
 def index_tars(
     patterns: str, folder: str | Path, *, on_progress: Progress | None = None, workers: int | None = None
 ) -> Manifest:
-    """The manifest in `folder` of all tars that the patterns name (`expand`); tars that it has already are not read.
+    """Index all tars that the patterns name (`expand`) and return their manifest; tars already indexed are not read.
 
-    Each tar is read once from end to end, several at a time. Its index gets the columns of img2dataset's parquet beside
-    it. What the tars hold is never fatal: samples that cannot be used are counted in the record, by reason (`no_image`,
-    `no_caption`, `duplicate_key`), and a tar that ends early or is none counts once (`truncated_tar`, `broken_tar`).
+    Each tar is read once from end to end, several in parallel. Its index includes the columns of the img2dataset parquet beside
+    it. The contents of a tar are never fatal: unusable samples are counted in the record by reason (`no_image`, `no_caption`,
+    `duplicate_key`), and a truncated or broken tar counts once (`truncated_tar`, `broken_tar`).
 
     Args:
-        folder: For the indexes and the manifest, here or on a store.
-        workers: Tars read at the same time; None is Python's own choice for threads.
+        folder: Folder for the indexes and the manifest, local or on a store.
+        workers: Number of tars read in parallel; None means Python's default for threads.
 
-    Raises `DataError` for patterns without tars, a tar that cannot be opened or read, a folder that holds other shards,
-    and when not one sample was found.
+    Raises `DataError` for patterns without tars, a tar that cannot be opened or read, a folder that holds other shards, and
+    if no sample was found.
     """
     listed = {tar: source for source, tar in expand(patterns)}
     manifest = Manifest(folder)
@@ -114,14 +116,16 @@ def index_tars(
             manifest.pack()
             read_bytes += record.bytes
             if on_progress:
-                on_progress(len(records), len(listed), _standing(records, listed, read_bytes, started_s, len(todo)))
+                on_progress(
+                    len(records), len(listed), _progress_text(records, listed, read_bytes, started_s, len(todo))
+                )
         manifest.finish(_summary(records, listed))
-    _need_samples(patterns, records)
+    _require_samples(patterns, records)
     return manifest
 
 
 def _tars(source: str) -> list[str]:
-    """The tars of one source, sorted."""
+    """Return the tars of one source, sorted."""
     if source.startswith("pipe:"):
         raise DataError(
             f"{source}: expected paths or URLs of tars, got a shell command. Name the tars themselves, such as "
@@ -136,7 +140,7 @@ def _tars(source: str) -> list[str]:
             f"{source}: expected a path or a URL that fsspec can read ({error}). Install the store's package or copy "
             "the tars."
         ) from error
-    fs.invalidate_cache()  # it remembers listings, and a download may go on
+    fs.invalidate_cache()  # fsspec caches listings, and a download may be in progress
     found = [tar for name in _without_braces(source, path) for tar in _named(source, fs, name)]
     if not found:
         raise DataError(f"{source}: expected at least one tar, got none. Check the pattern.")
@@ -164,26 +168,26 @@ def _choices(braced: str) -> int:
 
 
 def _named(source: str, fs: Any, name: str) -> list[str]:
-    """The tars for which a name without braces stands."""
+    """Return the tars that a name without braces stands for."""
     if "*" in name or "?" in name:
-        found = _ask(source, lambda: fs.glob(name))
+        found = _list(source, lambda: fs.glob(name))
     elif name.endswith(".tar"):
         found = [name]
     else:
-        held = [path.rstrip("/") for path in _ask(source, lambda: fs.ls(name, detail=False))]
-        if any(path.endswith("/manifest") for path in held):
+        names = [path.rstrip("/") for path in _list(source, lambda: fs.ls(name, detail=False))]
+        if any(path.endswith("/manifest") for path in names):
             raise DataError(
                 f"{source}: expected a folder of tars, got one that was ingested. Set data.shards to it alone."
             )
-        found = [path for path in held if path.endswith(".tar")]
+        found = [path for path in names if path.endswith(".tar")]
     if isinstance(fs, LocalFileSystem) and (missing := [tar for tar in found if not Path(tar).is_file()]):
         raise DataError(f"{source}: expected {missing[0]} to be a tar, got no file there. Check the pattern.")
     return found
 
 
-def _ask(source: str, question: Callable[[], T]) -> T:
+def _list(source: str, listing: Callable[[], T]) -> T:
     try:
-        return read_patiently(question)
+        return read_patiently(listing)
     except ShardUnreadableError as error:
         raise DataError(
             f"{source}: expected tars, but they cannot be listed ({error.__cause__ or error}). Check the pattern."
@@ -200,7 +204,7 @@ def _index_all(todo: dict[str, str], manifest: Manifest, workers: int | None) ->
 
 
 def _index(tar: str, source: str, manifest: Manifest) -> ShardRecord:
-    """Index a tar and publish it."""
+    """Index a tar and publish its record."""
     samples: dict[str, TarSample] = {}
     failed: Counter[str] = Counter()
     with _reading(tar) as (read, size):
@@ -209,14 +213,14 @@ def _index(tar: str, source: str, manifest: Manifest) -> ShardRecord:
             reason = _unusable(sample, samples)
             if not reason:
                 samples[sample.key] = sample
-            elif not scan.problem:  # else it is the last one, cut short: counted below
+            elif not scan.problem:  # otherwise it is the last one, truncated, and counted below
                 failed[reason] += 1
         if size is not None and scan.size != size:
             raise DataError(f"{tar}: expected {size} bytes, got {scan.size}. Run this again.")
     if scan.problem:
         failed[scan.problem] += 1
     buffer = pa.BufferOutputStream()
-    pq.write_table(_carry(_table(tar, samples), tar), buffer)
+    pq.write_table(_with_metadata(_table(tar, samples), tar), buffer)
     content = buffer.getvalue().to_pybytes()
     record = ShardRecord(
         name=f"{PurePosixPath(tar).stem}-{hashlib.blake2b(tar.encode(), digest_size=4).hexdigest()}.tar",
@@ -236,7 +240,7 @@ def _index(tar: str, source: str, manifest: Manifest) -> ShardRecord:
 
 @contextlib.contextmanager
 def _reading(tar: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
-    """How to read a tar from its start, and its size where the store tells it. Raises `DataError` that names it."""
+    """Open a tar; yield its read function, and its size if the store knows it. Raises `DataError` that names the tar."""
     where = place(tar)
     try:
         if isinstance(where, Path):
@@ -274,41 +278,41 @@ def _table(tar: str, samples: dict[str, TarSample]) -> pa.Table:
 
 
 def _id(tar: str, key: str) -> int:
-    """63 bits that no other sample of any tar has."""
+    """Return a 63-bit hash of tar and key, which serves as the sample's id."""
     return int.from_bytes(hashlib.blake2b(f"{tar}\n{key}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _carry(index: pa.Table, tar: str) -> pa.Table:
-    """The index with the columns of the parquet beside the tar, by key; as it is where there is no such parquet."""
+def _with_metadata(index: pa.Table, tar: str) -> pa.Table:
+    """Join the columns of the parquet beside the tar to the index by key; return the index unchanged without one."""
     beside = place(f"{tar.removesuffix('.tar')}.parquet")
     try:
-        content = read_patiently(lambda: _head(beside))
+        content = read_patiently(lambda: _read_bounded(beside))
         if len(content) > MAX_PARQUET_BYTES or pq.read_metadata(pa.BufferReader(content)).num_rows > MAX_PARQUET_ROWS:
             return index
-        noted = pq.read_table(pa.BufferReader(content))
+        metadata = pq.read_table(pa.BufferReader(content))
         rows: dict[str, int] = {}
-        for row, key in enumerate(noted["key"].cast(pa.string()).to_pylist()):
+        for row, key in enumerate(metadata["key"].cast(pa.string()).to_pylist()):
             rows.setdefault(key, row)
         order = pa.array([rows.get(key) for key in index["key"].to_pylist()], pa.int64())
-        names = [name for name, times in Counter(noted.column_names).items() if times == 1]
+        names = [name for name, times in Counter(metadata.column_names).items() if times == 1]
         for name in names:
             if name not in index.column_names:
-                index = index.append_column(name, noted[name].take(order))
+                index = index.append_column(name, metadata[name].take(order))
     except (pa.ArrowException, OSError, ValueError, KeyError, ShardUnreadableError):
         return index
     return index
 
 
-def _head(path: Path) -> bytes:
-    """As much of a file as may be a parquet of ours, and a byte more."""
+def _read_bounded(path: Path) -> bytes:
+    """Read at most `MAX_PARQUET_BYTES` + 1 bytes of a file."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_PARQUET_BYTES + 1)
-    except PermissionError as error:  # so a bucket that may not be listed tells of what is not there
+    except PermissionError as error:  # how a bucket without list permission reports a missing file
         raise FileNotFoundError(path) from error
 
 
-def _standing(
+def _progress_text(
     records: dict[str, ShardRecord], listed: dict[str, str], read_bytes: int, started_s: float, todo: int
 ) -> str:
     elapsed_s = max(time.monotonic() - started_s, 1e-9)
@@ -333,7 +337,7 @@ def _summary(records: dict[str, ShardRecord], listed: dict[str, str]) -> dict:
     }
 
 
-def _need_samples(patterns: str, records: dict[str, ShardRecord]) -> None:
+def _require_samples(patterns: str, records: dict[str, ShardRecord]) -> None:
     if any(record.samples for record in records.values()):
         return
     failed = sum((Counter(record.failed) for record in records.values()), Counter())

@@ -15,11 +15,11 @@ from roclip.attacks.poisons import (
     ATTACKS,
     POISON_SCHEMA,
     attack_evaluation,
+    images_needed,
     labels_by_caption,
     labels_named,
     make_poisons,
     perturb,
-    pictures_needed,
     plan_poisons,
     target_labels,
     triggers_of,
@@ -237,7 +237,7 @@ def test_one_attack_is_drawn_alike_whether_others_run_beside_it():
 
 
 def test_enough_pictures_are_asked_for():
-    number, of_class = pictures_needed(ALL, LABELS, len(CLEAN))
+    number, of_class = images_needed(ALL, LABELS, len(CLEAN))
     assert (number, of_class) == (4 + 2 * (12 + 10 + 8 + 6) + 2 * 9, {"fish": 5})
 
 
