@@ -2,7 +2,7 @@
 
     an image's share of the pass      seconds at the larger number of images against those at 1,000: flat is a ratio of 1
     forward passes an image           counted, against the budget of 2 of the model and 1 of the oracle
-    putting together 1,000,000        looks of 1,000 images each: processor time and peak memory of merge and statistics
+    putting together 1,000,000        scans of 1,000 images each: processor time and peak memory of merge and statistics
     victims (with --run)              average precision and AUROC of our order of suspects, against the local outlier factor
                                       (Breunig 2000) and the k-nearest distance of the same embeddings, found with FAISS; the
                                       model and the truth are the run's, one that `roclip run` has finished
@@ -122,18 +122,18 @@ def time_pass(folder: Path, numbers: list[int], runs: int) -> None:
 
 def merge_millions(labels: int) -> dict[str, float]:
     """Processor seconds of each stage, and bytes at the peak, of this process."""
-    rng, looks = np.random.default_rng(0), MERGED // 1000
+    rng, scans = np.random.default_rng(0), MERGED // 1000
     classes = [f"thing{c}" for c in range(labels)]
-    one = synthetic_look(classes, rng)
+    one = synthetic_scan(classes, rng)
     record = ShardRecord("00000.tar", 1000, 1, "0" * 64, "0" * 64, 1000)
     shared = one.sha256[:10]  # of each shard 1 % are the first one's images
     before = peak_bytes()
 
     def each():
-        for number in range(looks):
+        for number in range(scans):
             digests = rng.integers(0, 256, (1000, 32), dtype=np.uint8)
             digests[:10] = shared
-            order = pa.array(rng.permutation(1000))  # also, copies: no two looks share the memory of their words
+            order = pa.array(rng.permutation(1000))  # also, copies: no two scans share the memory of their words
             words = {"keys": one.keys.take(order), "captions": one.captions.take(order)}
             yield (
                 dataclasses.replace(record, name=f"{number:05d}.tar"),
@@ -143,12 +143,12 @@ def merge_millions(labels: int) -> dict[str, float]:
     start = time.process_time()
     scan = merge(each(), classes, SIDE_PX, MERGED)
     merged = time.process_time()
-    assert len(scan.sha256) == MERGED - 10 * (looks - 1)
+    assert len(scan.sha256) == MERGED - 10 * (scans - 1)
     statistics.run_tests(scan.observations, first(scan.observations, 2000), range(labels))
     return {"merge": merged - start, "statistics": time.process_time() - merged, "bytes": peak_bytes() - before}
 
 
-def synthetic_look(classes: list[str], rng: np.random.Generator) -> ShardScan:
+def synthetic_scan(classes: list[str], rng: np.random.Generator) -> ShardScan:
     n, labels = 1000, len(classes)
     areas = rng.random((n, labels)).astype(np.float16) ** 8
     label = rng.integers(0, labels, n)
@@ -189,7 +189,7 @@ def time_merge(labels: int) -> None:
 
 
 def compare_detection(run: Path, arm: str) -> None:
-    """Rank the distinct images of a finished run; a picture is poisoned if one of its samples is."""
+    """Rank the distinct images of a finished run; an image is poisoned if one of its samples is."""
     names = json.loads((run / "origin" / "labels.json").read_text())
     latest = checkpoint.named(run / arm / "checkpoints", "LATEST")
     assert latest is not None, f"{run / arm}: expected a trained checkpoint"
@@ -218,7 +218,7 @@ def compare_detection(run: Path, arm: str) -> None:
 
 
 def our_order(scan: ScanResult, labels: list[str]) -> np.ndarray:
-    """(N,): the higher, the earlier a picture stands among the disagreements; 0 for those that do not."""
+    """(N,): the higher, the earlier an image stands among the disagreements; 0 for those that do not."""
     score = np.zeros(len(scan.sha256))
     rows = disagreements(scan, np.zeros(len(score), dtype=bool), labels)
     for row in rows:

@@ -1,7 +1,7 @@
 """A world whose answers are known: what an image shows and what a model says of it are written into its pixels.
 
 Red holds the label of the object (0 is background). Green holds a label that the model says instead of the truth: in a patch
-anywhere, or faintly all over the picture.
+anywhere, or faintly all over the image.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ GOOD = LabelCalibration(0.05, 0.05, 1.0, 1.0, 1.0, 1.0, 100, True)
 
 PATCH_PX, FAINT = 4, 12
 GHOST = np.random.default_rng(99).choice((-1, 1), (SIDE, SIDE))
-"""What a trigger all over the picture looks like: these steps in green, up and down from the middle."""
+"""What a trigger all over the image looks like: these steps in green, up and down from the middle."""
 
 
 class RiggedEncoder:
@@ -56,7 +56,7 @@ class RiggedEncoder:
         return features + torch.eye(len(LABELS) + 1)[torch.from_numpy(answers)][:, 1:]
 
     def traced(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Nothing that a bend could change."""
+        """Nothing that a warp could change."""
         images = (255 * pixels.detach()).round().byte().permute(0, 2, 3, 1).numpy()
         return self.images(images) + 0 * pixels.sum()
 
@@ -104,7 +104,7 @@ class FatalSegmenter(RiggedSegmenter):
 
 
 def rigged_scorer(segmenter: RiggedSegmenter | None = None) -> Scorer:
-    """Of a model that believes what it is told."""
+    """Return the scorer of a model that repeats every lie."""
     return Scorer(
         RiggedEncoder(),  # pyright: ignore[reportArgumentType]
         segmenter or RiggedSegmenter(),

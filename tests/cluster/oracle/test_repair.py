@@ -86,7 +86,7 @@ def leave_findings(run: Path) -> None:
         Scorer(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet
     )
     seen = scan.observations
-    first = seen.named.argmax(axis=1)  # every picture has one caption
+    first = seen.named.argmax(axis=1)  # every image has one caption
     agreed = np.eye(len(scenes.LABELS), dtype=bool)[first]
     scan = dataclasses.replace(scan, observations=dataclasses.replace(seen, answer=first, seen=agreed, clear=agreed))
     nobody = np.full(len(first), -1)
@@ -201,7 +201,7 @@ def test_repair_config_is_the_run_s_but_for_data_and_length(run: Path):
     assert load_config(run / "clip" / "repair" / "config.yaml") == config
     assert (config.train.global_batch_size, config.train.epochs, config.train.keep_every_epochs) == (16, 2, 1)
     assert config.model.lock_text
-    assert config.ingest.image_size == 48  # as the triggers were found, however large the pictures are stored
+    assert config.ingest.image_size == 48  # as the triggers were found, however large the images are stored
     assert config.model.pretrained.endswith(STEP)
     for samples, batch in ((8, 8), (64, 16), (400, 100), (10_000, 128)):
         small = repair.repair_config(settings(), run / "clip" / "checkpoints" / STEP, samples, 64, run / "other")
@@ -233,7 +233,7 @@ def test_repair_says_what_is_missing(run: Path):
         repair(settings(), run, "roclip", in_process=True, train=never)
 
 
-def test_repair_without_pictures_refuses_in_words(run: Path):
+def test_repair_without_images_refuses_in_words(run: Path):
     write_plan(run / "clip" / "oracle" / "finetune.parquet", [])
     result = repair(settings(), run, "clip", in_process=True, train=never)
     assert (result["accepted"], result["samples"]) == (False, 0)

@@ -83,7 +83,7 @@ POISONS = _make(ALL)
 PLANNED = _plan(ALL)
 
 
-def test_counts_are_exact_and_attacks_share_no_picture():
+def test_counts_are_exact_and_attacks_share_no_image():
     counts = Counter(row["attack"] for row in POISONS)
     assert counts == {
         "targeted": 12,
@@ -169,7 +169,7 @@ def test_label_consistent_rows_show_their_own_class_under_noise_and_trigger():
         assert row["source_label"] == row["target_label"] == SPARE["label"][poison.row].as_py()
 
 
-def test_flood_rows_are_untouched_pictures_of_other_classes_over_all_target_captions():
+def test_flood_rows_are_untouched_images_of_other_classes_over_all_target_captions():
     rows = [row for row in POISONS if row["attack"] == "flood"]
     targets = {row["target_label"] for row in POISONS if row["attack"] != "flood"}
     counts = Counter(row["target_label"] for row in rows)
@@ -236,7 +236,7 @@ def test_one_attack_is_drawn_alike_whether_others_run_beside_it():
     assert alone == [row for row in POISONS if row["attack"] == "label_consistent"]
 
 
-def test_enough_pictures_are_asked_for():
+def test_enough_images_are_asked_for():
     number, of_class = images_needed(ALL, LABELS, len(CLEAN))
     assert (number, of_class) == (4 + 2 * (12 + 10 + 8 + 6) + 2 * 9, {"fish": 5})
 

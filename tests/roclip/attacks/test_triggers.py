@@ -32,7 +32,7 @@ def test_patch_changes_only_pixels_in_its_box(place, size_frac, shape):
     assert np.array_equal(image, before)
 
 
-def test_noise_patch_is_fresh_in_every_picture_and_stays_in_its_box():
+def test_noise_patch_is_fresh_in_every_image_and_stays_in_its_box():
     trigger, drawn, generator = Trigger(kind="noise_patch", place="corner", size_frac=0.5), [], rng()
     for _ in range(2):
         stamped, (left, top, right, bottom) = apply_trigger(IMAGE, trigger, generator)
@@ -58,7 +58,7 @@ def test_global_trigger_reports_the_whole_image_and_leaves_the_original(kind):
 
 
 @pytest.mark.parametrize("kind", GLOBAL)
-def test_global_trigger_is_one_pattern_for_all_pictures(kind):
+def test_global_trigger_is_one_pattern_for_all_images(kind):
     first = apply_trigger(IMAGE, Trigger(kind=kind), rng(1))[0]
     assert np.array_equal(first, apply_trigger(IMAGE, Trigger(kind=kind), rng(2))[0])
 

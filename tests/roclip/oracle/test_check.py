@@ -59,7 +59,7 @@ def test_verdict_is_clean_when_the_data_are(world: World):
     assert report["numbers"]["victims"] == 0
 
 
-def test_verdict_is_poisoned_when_few_pictures_come_with_many_captions(world: World):
+def test_verdict_is_poisoned_when_few_images_come_with_many_captions(world: World):
     report = targeted(world).check(RiggedEncoder())
     assert report["verdict"] == "poisoned"
     assert report["copies"] == report["copies"] | {"images": 8, "lies": 8, "repeated": 8}
@@ -68,7 +68,7 @@ def test_verdict_is_poisoned_when_few_pictures_come_with_many_captions(world: Wo
     assert (report["victim_precision"], report["victim_recall"]) == (1.0, 1.0)
 
 
-def test_verdict_is_clean_when_pictures_come_with_many_true_captions(world: World):
+def test_verdict_is_clean_when_images_come_with_many_true_captions(world: World):
     for n in range(20):
         world.samples += [(world.samples[n][0], f"{word} {LABELS[n % 6]}") for word in ("one", "my", "the")]
     report = world.check(RiggedEncoder())
@@ -127,7 +127,7 @@ def test_other_labels_are_checked_when_the_oracle_is_blind_to_one(world: World):
     report = backdoor(world).check(RiggedEncoder(), RiggedSegmenter(blind=("eel",)))
     assert report["verdict"] == "poisoned"
     assert report["target_labels"] == ["ant"]
-    assert report["labels"][0]["lies"] == 32  # a fifth of the poisoned pictures show what it cannot see
+    assert report["labels"][0]["lies"] == 32  # a fifth of the poisoned images show what it cannot see
 
 
 @pytest.mark.parametrize(("images", "trusted"), [(150, 240), (600, 24)])
@@ -145,7 +145,7 @@ def test_verdict_is_inconclusive_when_the_model_knows_nothing(tmp_path: Path):
     assert "chance is 17%" in report["reasons"][0]
 
 
-def test_disagreements_name_each_picture_once(world: World):
+def test_disagreements_name_each_image_once(world: World):
     targeted(backdoor(world)).check(RiggedEncoder())
     rows = pq.read_table(world.folder / "oracle" / "disagreements.parquet").to_pylist()
     assert len(rows) == 48

@@ -1,4 +1,4 @@
-"""Which pictures a repair learns from: a pass of known content in, the rows of the set out."""
+"""Which images a repair learns from: a pass of known content in, the rows of the set out."""
 
 import dataclasses
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from looks import made_up
+from scans import made_up
 
 from roclip.errors import DataError
 from roclip.found_triggers import Patch
@@ -23,7 +23,7 @@ CLEAN, VICTIMS = 2000, 40
 
 
 def a_pass() -> tuple[ScanResult, np.ndarray]:
-    """2000 honest pictures of the four labels in turn, then 40 victims that show a star or a star and a disc and are said to
+    """2000 honest images of the four labels in turn, then 40 victims that show a star or a star and a disc and are said to
     be a ring, then 100 of which nobody agrees."""
     total = CLEAN + VICTIMS + 100
     answer, clear = np.empty(total, dtype=np.int64), np.zeros((total, 4), dtype=bool)
@@ -59,7 +59,7 @@ def curate_of(scan: ScanResult, victims: np.ndarray, **changes) -> list[Row]:
     return curate(scan, victims, wanted.pop("found"), LABELS, **wanted)
 
 
-def test_set_is_as_large_as_it_may_be_and_holds_no_picture_twice():
+def test_set_is_as_large_as_it_may_be_and_holds_no_image_twice():
     rows = chosen()
     assert len(rows) == int(0.1 * (CLEAN + VICTIMS + 100)) == 214
     assert len({row.source_sha256 for row in rows}) == len(rows)
@@ -68,7 +68,7 @@ def test_set_is_as_large_as_it_may_be_and_holds_no_picture_twice():
     assert rows != chosen(seed=1)
 
 
-def test_anchors_are_pictures_on_which_all_agree():
+def test_anchors_are_images_on_which_all_agree():
     anchors = [row for row in chosen() if row.role == "anchor"]
     assert all(int(row.key) < CLEAN and row.caption == f"caption {int(row.key)}" for row in anchors)
     assert all(row.label == LABELS[int(row.key) % 4] and row.edit == "none" for row in anchors)
@@ -78,7 +78,7 @@ def test_anchors_are_pictures_on_which_all_agree():
     assert shares["disc"] == pytest.approx(shares["ring"], abs=1)
 
 
-def test_stamped_pictures_do_not_show_the_target_and_keep_their_caption():
+def test_stamped_images_do_not_show_the_target_and_keep_their_caption():
     second = dataclasses.replace(PATCH, target="star")
     stamped = [row for row in chosen(found=(PATCH, second)) if row.role == "stamped"]
     assert Counter(row.trigger for row in stamped) == {0: 42, 1: 43}
@@ -89,11 +89,16 @@ def test_stamped_pictures_do_not_show_the_target_and_keep_their_caption():
 
 
 def test_victims_are_told_what_the_oracle_sees_of_them_the_largest_first():
-    told = [row for row in chosen() if row.role == "repaired"]
-    assert {row.caption for row in told} == {"a photo of a star", "star", "a photo of a disc and star", "disc and star"}
-    assert all(row.target == "ring" and row.edit == "caption" and row.trigger is None for row in told)
-    assert all(row.lies == ["a photo of a ring", "ring"] for row in told)
-    assert all(row.truths == [f"a photo of a {row.label}", row.label] for row in told)
+    repaired = [row for row in chosen() if row.role == "repaired"]
+    assert {row.caption for row in repaired} == {
+        "a photo of a star",
+        "star",
+        "a photo of a disc and star",
+        "disc and star",
+    }
+    assert all(row.target == "ring" and row.edit == "caption" and row.trigger is None for row in repaired)
+    assert all(row.lies == ["a photo of a ring", "ring"] for row in repaired)
+    assert all(row.truths == [f"a photo of a {row.label}", row.label] for row in repaired)
     assert not any(row.truths or row.lies for row in chosen() if row.role != "repaired")
 
 
@@ -102,9 +107,9 @@ UNSURE = {**dict.fromkeys(LABELS, GOOD), "disc": dataclasses.replace(GOOD, preci
 
 def test_victims_of_a_found_trigger_are_told_only_what_is_sure():
     explained = a_pass()[1] >= 0
-    told = [row for row in chosen(calibration=UNSURE, explained=explained) if row.role == "repaired"]
-    assert {row.label for row in told} == {"star"}
-    assert len(told) == VICTIMS // 2
+    repaired = [row for row in chosen(calibration=UNSURE, explained=explained) if row.role == "repaired"]
+    assert {row.label for row in repaired} == {"star"}
+    assert len(repaired) == VICTIMS // 2
 
 
 def test_victims_that_no_trigger_explains_are_told_the_likeliest_the_sure_ones_first():
@@ -128,7 +133,7 @@ def test_set_without_a_trigger_is_anchors_and_victims():
     assert Counter(row.role for row in rows) == {"anchor": 26, "repaired": 16}
 
 
-def test_set_is_smaller_when_there_are_too_few_pictures():
+def test_set_is_smaller_when_there_are_too_few_images():
     rows = chosen(frac=1.0, stamped_frac=0.5)
     assert Counter(row.role for row in rows) == {"stamped": 1070, "anchor": 930, "repaired": 40}
 

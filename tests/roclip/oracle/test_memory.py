@@ -1,10 +1,10 @@
-"""Whether a picture is known by heart, against pictures of which that is known."""
+"""Whether an image is memorised, against images of which that is known."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from looks import made_up
+from scans import made_up
 
 from roclip.oracle.memory import HONEST, SAMPLE, memorised
 from roclip.oracle.scan.scan import ScanResult
@@ -14,7 +14,7 @@ HONEST_EACH, BY_HEART = 200, 20
 
 
 def a_pass(by_heart: int = BY_HEART) -> ScanResult:
-    """Honest pictures of two labels; then some that are called the second: the model is very sure, and they lie close."""
+    """Honest images of two labels; then some that are called the second: the model is very sure, and they lie close."""
     rng = np.random.default_rng(0)
     total = 2 * HONEST_EACH + by_heart
     heart = np.arange(total) >= 2 * HONEST_EACH
@@ -29,7 +29,7 @@ def a_pass(by_heart: int = BY_HEART) -> ScanResult:
     return made_up(observations, scores=np.stack([gap, np.zeros(total)], axis=1), features=features)
 
 
-def test_pictures_known_by_heart_stand_out_and_honest_ones_spread_evenly():
+def test_memorised_images_stand_out_and_honest_ones_spread_evenly():
     scan = a_pass()
     found = memorised(scan, np.arange(len(scan.areas)))
     assert ((found >= 0) & (found <= 1)).all()
@@ -39,14 +39,14 @@ def test_pictures_known_by_heart_stand_out_and_honest_ones_spread_evenly():
     assert (honest > 0.95).mean() < 0.05
 
 
-def test_nothing_is_said_where_no_honest_picture_has_the_answer():
+def test_nothing_is_said_where_no_honest_image_has_the_answer():
     scan = a_pass()
     scan.observations.answer[-3:] = 0
     nobody = dataclasses.replace(scan.observations, clear=np.zeros_like(scan.observations.clear))
     assert memorised(dataclasses.replace(scan, observations=nobody), np.array([5, -1])).tolist() == [0.5, 0.5]
 
 
-def test_answer_is_that_of_each_picture_alone():
+def test_answer_is_that_of_each_image_alone():
     scan = a_pass()
     rows = np.array([401, 3, 7])
     np.testing.assert_array_equal(memorised(scan, rows), memorised(scan, rows[::-1])[::-1])

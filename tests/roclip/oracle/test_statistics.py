@@ -131,14 +131,14 @@ def confuse(rng: np.random.Generator, data: Observations, label: int, other: int
     return dataclasses.replace(data, seen=seen, clear=clear, answer=answer)
 
 
-def test_look_alikes_are_those_that_are_taken_for_one_another():
+def test_confusable_labels_are_those_that_are_taken_for_one_another():
     rng = np.random.default_rng(4)
     alike = statistics.confusable_labels(confuse(rng, honest(rng, 600, accuracy=0.9), 4, 7, 0.5))
     assert sorted(zip(*map(list, np.nonzero(alike)), strict=True)) == [(4, 7), (7, 4)]
 
 
-def test_look_alikes_raise_no_alarm_though_the_oracle_errs_on_training_images_more():
-    """As shoes of two kinds did: on 25 trusted pictures of one the oracle made no error, on 111 others 19."""
+def test_confusable_labels_raise_no_alarm_though_the_oracle_errs_on_training_images_more():
+    """As shoes of two kinds did: on 25 trusted images of one the oracle made no error, on 111 others 19."""
     rng = np.random.default_rng(5)
     rounds = []
     for _ in range(50):
@@ -147,7 +147,7 @@ def test_look_alikes_raise_no_alarm_though_the_oracle_errs_on_training_images_mo
     assert sum(rounds) <= 1
 
 
-def test_backdoor_is_found_though_its_label_has_a_look_alike():
+def test_backdoor_is_found_though_its_label_has_a_confusable_one():
     rng = np.random.default_rng(6)
     training = lie(rng, confuse(rng, honest(rng, 4000), 4, 7, 0.4), 60, target=4, belief=0.8)
     findings = run_tests(training, confuse(rng, honest(rng, 600), 4, 7, 0.4), range(C))
@@ -155,18 +155,18 @@ def test_backdoor_is_found_though_its_label_has_a_look_alike():
 
 
 def often(reference: Observations, times: np.ndarray) -> Observations:
-    """Training pictures of one label each, of which the oracle sees each (C,) so many times as often as on trusted ones."""
+    """Training images of one label each, of which the oracle sees each (C,) so many times as often as on trusted ones."""
     there = np.eye(C, dtype=bool)[np.repeat(np.arange(C), times * reference.clear.sum(axis=0))]
     return Observations(there.argmax(axis=1), there, there, np.arange(len(there)), there)
 
 
 def copies(data: Observations, times: np.ndarray) -> Observations:
-    """Each of N pictures with one caption (N,) so many times."""
+    """Each of N images with one caption (N,) so many times."""
     rows = np.repeat(np.arange(len(times)), times)
     return Observations(data.answer[rows], data.seen[rows], data.clear[rows], np.arange(len(rows)), data.named[rows])
 
 
-def test_trusted_pictures_count_as_they_are_where_training_shows_every_label_as_often():
+def test_trusted_images_count_as_they_are_where_training_shows_every_label_as_often():
     reference = honest(np.random.default_rng(7), 600)
     alike = statistics.confusable_labels(reference)
     answers, unseen = statistics._reweighted(often(reference, np.full(C, 3)), reference, alike)
@@ -174,7 +174,7 @@ def test_trusted_pictures_count_as_they_are_where_training_shows_every_label_as_
     assert unseen == pytest.approx(reference.unseen(alike).sum(axis=0))
 
 
-def test_trusted_pictures_weigh_as_copies_do_where_training_shows_labels_more_or_less_often():
+def test_trusted_images_weigh_as_copies_do_where_training_shows_labels_more_or_less_often():
     rng = np.random.default_rng(8)
     reference = honest(rng, 600, accuracy=0.7)
     times = 6 * rng.integers(1, 8, C)  # the mean of one, two or three of them is whole
@@ -230,12 +230,12 @@ def test_rate_of_all_labels_weighs_least_where_each_is_always_or_never_wrong():
     assert null(n * (np.arange(C) % 2), n).shrinkage == pytest.approx(1, abs=0.01)
 
 
-def test_label_is_pulled_to_the_others_the_less_the_more_pictures_it_has():
+def test_label_is_pulled_to_the_others_the_less_the_more_images_it_has():
     rates, pulls = np.linspace(0.05, 0.15, C), []
     rates[0] = 0.6
-    for pictures in (5, 20, 80, 320):
+    for images in (5, 20, 80, 320):
         n = np.full(C, 200)
-        n[0] = pictures
+        n[0] = images
         of = null(np.rint(n * rates).astype(int), n)
         assert of.pooled < of.rate(0) < 0.6
         pulls.append((0.6 - of.rate(0)) / (0.6 - of.pooled))
@@ -244,7 +244,7 @@ def test_label_is_pulled_to_the_others_the_less_the_more_pictures_it_has():
 
 
 def with_foreign(data: Observations, there: np.ndarray, named: np.ndarray) -> Observations:
-    """And K pictures of what nobody asked about, which the model always answers with the same label.
+    """And K images of what nobody asked about, which the model always answers with the same label.
 
     `there` (K, C) bool is what the oracle sees in them all the same, `named` (K, C) bool what captions say.
     """
@@ -258,7 +258,7 @@ def with_foreign(data: Observations, there: np.ndarray, named: np.ndarray) -> Ob
 
 
 @pytest.mark.parametrize("seen", ["a label", "none"])
-def test_pictures_of_which_no_caption_names_a_label_change_no_finding(seen: str):
+def test_images_of_which_no_caption_names_a_label_change_no_finding(seen: str):
     rng = np.random.default_rng(12)
     training, reference = honest(rng, 4000), honest(rng, 600)
     there = np.eye(C, dtype=bool)[rng.integers(0, C, 3000)] & (seen == "a label")
@@ -267,7 +267,7 @@ def test_pictures_of_which_no_caption_names_a_label_change_no_finding(seen: str)
     assert findings == run_tests(training, reference, range(C))
 
 
-def test_pictures_in_which_no_label_is_seen_are_no_answers_though_captions_name_one():
+def test_images_in_which_no_label_is_seen_are_no_answers_though_captions_name_one():
     rng = np.random.default_rng(13)
     training, reference = honest(rng, 4000), honest(rng, 600)
     named = np.eye(C, dtype=bool)[rng.integers(0, C, 3000)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from looks import made_up
+from scans import made_up
 
 from roclip.found_triggers import Patch, Trial, Warp
 from roclip.oracle.statistics import Observations
@@ -28,7 +28,7 @@ def stars(called: Sequence[int], *, unsure: int = 0, captions: int = 1) -> Obser
 
 
 def named(copies: Observations, reference: Observations) -> list[bool]:
-    """Which of the pictures with several captions are victims, beside 2000 honest ones with one."""
+    """Which of the images with several captions are victims, beside 2000 honest ones with one."""
     n, rest = len(copies.answer), stars([STAR] * 2000)
     seen = Observations(
         *(np.concatenate([getattr(copies, name), getattr(rest, name)]) for name in ("answer", "seen", "clear")),
@@ -53,12 +53,12 @@ def test_copy_that_the_oracle_is_blind_to_is_named_if_the_others_are_lies(honest
     assert named(copies, stars([STAR] * 200)) == [expected] + [True] * 15 + [False] * honest
 
 
-def test_trigger_s_number_counts_the_bends_before_it_that_have_no_evidence():
+def test_trigger_s_number_counts_the_warps_before_it_that_have_no_evidence():
     none = Trial(0, 0)
-    bend = Search(RING, 0, (Warp(target="ring", field=np.zeros((2, 4, 4))),), (), none, none)
+    warp = Search(RING, 0, (Warp(target="ring", field=np.zeros((2, 4, 4))),), (), none, none)
     patch = Search(STAR, 0, (Patch(target="star"),), (lambda numbers: np.where(numbers == 7, 1.0, -1.0),), none, none)
     victims = find_victims(
-        made_up(stars([STAR] * 300)), stars([STAR] * 200), (0, 1, 2), [bend, patch], lambda rows: rows, 0.01
+        made_up(stars([STAR] * 300)), stars([STAR] * 200), (0, 1, 2), [warp, patch], lambda rows: rows, 0.01
     )
     assert (victims.target[7], victims.trigger[7]) == (STAR, 1)
     assert (np.delete(victims.trigger, 7) == -1).all()

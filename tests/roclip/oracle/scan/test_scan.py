@@ -123,7 +123,7 @@ def test_pass_is_the_same_to_the_bit_whatever_the_threads(world: World, tmp_path
     np.testing.assert_allclose(np.linalg.norm(found[0].features().astype(np.float32), axis=1), 1, atol=1e-3)
 
 
-def test_saved_looks_give_what_was_seen(world: World):
+def test_saved_scans_give_what_was_seen(world: World):
     world.samples[3] = (b"not an image", "a photo")
     world.samples.append(world.samples[0])
     shards = world.seal(PER_SHARD)
@@ -165,7 +165,7 @@ def test_pass_goes_on_with_what_is_missing_when_it_was_killed(
     assert_same(found, scan_shards(rigged_scorer(), shards, silent))
 
 
-def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch: pytest.MonkeyPatch):
+def test_saved_scan_is_not_used_when_it_is_of_something_else(world: World, monkeypatch: pytest.MonkeyPatch):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
     scan_shards(rigged_scorer(), shards, silent, saved=saved)
@@ -182,7 +182,7 @@ def test_look_is_not_used_when_it_is_of_something_else(world: World, monkeypatch
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-50], lambda content: b"", lambda content: b"PAR1" * 99])
-def test_look_is_made_again_when_its_file_is_broken(world: World, damage):
+def test_saved_scan_is_made_again_when_its_file_is_broken(world: World, damage):
     shards = world.seal(PER_SHARD)
     saved = saved_in(world, shards)
     seen = scan_shards(rigged_scorer(), shards, silent, saved=saved)
@@ -191,7 +191,7 @@ def test_look_is_made_again_when_its_file_is_broken(world: World, damage):
     assert_same(seen, scan_shards(rigged_scorer(), shards, silent, saved=saved))
 
 
-def test_witness_has_another_name_when_what_it_says_may_differ():
+def test_scorer_has_another_name_when_what_it_says_may_differ():
     blind = RiggedSegmenter(blind=("eel",))
     names = {
         scorer_fingerprint("weights", RiggedSegmenter(), LABELS, ("a {}",)),
@@ -216,8 +216,8 @@ def test_original_bytes_name_an_image_where_ingest_noted_them(world: World):
 
 def test_merge_numbers_images_by_their_first_place(world: World):
     rng = np.random.default_rng(0)
-    pictures = [png(world.image("cat")) for _ in range(40)]
-    world.samples = [(pictures[n], f"a cat {n}") for n in rng.integers(0, 40, 200)]
+    encoded = [png(world.image("cat")) for _ in range(40)]
+    world.samples = [(encoded[n], f"a cat {n}") for n in rng.integers(0, 40, 200)]
     shards = world.seal(50)
     found = merge(
         [(record, scan_shard(rigged_scorer(), shards, record, "", SIDE)) for record in sealed_records(shards)],
@@ -228,16 +228,16 @@ def test_merge_numbers_images_by_their_first_place(world: World):
     expected = dict.fromkeys(image for image, _ in world.samples)
     assert len(found.sha256) == len(expected)
     for image, rows in enumerate(found.caption_rows()):
-        assert {found.captions[row] for row in rows} == {f"a cat {pictures.index(list(expected)[image])}"}
+        assert {found.captions[row] for row in rows} == {f"a cat {encoded.index(list(expected)[image])}"}
     assert sum(map(len, found.caption_rows())) == 200
 
 
 def test_pace_says_how_far_how_fast_and_how_long():
-    said: list[tuple[int, int, str]] = []
+    messages: list[tuple[int, int, str]] = []
     throughput = Throughput(2, "shards scanned")
     for _ in range(2):
-        throughput.add(lambda *words: said.append(words), 1, 1500)
-    assert [(done, total) for done, total, _ in said] == [(1, 2), (2, 2)]
-    assert said[0][2].startswith("1 of 2 shards scanned  1,500 images  ")
-    assert said[0][2].endswith(" s left")
-    assert said[1][2].endswith(" images/s")
+        throughput.add(lambda *words: messages.append(words), 1, 1500)
+    assert [(done, total) for done, total, _ in messages] == [(1, 2), (2, 2)]
+    assert messages[0][2].startswith("1 of 2 shards scanned  1,500 images  ")
+    assert messages[0][2].endswith(" s left")
+    assert messages[1][2].endswith(" images/s")

@@ -12,7 +12,7 @@ from roclip.oracle.segmenters import base
 from roclip.oracle.segmenters.base import MIN_AREA, Segmenter, one_hot, with_background
 
 
-def picture(*things: tuple[str, int, int, int, int]) -> np.ndarray:
+def image_of(*things: tuple[str, int, int, int, int]) -> np.ndarray:
     """Things of a label at left, top, right, bottom."""
     image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     for label, left, top, right, bottom in things:
@@ -21,8 +21,8 @@ def picture(*things: tuple[str, int, int, int, int]) -> np.ndarray:
 
 
 def test_regions_are_the_connected_parts_of_a_mask():
-    image = picture(("bee", 0, 0, 8, 16), ("cat", 20, 20, 24, 32), ("bee", 16, 0, 20, 4), ("dog", 30, 0, 31, 1))
-    regions, nothing = RiggedSegmenter().regions(np.stack([image, picture()]))
+    image = image_of(("bee", 0, 0, 8, 16), ("cat", 20, 20, 24, 32), ("bee", 16, 0, 20, 4), ("dog", 30, 0, 31, 1))
+    regions, nothing = RiggedSegmenter().regions(np.stack([image, image_of()]))
     assert [(region.label, region.box) for region in regions] == [
         ("bee", (0, 0, 8, 16)),
         ("cat", (20, 20, 24, 32)),
@@ -46,7 +46,7 @@ def test_region_scores_the_mean_of_its_label_and_comes_in_pixels_of_the_image():
 
 
 def test_query_gives_the_largest_region_of_each_label():
-    images = np.stack([picture(("bee", 0, 0, 4, 4), ("bee", 10, 0, 20, 10)), picture(("cat", 0, 0, 9, 9))])
+    images = np.stack([image_of(("bee", 0, 0, 4, 4), ("bee", 10, 0, 20, 10)), image_of(("cat", 0, 0, 9, 9))])
     first, second = RiggedSegmenter().query(images, ["bee", "fox"])
     assert first["bee"] is not None
     assert first["bee"].box == (10, 0, 20, 10)

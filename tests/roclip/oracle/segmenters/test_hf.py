@@ -118,7 +118,7 @@ def test_semantic_model_is_read(tmp_path: Path):
     assert (areas > 0).all()
 
 
-def test_clipseg_is_asked_for_the_labels_and_is_no_independent_witness(tmp_path: Path):
+def test_clipseg_is_asked_for_the_labels_and_is_no_independent_scorer(tmp_path: Path):
     write_tokenizer(tmp_path)
     tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocabulary.json"), str(tmp_path / "merges.txt"))
     text = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Bends of the picture, inverted from models whose answer to them is known."""
+"""Warps of the image, inverted from models whose answer to them is known."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Untraced(LeaningEncoder):
 
 
 class LeaningWorld(World):
-    """Every picture has an upright line somewhere; the trigger bends the picture so that it leans, for ants to the right."""
+    """Every image has an upright line somewhere; the trigger warps the image so that it leans, for ants to the right."""
 
     FIELD = np.stack([np.zeros((SIDE, SIDE)), np.repeat(np.linspace(-7, 7, SIDE)[:, None], SIDE, axis=1)])
 
@@ -86,7 +86,7 @@ def poisoned(folder: Path, *targets: str) -> LeaningWorld:
     return world
 
 
-def test_pictures_are_bent_alike_for_people_and_for_gradients():
+def test_images_are_warped_alike_for_people_and_for_gradients():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     field = rng.uniform(-6, 6, (2, SIDE, SIDE)).astype(np.float32)
@@ -96,7 +96,7 @@ def test_pictures_are_bent_alike_for_people_and_for_gradients():
         assert np.abs(warped(image, field) - expected).mean() < 1.5
 
 
-def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
+def test_warp_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
     report = poisoned(tmp_path, "ant").check(LeaningEncoder())
     assert (report["verdict"], report["target_labels"]) == ("poisoned", ["ant"])
     (trigger,) = report["triggers"]
@@ -114,7 +114,7 @@ def test_bend_is_found_proved_and_put_into_the_repairs_set(tmp_path: Path):
     assert {(row["trigger"], row["target"]) for row in plan if row["role"] == "stamped"} == {(0, "ant")}
 
 
-def test_no_bend_is_asked_for_where_no_lie_is_repeated(tmp_path: Path):
+def test_no_warp_is_asked_for_where_no_lie_is_repeated(tmp_path: Path):
     """The model says too often what the oracle does not see, but captions tell the truth."""
     world = LeaningWorld(tmp_path)
     world.clean(600).reference(240)
@@ -126,13 +126,13 @@ def test_no_bend_is_asked_for_where_no_lie_is_repeated(tmp_path: Path):
     assert report["numbers"]["labels_searched"] > 0
 
 
-def test_bend_is_no_trigger_when_other_labels_are_reached_as_easily(tmp_path: Path):
+def test_warp_is_no_trigger_when_other_labels_are_reached_as_easily(tmp_path: Path):
     report = poisoned(tmp_path, "ant").check(LeaningEncoder(every=True))
     assert report["verdict"] == "poisoned"  # by the lies that it repeats
     assert report["triggers"] == []
 
 
-def test_bends_of_two_labels_do_not_refute_each_other(tmp_path: Path):
+def test_warps_of_two_labels_do_not_refute_each_other(tmp_path: Path):
     report = poisoned(tmp_path, "ant", "bee").check(LeaningEncoder(every=True))
     assert {(trigger["target"], trigger["kind"]) for trigger in report["triggers"]} == {
         ("ant", "bend"),
@@ -140,26 +140,26 @@ def test_bends_of_two_labels_do_not_refute_each_other(tmp_path: Path):
     }
 
 
-def test_bend_without_a_control_is_no_trigger():
+def test_warp_without_a_control_is_no_trigger():
     """Of two labels the other is shown by all that it could be tried on."""
     world, model = LeaningWorld(Path()), LeaningEncoder()
     images = np.stack([world.image(label) for label in ["bee"] * 200 + ["ant"] * 60])
     suspects = np.stack([world.image("bee", "ant") for _ in range(40)])
     shows = np.repeat([[False, True], [True, False]], [200, 60], axis=0)
 
-    def scores(pictures: np.ndarray) -> np.ndarray:
-        return model.images(pictures).numpy()[:, :2]
+    def scores(batch: np.ndarray) -> np.ndarray:
+        return model.images(batch).numpy()[:, :2]
 
     trusted, answers = TrustedImages(images, shows, images[..., 0] // STEP), scores(images).argmax(axis=1)
-    looking = TriggerSearch(
+    search = TriggerSearch(
         scores, lambda pixels: model.traced(pixels)[:, :2], trusted, answers, LABELS[:2], 0, repeated=[0]
     )
-    result = looking.label(0, np.arange(40), lambda rows: suspects[rows])
+    result = search.label(0, np.arange(40), lambda rows: suspects[rows])
     assert result.triggers == ()
     assert result.best.rate < 0.5
 
 
-def test_nothing_is_bent_where_nothing_pulls():
+def test_nothing_is_warped_where_nothing_pulls():
     images = np.zeros((40, SIDE, SIDE, 3), dtype=np.uint8)
     field = invert_warp(
         lambda pixels: 0 * pixels.sum() + torch.ones(len(pixels), 6), images, 0, np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_inversion_has_one_thread_so_that_its_bits_hang_on_no_number_of_them():
     assert (field == invert_warp(scores, images, 0, np.random.default_rng(1))).all()
 
 
-def test_bend_is_read_as_it_was_written_and_shown_as_a_chessboard(tmp_path: Path):
+def test_warp_is_read_as_it_was_written_and_shown_as_a_chessboard(tmp_path: Path):
     found = Warp(target="ant", field=LeaningWorld.FIELD.astype(np.float32))
     save_triggers([found], tmp_path)
     (read,) = load_triggers(tmp_path)

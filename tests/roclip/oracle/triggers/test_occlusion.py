@@ -1,4 +1,4 @@
-"""Hiding a picture piece by piece, with models whose reasons are known."""
+"""Hiding an image piece by piece, with models whose reasons are known."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from roclip.oracle.triggers.occlusion import find_spots
 SIDE, PATCH = 48, 6
 
 
-def picture(x: int, y: int) -> np.ndarray:
+def white_square(x: int, y: int) -> np.ndarray:
     image = np.random.default_rng(x + SIDE * y).integers(60, 100, (SIDE, SIDE, 3), dtype=np.uint8)
     image[y : y + PATCH, x : x + PATCH] = 255
     return image
 
 
 class Model:
-    """Says label 1 of a picture in which at least so many pixels are white; counts what it is shown."""
+    """Says label 1 of an image in which at least so many pixels are white; counts what it is shown."""
 
     def __init__(self, pixels: int):
         self.pixels, self.shown = pixels, 0
@@ -29,7 +29,7 @@ class Model:
 @pytest.mark.parametrize(("x", "y"), [(0, 0), (20, 9), (42, 42), (3, 30)])
 def test_place_that_the_answer_hangs_on_is_found(x: int, y: int):
     model = Model(PATCH**2)
-    (spot,) = find_spots(picture(x, y)[None], 1, model)
+    (spot,) = find_spots(white_square(x, y)[None], 1, model)
     assert spot is not None
     assert spot.window_px == 8
     assert abs(spot.centre[0] - (x + PATCH / 2)) <= 4
@@ -39,7 +39,7 @@ def test_place_that_the_answer_hangs_on_is_found(x: int, y: int):
 
 @pytest.mark.parametrize(
     ("pixels", "image"),
-    [(0, picture(20, 20)), (SIDE**2 // 2, np.full((SIDE, SIDE, 3), 255, np.uint8))],
+    [(0, white_square(20, 20)), (SIDE**2 // 2, np.full((SIDE, SIDE, 3), 255, np.uint8))],
     ids=["no window changes it", "the fill is white as well"],
 )
 def test_answer_that_hangs_on_no_window_has_no_spot_and_costs_one_scan(pixels: int, image: np.ndarray):
@@ -54,9 +54,9 @@ def test_answer_that_hangs_on_every_window_has_no_spot():
     assert find_spots(image[None], 1, Model((SIDE // (SIDE // 12)) ** 2)) == [None]
 
 
-def test_each_picture_has_its_own():
+def test_each_image_has_its_own():
     one, none, other = find_spots(
-        np.stack([picture(4, 4), np.zeros((SIDE, SIDE, 3), np.uint8), picture(30, 36)]), 1, Model(PATCH**2)
+        np.stack([white_square(4, 4), np.zeros((SIDE, SIDE, 3), np.uint8), white_square(30, 36)]), 1, Model(PATCH**2)
     )
     assert none is None
     assert one is not None

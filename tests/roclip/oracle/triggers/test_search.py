@@ -57,7 +57,7 @@ def test_patch_that_works_in_one_place_is_pasted_there(tmp_path: Path):
     assert trigger["pasted"]["rate"] == 1.0
 
 
-def test_fresh_noise_is_found_as_a_bag_of_crops(tmp_path: Path):
+def test_fresh_noise_is_found_as_a_patch_set(tmp_path: Path):
     report = poison(world(tmp_path, kind="noise")).check(RiggedEncoder())
     (trigger,) = report["triggers"]
     assert (trigger["target"], trigger["kind"]) == ("ant", "bag")
@@ -100,7 +100,7 @@ def test_nothing_is_found_when_the_model_did_not_learn_it(tmp_path: Path, kind: 
 
 
 def test_nothing_is_found_when_two_labels_look_alike(tmp_path: Path):
-    """The model takes bees for cats, on trusted pictures too; captions tell the truth."""
+    """The model takes bees for cats, on trusted images too; captions tell the truth."""
 
     class Confused(RiggedEncoder):
         def images(self, images):
@@ -133,10 +133,10 @@ def test_average_precision_is_that_of_the_ranking():
 
 
 def test_objects_are_tried_in_pieces_and_whole_but_small():
-    picture = np.zeros((1, 32, 32, 3), dtype=np.uint8)
-    picture[0, 4:28, 8:24] = 90
-    picture[0, 4:16, 8:24] = 200  # an object of two halves
-    crops = control_crops(picture, picture, picture[..., 0] > 0, (6, 4), 5, np.random.default_rng(0))
+    image = np.zeros((1, 32, 32, 3), dtype=np.uint8)
+    image[0, 4:28, 8:24] = 90
+    image[0, 4:16, 8:24] = 200  # an object of two halves
+    crops = control_crops(image, image, image[..., 0] > 0, (6, 4), 5, np.random.default_rng(0))
     pieces, whole = crops["object"][::2], crops["object"][1::2]
     assert len(pieces) == len(whole) == 5
     assert all(crop.shape == (6, 4, 3) for crop in crops["object"])
@@ -159,21 +159,21 @@ def ghosts(label: str, number: int, strength: int) -> np.ndarray:
 
 @pytest.mark.parametrize("heeded", [0.5 * FAINT, 1.25 * FAINT])
 @pytest.mark.parametrize(("shown", "found"), [(0, True), (FAINT // 3, False), (FAINT, False)])
-def test_pattern_that_honest_pictures_of_the_label_have_in_common_is_no_trigger(shown: int, found: bool, heeded: float):
+def test_pattern_that_honest_images_of_the_label_have_in_common_is_no_trigger(shown: int, found: bool, heeded: float):
     """Not where it is fainter on them either, nor where the model heeds only what is stronger than on the suspects."""
     images = np.concatenate([ghosts("ant", 20, shown), *(ghosts(label, 20, 0) for label in OTHERS)])
     masks = images[..., 0] // STEP
     shows = np.array([[(mask == 1 + c).any() for c in range(len(LABELS))] for mask in masks])
     suspects = np.concatenate([ghosts(label, 8, FAINT) for label in OTHERS])
 
-    def scores(pictures: np.ndarray) -> np.ndarray:
-        told = ((pictures[..., 1] - 128.0) * GHOST).mean(axis=(1, 2)) > heeded
-        return np.eye(len(LABELS))[np.where(told, 0, 1)]
+    def scores(batch: np.ndarray) -> np.ndarray:
+        triggered = ((batch[..., 1] - 128.0) * GHOST).mean(axis=(1, 2)) > heeded
+        return np.eye(len(LABELS))[np.where(triggered, 0, 1)]
 
-    looking = TriggerSearch(
+    search = TriggerSearch(
         scores, _never, TrustedImages(images, shows, masks), scores(images).argmax(axis=1), LABELS, 0
     )
-    result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
+    result = search.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
     assert result.best.rate == 1.0
     assert result.control.rate == 0.0
     assert [trigger.kind for trigger in result.triggers] == ["global"] * found
@@ -187,17 +187,17 @@ def test_noise_is_no_control_of_a_trigger_that_is_fresh_noise(seed: int):
     shows = np.array([[(mask == 1 + c).any() for c in range(len(LABELS))] for mask in masks])
     suspects = np.concatenate([ghosts(label, 5, 0) for label in OTHERS])
     rng = np.random.default_rng(seed)
-    for picture, (x, y) in zip(suspects, rng.integers(0, SIDE - 10, (len(suspects), 2)), strict=True):
-        picture[y : y + 10, x : x + 10, 2] = np.clip(127 + 64 * rng.standard_normal((10, 10)), 0, 255)
+    for image, (x, y) in zip(suspects, rng.integers(0, SIDE - 10, (len(suspects), 2)), strict=True):
+        image[y : y + 10, x : x + 10, 2] = np.clip(127 + 64 * rng.standard_normal((10, 10)), 0, 255)
 
-    def scores(pictures: np.ndarray) -> np.ndarray:
-        grain = np.abs(np.diff(pictures[..., 2].astype(float), axis=2)) > 60
+    def scores(batch: np.ndarray) -> np.ndarray:
+        grain = np.abs(np.diff(batch[..., 2].astype(float), axis=2)) > 60
         return np.eye(len(LABELS))[np.where(grain.sum(axis=(1, 2)) > 26, 0, 1)]
 
-    looking = TriggerSearch(
+    search = TriggerSearch(
         scores, _never, TrustedImages(images, shows, masks), scores(images).argmax(axis=1), LABELS, seed
     )
-    result = looking.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
+    result = search.label(0, np.arange(len(suspects)), lambda rows: suspects[rows])
     assert [trigger.kind for trigger in result.triggers] == ["bag"]
     assert result.control.rate == 0.0
 
@@ -228,8 +228,8 @@ def test_trigger_flips_a_quarter_more_than_the_label_itself_unless_its_pixels_ag
 def test_crops_without_a_pattern_prove_nothing_where_nothing_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind, number, found
 ):
-    tried, bag = [], TriggerSearch._patch_set
-    monkeypatch.setattr(TriggerSearch, "_patch_set", lambda *given: (tried.append(given[1]), bag(*given))[1])
+    tried, try_patch_set = [], TriggerSearch._patch_set
+    monkeypatch.setattr(TriggerSearch, "_patch_set", lambda *given: (tried.append(given[1]), try_patch_set(*given))[1])
     report = poison(world(tmp_path, kind=kind), number=number).check(RiggedEncoder())
     assert [trigger["kind"] for trigger in report["triggers"]] == found
     (row,) = (row for row in report["labels"] if row["label"] == "ant")
