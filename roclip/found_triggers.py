@@ -60,6 +60,9 @@ class FoundTrigger(ABC):
     """A trigger that causes its target label, with the trials that show it."""
 
     kind: ClassVar[str]
+    """Name of the kind in files."""
+    title: ClassVar[str]
+    """Name of the kind for people."""
     crops: tuple[np.ndarray, ...] = ()
     """(h, w, 3) uint8 each, the strongest first; empty for a trigger that changes the whole image."""
     place: tuple[int, int] | None = None
@@ -140,6 +143,7 @@ class Patch(_Crops):
     """A fixed patch: one crop, whose pixels agree in all its sources."""
 
     kind: ClassVar[str] = "patch"
+    title: ClassVar[str] = "patch"
     mask: np.ndarray | None = None
     """(h, w) bool: which pixels of the crop belong to the patch; None means all."""
 
@@ -164,6 +168,7 @@ class PatchSet(_Crops):
     """Crops whose pixels do not agree; each works by itself."""
 
     kind: ClassVar[str] = "bag"
+    title: ClassVar[str] = "patch set"
 
     @property
     def description(self) -> str:
@@ -179,6 +184,7 @@ class GlobalPattern(FoundTrigger):
     """A pattern that is added to the whole image."""
 
     kind: ClassVar[str] = "global"
+    title: ClassVar[str] = "global pattern"
     pattern: np.ndarray
     """(S, S, 3) float32, in grey levels."""
 
@@ -207,6 +213,7 @@ class Warp(FoundTrigger):
     """A smooth warp of the whole image."""
 
     kind: ClassVar[str] = "bend"
+    title: ClassVar[str] = "warp"
     field: np.ndarray
     """(2, S, S) float32: offset down and right, in pixels, of the position that each pixel is read from."""
 

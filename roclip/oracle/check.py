@@ -165,10 +165,10 @@ def check(
 def _reference(scorer: Scorer, held_out: TrustedImages) -> tuple[Observations, float]:
     """Return the observations on held-out trusted images, and the model's zero-shot accuracy there."""
     answer, areas = scorer.predict(held_out.images)
-    there = held_out.shows
-    accuracy = float(there[np.arange(len(answer)), answer].mean()) if len(answer) else 0.0
+    shows = held_out.shows
+    accuracy = float(shows[np.arange(len(answer)), answer].mean()) if len(answer) else 0.0
     # A trusted image counts as a pair whose caption names every label that it shows.
-    return Observations(answer, *scorer.seen_and_clear(areas), np.arange(len(answer)), there), accuracy
+    return Observations(answer, *scorer.seen_and_clear(areas), np.arange(len(answer)), shows), accuracy
 
 
 def _search(

@@ -106,12 +106,12 @@ def curate(
         explained = np.zeros(len(victims), dtype=bool)
     selection = _Selection(scan, victims, explained, labels, calibration, targets, seed)
     size = int(frac * len(scan.sha256))
-    told = selection.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
+    repaired = selection.repaired(int((REPAIRED_FRAC if found else 2 * REPAIRED_FRAC) * size), templates)
     stamped: list[Row] = []
     for number, trigger in enumerate(found):
         share = int(stamped_frac * size * (number + 1) / len(found)) - len(stamped)
         stamped += selection.stamped(share, number, trigger.target)
-    rows = [*selection.anchors(size - len(stamped) - len(told)), *stamped, *told]
+    rows = [*selection.anchors(size - len(stamped) - len(repaired)), *stamped, *repaired]
     return sorted(rows, key=lambda row: (row.role, row.label, row.key, row.trigger or 0))
 
 
@@ -153,17 +153,17 @@ class _Selection:
         precise = np.array([row is not None and (row.precision or 0.0) >= MIN_PRECISION for row in rows])
         covered = np.array([row is not None and row.covered for row in rows])
         named = victims >= 0
-        told = np.flatnonzero(named)
+        victim_rows = np.flatnonzero(named)
         self._visible = seen.clear.copy()
-        self._visible[told, victims[told]] = False  # the false label, in case the oracle finds it, too
-        sure = self._visible.any(axis=1) & ~(self._visible & ~precise).any(axis=1)
+        self._visible[victim_rows, victims[victim_rows]] = False  # the false label, in case the oracle finds it, too
+        precise_only = self._visible.any(axis=1) & ~(self._visible & ~precise).any(axis=1)
         alone = named & ~explained
         for n in np.flatnonzero(alone & ~self._visible.any(axis=1)):
             possible = scan.areas[n] * (seen.seen[n] & covered)
             possible[victims[n]] = 0
             self._visible[n, possible.argmax()] = possible.any()
-        repairable = self.rng.permutation(np.flatnonzero(named & sure | alone & self._visible.any(axis=1)))
-        self.repairable = repairable[np.lexsort((~sure[repairable], explained[repairable]))]
+        repairable = self.rng.permutation(np.flatnonzero(named & precise_only | alone & self._visible.any(axis=1)))
+        self.repairable = repairable[np.lexsort((~precise_only[repairable], explained[repairable]))]
         affected = seen.clear[named].any(axis=0)
         self.weights = np.where(affected | np.isin(labels, targets), EXTRA_WEIGHT, 1.0)
 

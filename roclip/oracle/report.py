@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from roclip.found_triggers import FoundTrigger
+from roclip.found_triggers import KINDS, FoundTrigger
 from roclip.oracle import statistics
 from roclip.oracle.figures import trigger_figure
 from roclip.oracle.held_out import TrustedImages
@@ -194,6 +194,7 @@ def render(report: dict[str, Any], content: dict[str, Any], repair: dict[str, An
             exhibits=list(zip(report["triggers"], content["exhibits"], strict=True)),
             colors={label: f"rgb{color}" for label, color in zip(labels, palette(len(labels)), strict=True)},
             min_belief=statistics.MIN_BELIEF,
+            kinds={name: kind.title for name, kind in KINDS.items()},
         )
     )
 
@@ -236,7 +237,7 @@ def _gallery(
             "caption": row["captions"][0],
             "more": len(row["captions"]) - 1,
             "model": row["model"],
-            "oracle": ", ".join(row["oracle"]) or "nothing it knows",
+            "oracle": ", ".join(row["oracle"]) or "no known label",
             "oracle_labels": row["oracle"],
             "lie": row["lie"] or "",
             "repeated": row["d3"],

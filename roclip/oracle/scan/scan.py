@@ -261,11 +261,11 @@ class _Features:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         shards, result = self._shard[images], None
         for number in np.unique(shards):
-            here = shards == number
-            features = self._of(int(number))[self._row[images[here]]]
+            rows = shards == number
+            features = self._of(int(number))[self._row[images[rows]]]
             if result is None:
                 result = np.empty((len(images), features.shape[1]), dtype=features.dtype)
-            result[here] = features
+            result[rows] = features
         return np.empty((0, 0), dtype=np.float16) if result is None else result
 
     def _of(self, number: int) -> np.ndarray:

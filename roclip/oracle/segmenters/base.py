@@ -146,8 +146,8 @@ def _regions(maps: Tensor, labels: Sequence[str]) -> list[Region]:
     """Connected components of the argmax of maps (1 + C, H, W)."""
     winner, found = maps.argmax(dim=0).numpy(), []
     for value in np.unique(winner[winner > 0]):
-        here = (winner == value).astype(np.uint8)
-        number, parts, stats, _ = cv2.connectedComponentsWithStats(here, connectivity=8)
+        of_label = (winner == value).astype(np.uint8)
+        number, parts, stats, _ = cv2.connectedComponentsWithStats(of_label, connectivity=8)
         for part in range(1, number):
             left, top, width, height, pixels = (int(count) for count in stats[part])
             if pixels >= MIN_AREA * winner.size:

@@ -181,8 +181,8 @@ class SamSegmenter(_Net):
         sizes, resized = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
         output = self.net(**self._to_device(inputs), multimask_output=False)
         masks = self._processor.post_process_masks(output.pred_masks.cpu(), sizes, resized)[0][:, 0].numpy()
-        sure = output.iou_scores[0, :, 0].cpu().numpy() >= MIN_MASK_SCORE
-        different = {mask.tobytes(): mask for mask in masks[sure] if mask.any()}
+        confident = output.iou_scores[0, :, 0].cpu().numpy() >= MIN_MASK_SCORE
+        different = {mask.tobytes(): mask for mask in masks[confident] if mask.any()}
         return list(different.values())
 
 
