@@ -50,7 +50,7 @@ class _Source:
     """Number of rows that an attack's rate refers to."""
     clean: pa.Table
     spare: pa.Table
-    """What the attacker's images are chosen from."""
+    """Images that the attacks draw from."""
     held_out: pa.Table
     trusted: pa.Table
     labels: list[str]

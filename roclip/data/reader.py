@@ -188,10 +188,7 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
                 pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSampleError("undecodable_image") from error
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # the warning, if warnings are errors
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # where warnings are errors
         raise BadSampleError("too_many_pixels") from error
     if pixels.shape[:2] == (size, size):
         return pixels

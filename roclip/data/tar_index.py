@@ -165,9 +165,7 @@ def _parse_pax(content: bytes) -> _Pax:
 def _check(header: bytes) -> None:
     unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if (noted := _number(header[148:156])) != unsigned:
-        signed = unsigned - 256 * sum(
-            byte > 127 for byte in header[:148] + header[156:]
-        )  # some old tars sum signed bytes
+        signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])  # as in some old tars
         if noted != signed:
             raise _UnreadableTarError("broken_tar")
 
