@@ -48,7 +48,7 @@ class Distillation:
     def __init__(self, before: Towers, triggers: str, finetune: str, seed: int, image_size: int):
         """
         Args:
-            triggers: A folder that `save_found` wrote; empty only holds.
+            triggers: A folder that `save_triggers` wrote; empty only holds.
             finetune: The set's parquet (sample, role, truths, lies); empty holds on to every picture, and refutes nothing.
             image_size: Side of the tower's input, in pixels.
 
