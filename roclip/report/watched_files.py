@@ -191,4 +191,4 @@ def _text(content: bytes) -> str:
 
 
 def _message(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:600] or type(error).__name__
