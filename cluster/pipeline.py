@@ -10,18 +10,13 @@ from typing import Any
 
 from cluster.ingest.stage import fetching, index
 from cluster.monitoring.publisher import count, following, labels_of
-from cluster.oracle.case import is_step
-from cluster.oracle.job import oracle, progress_file
-from cluster.oracle.repair import repair
 from cluster.ray.session import Session, session
 from cluster.train.job import finished, train_arm
-from roclip.checkpoint import checkpoint
+from roclip.checkpoint import pointers
 from roclip.config import Config
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, ConfigError, DataError
-from roclip.evaluation.evaluate import evaluate, load_evaluation_set
 from roclip.metrics.registry import read_metrics
-from roclip.model.towers import Encoder
 from roclip.report.run_report import write_report
 from roclip.storage import write_atomic
 
@@ -73,6 +68,9 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
 
     The figures go into `<run>/<arm>/evaluation.json`, or `<run>/evaluation-<folder's name>.json`.
     """
+    from roclip.evaluation.evaluate import evaluate, load_evaluation_set
+    from roclip.model.towers import Encoder
+
     with session(config, resumes=False) as here:
         data = load_evaluation_set(config, here.path / "origin")
         if folder is not None:
@@ -83,10 +81,10 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
             return {"arms": {name: figures}}
         arms = {}
         for arm in config.arms:
-            latest = checkpoint.named(here.path / arm / "checkpoints", "LATEST")
+            latest = pointers.named(here.path / arm / "checkpoints", "LATEST")
             if latest is None:
                 raise CheckpointError(f"{here.path / arm}: expected a checkpoint, got none. Run `roclip train` first.")
-            checkpoint.verify(latest)
+            pointers.verify(latest)
             arms[arm] = evaluate(Encoder.load(latest), data)
             result = {"checkpoint": latest.name, **arms[arm]}
             write_atomic(here.path / arm / "evaluation.json", json.dumps(result, indent=1))
@@ -103,6 +101,8 @@ def oracle_only(
     in_process: bool = False,
 ) -> dict:
     """Let the oracle judge the newest checkpoint of every arm, one step of every arm that has it, or that of a folder."""
+    from cluster.oracle.case import is_step
+
     named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out, "in_process": in_process}
     with session(config, resumes=False) as here:
         arms = list(config.arms)
@@ -129,6 +129,8 @@ def _train(here: Session, arm: str) -> None:
 
 def _judge(here: Session, arm: str, **named: Any) -> dict:
     """What the oracle says, and what came of the repair if the config asks for one and there is something to repair."""
+    from cluster.oracle.job import oracle, progress_file  # loads torch
+
     settings = here.config.oracle
     if not (settings.weights or settings.trusted_file or (here.path / "origin" / "trusted.parquet").exists()):
         here.display.say(
@@ -150,6 +152,9 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
 
 
 def _repair(here: Session, arm: str, **named: Any) -> dict:
+    from cluster.oracle.job import progress_file
+    from cluster.oracle.repair import repair
+
     here.display.say(f"repair   {arm}")
     said = progress_file(here.path, f"{arm}/repair")
     said.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from cluster.shard_copy import suffix_of
 from ingest.shard.tar_writer import SortedTar
-from roclip.checkpoint import checkpoint as checkpoints
+from roclip.checkpoint import pointers
 from roclip.config import Config
 from roclip.data.ground_truth import write_parquet
 from roclip.data.shards import Manifest, sample_key
@@ -77,12 +77,12 @@ def case_of(
     Raises `CheckpointError`, `DataError` or `ConfigError` that says what is missing.
     """
     folder = run / arm / "checkpoints"
-    path = _checkpoint(run, arm, str(checkpoint)) if checkpoint else checkpoints.named(folder, "LATEST")
+    path = _checkpoint(run, arm, str(checkpoint)) if checkpoint else pointers.named(folder, "LATEST")
     if path is None:
         raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first, or name one.")
     own = not checkpoint and not data
-    if not checkpoint or (path / checkpoints.SUMS).exists():
-        checkpoints.verify(path)
+    if not checkpoint or (path / pointers.SUMS).exists():
+        pointers.verify(path)
     other = "-data" if data else f"-{path.name}" if path.parent == folder and checkpoint else ""
     origin, out = run / "origin", out or run / arm / f"oracle{other}"
     shards, key = shards_root(config.data.shards, run), config.data.caption_key

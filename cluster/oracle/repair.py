@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from cluster.oracle.job import Brief, brief_of, oracle
 from cluster.oracle.repair_set import pictures_of, write_set
 from cluster.train.job import train_arm
-from roclip.checkpoint import checkpoint as checkpoints
+from roclip.checkpoint import pointers
 from roclip.config import AttacksConfig, Config, DataConfig, dump_config
 from roclip.data.reader import decode
 from roclip.evaluation.evaluate import evaluate
@@ -248,7 +248,7 @@ class _Bench:
 
 def _moments(folder: Path, every: int) -> list[Path]:
     """The checkpoints at the end of every so manieth epoch, and of the last, in order."""
-    ends = {path: cursor for path in folder.glob("step-*") if (cursor := checkpoints.cursor(path)).step_in_epoch == 0}
+    ends = {path: cursor for path in folder.glob("step-*") if (cursor := pointers.cursor(path)).step_in_epoch == 0}
     last = max(cursor.epoch for cursor in ends.values())
     return sorted(path for path, cursor in ends.items() if (cursor.epoch - 1) % every == 0 or cursor.epoch == last)
 
@@ -338,15 +338,15 @@ def _trust(folder: Path, judged: Path, trained: Path, result: dict[str, Any]) ->
 
 def _copy(source: Path, target: Path) -> None:
     """The towers and the cursor of a checkpoint, as a checkpoint of their own; whole or not at all."""
-    checkpoints.verify(source)
-    sums = checkpoints.parse_sums((source / checkpoints.SUMS).read_text(), source / checkpoints.SUMS)
+    pointers.verify(source)
+    sums = pointers.parse_sums((source / pointers.SUMS).read_text(), source / pointers.SUMS)
     kept = {name: sums[name] for name in sorted(sums) if name in (CONFIG, WEIGHTS, "cursor.json")}
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in kept:
         shutil.copyfile(source / name, partial / name)
-    write_atomic(partial / checkpoints.SUMS, "".join(f"{sum_}  {name}\n" for name, sum_ in kept.items()))
-    checkpoints.verify(partial)
-    checkpoints.remove(target)
+    write_atomic(partial / pointers.SUMS, "".join(f"{sum_}  {name}\n" for name, sum_ in kept.items()))
+    pointers.verify(partial)
+    pointers.remove(target)
     os.replace(partial, target)

@@ -1,18 +1,15 @@
 """Waiting for room on a cluster: what a stage waits for is said, and how long it may wait is bounded.
 
 Room is asked for as a placement group, so that Ray's own scheduler decides and an autoscaler hears of it. The stage then
-takes the place of the group. Should another one be faster, Ray Train waits, and `WaitLimit` says so.
+takes the place of the group. Should another one be faster, Ray Train waits, and `cluster.train.restarts.WaitLimit` says so.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import ray
 from ray._private.state import state
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util import placement_group, remove_placement_group
 
 from roclip.config import ClusterConfig
@@ -67,7 +64,7 @@ def wait_for_room(
             waited_s = time.monotonic() - begun_s
             never = not holds(need, totals()) and not grows()
             if 0 < cluster.queue_timeout_s <= waited_s:
-                raise StageError(_patience_ends(need, waited_s))
+                raise StageError(waited_in_vain(need, waited_s))
             if never and waited_s >= joining_s:
                 raise StageError(_too_small(need))
             text = f"{need.what} waits for {need}; {free()}" + (". It could not hold it even if idle" if never else "")
@@ -76,33 +73,6 @@ def wait_for_room(
                 say(text)
     finally:
         remove_placement_group(group)
-
-
-class WaitLimit(ControllerCallback):
-    """For Ray Train's controller, which waits for ever and silently when ranks that were lost find no room again.
-
-    Args:
-        note: Gets what is to be said.
-        cause: File that says why a training ended.
-    """
-
-    def __init__(self, need: Need, timeout_s: float, note: Callable[[str], None], cause: Path):
-        self.need, self.timeout_s, self.note, self.cause = need, timeout_s, note, cause
-        self._waiting_since_s = 0.0
-
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        state_name = current_state._state_type.name
-        if state_name == "RUNNING":
-            self._waiting_since_s = 0.0
-        if state_name != "RESCHEDULING":  # what Ray comes to when it had waited a minute for room, in vain
-            return
-        if not self._waiting_since_s:
-            self._waiting_since_s = time.monotonic()
-            self.note(f"waits for {self.need}; {free()}")
-        waited_s = time.monotonic() - self._waiting_since_s
-        if 0 < self.timeout_s <= waited_s:
-            self.cause.write_text(_patience_ends(self.need, waited_s))
-            raise StageError(_patience_ends(self.need, waited_s))
 
 
 def totals() -> list[Bundle]:
@@ -133,18 +103,19 @@ def free() -> str:
     )
 
 
+def waited_in_vain(need: Need, waited_s: float) -> str:
+    """The error of a stage that found no room in time, and what to do about it."""
+    return (
+        f"{need.what} waited {waited_s:.0f} s for {need}, in vain; {free()}. See who has the rest in `ray status`. Wait "
+        "longer with cluster.queue_timeout_s (0: as long as it takes), ask for less, or add nodes; the same command goes on."
+    )
+
+
 def _too_small(need: Need) -> str:
     nodes = "; ".join(f"{{{_words({k: v for k, v in node.items() if k in need.bundle})}}}" for node in totals())
     return (
         f"{need.what}: expected nodes that hold {need}, got {nodes or 'no nodes'}. Add nodes, or ask for less with "
         "cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker or cluster.ingest_resource."
-    )
-
-
-def _patience_ends(need: Need, waited_s: float) -> str:
-    return (
-        f"{need.what} waited {waited_s:.0f} s for {need}, in vain; {free()}. See who has the rest in `ray status`. Wait "
-        "longer with cluster.queue_timeout_s (0: as long as it takes), ask for less, or add nodes; the same command goes on."
     )
 
 

@@ -12,18 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-
 from cluster.monitoring.publisher import following
-from cluster.ray.queueing import WaitLimit, training_need, wait_for_room
-from cluster.train.restarts import Restarts, SigtermTorchConfig, note
-from cluster.train.topology import topology_line
-from roclip.checkpoint import checkpoint
+from cluster.ray.queueing import training_need, wait_for_room
+from roclip.checkpoint import pointers
 from roclip.config import Config, dump_config, environment_defaults, parse_config
 from roclip.errors import StageError
-from roclip.model.towers import Towers
 from roclip.report.training_state import CAUSE
 
 PLACED_WITHIN_S = "20"
@@ -42,6 +35,12 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     folder = run / name / "checkpoints"
     if (done := finished(config, folder)) is not None:
         return done
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer  # loads torch
+    from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+
+    from cluster.train.restarts import Restarts, SigtermTorchConfig, WaitLimit, note
+
     (run / name).mkdir(parents=True, exist_ok=True)
     (run / name / CAUSE).unlink(missing_ok=True)
     cluster = config.cluster
@@ -98,8 +97,8 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
 
 def finished(config: Config, folder: Path) -> Path | None:
     """The last checkpoint of a training that went through all its epochs, else None."""
-    path = checkpoint.named(folder, "LATEST")
-    if path is None or checkpoint.cursor(path).epoch <= config.train.epochs:
+    path = pointers.named(folder, "LATEST")
+    if path is None or pointers.cursor(path).epoch <= config.train.epochs:
         return None
     return path
 
@@ -111,15 +110,18 @@ def _worker(settings: dict[str, Any]) -> None:
 
     import ray.train
 
+    from cluster.train.restarts import note
+    from cluster.train.topology import topology_line
     from roclip.evaluation.evaluate import record_evaluation
+    from roclip.model.towers import Towers
     from roclip.training.loop import train
 
     config, run, name = parse_config(settings["config"]), Path(settings["run"]), settings["name"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
     if rank == 0:
-        reached = checkpoint.named(run / name / "checkpoints", "LATEST")
-        step = checkpoint.cursor(reached).step if reached else 0
+        reached = pointers.named(run / name / "checkpoints", "LATEST")
+        step = pointers.cursor(reached).step if reached else 0
         note(run / name, f"{context.get_world_size()} ranks from step {step}")
     log = run / name / "log" / f"rank-{rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import ray.util
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cluster.ray.network import join_network, network_environment
-from roclip.errors import RoclipError
+from cluster.ray.queueing import Need, free, waited_in_vain
+from roclip.errors import RoclipError, StageError
 from roclip.report.training_state import CAUSE, LOG
 from roclip.training.sigterm import leave, listen
 
@@ -74,6 +78,33 @@ class Restarts(UserCallback):
         with contextlib.suppress(OSError):  # a full disk
             (self.folder / CAUSE).write_text(cause)
         note(self.folder, f"{cause.rstrip('.')}; {next_}")
+
+
+class WaitLimit(ControllerCallback):
+    """For Ray Train's controller, which waits for ever and silently when ranks that were lost find no room again.
+
+    Args:
+        note: Gets what is to be said.
+        cause: File that says why a training ended.
+    """
+
+    def __init__(self, need: Need, timeout_s: float, note: Callable[[str], None], cause: Path):
+        self.need, self.timeout_s, self.note, self.cause = need, timeout_s, note, cause
+        self._waiting_since_s = 0.0
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        state_name = current_state._state_type.name
+        if state_name == "RUNNING":
+            self._waiting_since_s = 0.0
+        if state_name != "RESCHEDULING":  # what Ray comes to when it had waited a minute for room, in vain
+            return
+        if not self._waiting_since_s:
+            self._waiting_since_s = time.monotonic()
+            self.note(f"waits for {self.need}; {free()}")
+        waited_s = time.monotonic() - self._waiting_since_s
+        if 0 < self.timeout_s <= waited_s:
+            self.cause.write_text(waited_in_vain(self.need, waited_s))
+            raise StageError(waited_in_vain(self.need, waited_s))
 
 
 def describe(causes: dict[int, Exception]) -> str:

@@ -17,14 +17,13 @@ There is no random state in it: all that is random is drawn for (seed, step, ran
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,16 +34,13 @@ from torch import Tensor
 
 from roclip import distributed
 from roclip.checkpoint.engine_state import load_optimizer_state, load_weights, optimizer_state
+from roclip.checkpoint.pointers import CURSOR, SUMS, Cursor, Outdated, cursor, named, remove, verify
 from roclip.errors import CheckpointError, without_space
 from roclip.model.tensor_file import write_tensors
 from roclip.model.towers import CONFIG, WEIGHTS, Towers
 from roclip.storage import sha256_file, write_atomic
 
-SUMS = "SHA256SUMS"
 SAVES = "saves.jsonl"
-_CURSOR = "cursor.json"
-_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_][A-Za-z0-9_.-]*)")
-"""Of SHA256SUMS; a name has no folder in it, so that none leads out of the checkpoint."""
 
 
 class Stateful(Protocol):
@@ -53,25 +49,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where training stands: everything that is not a tensor."""
-
-    step: int
-    """Optimizer steps done."""
-    epoch: int
-    """The current epoch, from 1."""
-    step_in_epoch: int
-    """Steps done of it."""
-    samples_seen: int
-    phase: str
-    """Phase of the last step: 'matched' or 'plain'."""
-
-
-Outdated = Callable[[Mapping[str, Cursor]], list[str]]
-"""Of checkpoints by their names, those that are no longer kept."""
 
 
 class Store(Protocol):
@@ -157,8 +134,8 @@ class Writer:
         for part, state in tensors.items():
             file = temporary / f"{part}.safetensors"
             sums[file.name] = write_tensors(file, state)
-        write_atomic(temporary / _CURSOR, json.dumps(asdict(cursor)))
-        sums[_CURSOR] = sha256_file(temporary / _CURSOR)
+        write_atomic(temporary / CURSOR, json.dumps(asdict(cursor)))
+        sums[CURSOR] = sha256_file(temporary / CURSOR)
         write_atomic(temporary / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
         remove(final)
         os.replace(temporary, final)
@@ -215,62 +192,6 @@ def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Statef
     for part, holder in parts.items():
         holder.load_state_dict(load_file(path / f"{part}.safetensors"))
     return at
-
-
-def named(folder: Path, name: str) -> Path | None:
-    """The checkpoint that `LATEST` or `TRUSTED` names, or None. Raises `CheckpointError` if it is gone."""
-    pointer = folder / name
-    if not pointer.exists():
-        return None
-    path = folder / pointer.read_text().strip()
-    if not path.is_dir():
-        raise CheckpointError(f"{pointer}: names {path.name}, which is not there. Bring it back or delete {pointer}.")
-    return path
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, if it is there. Whenever this process is killed, it is whole or gone under its name; what is left
-    under another one goes before the next is written."""
-    removed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    if path.exists():
-        os.replace(path, removed)
-        shutil.rmtree(removed)
-
-
-def verify(path: Path) -> None:
-    """Compare every file with SHA256SUMS. Raises `CheckpointError` naming the file that is missing or altered."""
-    sums = path / SUMS
-    if not sums.exists():
-        raise CheckpointError(f"{path}: expected {SUMS}, got none. This is not a complete checkpoint.")
-    for name, expected in parse_sums(sums.read_text(), sums).items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing from the checkpoint. Resume from another one or train again.")
-        if sha256_file(file) != expected:
-            raise CheckpointError(
-                f"{file}: altered since it was saved (its sha256 is not the one in {SUMS}). "
-                "It is refused; restore the file, or remove this checkpoint and point LATEST at another."
-            )
-
-
-def cursor(path: Path) -> Cursor:
-    """The cursor of a checkpoint."""
-    return Cursor(**json.loads((path / _CURSOR).read_text()))
-
-
-def parse_sums(text: str, source: Path) -> dict[str, str]:
-    """File names and their sha256 out of a SHA256SUMS that anybody may have written. Raises `CheckpointError`."""
-    sums = {}
-    for line in text.splitlines():
-        found = _LINE.fullmatch(line)
-        if found is None or found[2] == SUMS:
-            raise CheckpointError(
-                f"{source}: expected lines of a sha256 and the plain name of a file beside it, got {line[:200]!r}. "
-                "It is refused: no checkpoint of ours has such a line. Use another checkpoint."
-            )
-        sums[found[2]] = found[1]
-    return sums
 
 
 def export(checkpoint: Path, out: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from roclip import distributed
-from roclip.checkpoint.checkpoint import SUMS, Cursor, Outdated, cursor, parse_sums, remove
+from roclip.checkpoint.pointers import SUMS, Cursor, Outdated, cursor, parse_sums, remove
 from roclip.errors import CheckpointError, RoclipError
 from roclip.storage import content_of, drop, names_in, patiently, place, put, sha256_file, write_atomic
 

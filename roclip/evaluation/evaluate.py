@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roclip import distributed
-from roclip.checkpoint.checkpoint import Cursor
+from roclip.checkpoint.pointers import Cursor
 from roclip.config import Config
-from roclip.evaluation.figures import linear_probe, places, rate, recall
+from roclip.evaluation.figures import linear_probe, places, recall
+from roclip.evaluation.rate import rate
 from roclip.evaluation.sets import EvaluationSet, fill, load_evaluation_set
 from roclip.metrics.registry import read_metrics
 from roclip.model.towers import Encoder, Towers

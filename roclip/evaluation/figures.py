@@ -1,11 +1,9 @@
-"""The figures of an evaluation, from features: retrieval recall, the linear probe, and a rate with its interval.
+"""The figures of an evaluation, from features: retrieval recall and the linear probe.
 
 Letters: N images, T texts, P pairs, D feature width, C classes.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,27 +11,6 @@ from torch import Tensor
 
 _QUERIES_AT_ONCE = 1024
 """Bounds the similarities that are in memory."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its count and its Wilson 95 % interval."""
-
-    successes: int
-    n: int
-    rate: float
-    ci95: tuple[float, float]
-
-
-def rate(successes: int, n: int) -> Rate:
-    """successes / n with its Wilson score interval at 95 % (Wilson 1927)."""
-    if n == 0:
-        return Rate(0, 0, 0.0, (0.0, 1.0))
-    z = 1.959964
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Rate(successes, n, p, (max(0.0, centre - half), min(1.0, centre + half)))
 
 
 def recall(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
-from roclip.evaluation.evaluate import rate
+from roclip.evaluation.rate import rate
 from roclip.metrics.registry import read_metrics
 from roclip.report.experiment import Experiment
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from roclip.data.tar_sources import shards_root
 from roclip.errors import DataError
-from roclip.evaluation.evaluate import rate
+from roclip.evaluation.rate import rate
 from roclip.report.curves import ATTACK_SAYS, COLORS, SHARES, attack_names
 from roclip.report.gallery import poison_images, poison_keys, sample_images
 from roclip.report.ingest_progress import failure_reasons

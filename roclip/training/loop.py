@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roclip import distributed
 from roclip.checkpoint import checkpoint
-from roclip.checkpoint.checkpoint import Cursor
+from roclip.checkpoint.pointers import Cursor, named
 from roclip.checkpoint.store import bring, checkpoint_store
 from roclip.config import Config, model_file
 from roclip.config.schedule import Position
@@ -265,7 +265,7 @@ def _train(
     writer.wait()
     if defence and rank == 0:
         write_suspects(folder.parent / "suspects.parquet", defence.gate.scores, manifest)
-    final = checkpoint.named(folder, "LATEST")
+    final = named(folder, "LATEST")
     if final is None:
         raise TrainingError(f"{folder}: expected a checkpoint after {config.train.epochs} epochs, got none.")
     return final

@@ -85,7 +85,7 @@ if __name__ == "__main__":
     case = f"{shards:,} shards, {RANKS:,} ranks"
     measure("plan", f"time, {case}", "s", lambda: whole_plan(shards) and None, 5.0, 1.0, runs=runs)
     measure("plan", f"memory, {case}", "bytes", lambda: peak_bytes(shards), 2.0**30, 1.0, runs=1)
-    from roclip.checkpoint.checkpoint import Cursor  # loads torch, which the plan does not need
+    from roclip.checkpoint.pointers import Cursor  # loads torch, which the plan does not need
 
     state = len(json.dumps(asdict(Cursor(10**9, 10**4, 10**7, 10**13, "matched"))))
     measure("plan", f"state, {case}", "bytes", lambda: float(state), 1024.0, 1.0, runs=1)

@@ -11,7 +11,8 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from cluster.ray import queueing
-from cluster.ray.queueing import Need, WaitLimit, holds, ingest_need, training_need, wait_for_room
+from cluster.ray.queueing import Need, holds, ingest_need, training_need, wait_for_room
+from cluster.train.restarts import WaitLimit
 from roclip.config import ClusterConfig
 from roclip.errors import StageError
 

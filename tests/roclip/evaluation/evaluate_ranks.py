@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from roclip import distributed
-from roclip.checkpoint.checkpoint import Cursor
+from roclip.checkpoint.pointers import Cursor
 from roclip.config import load_config
 from roclip.evaluation.evaluate import record_evaluation
 from roclip.model.towers import Towers

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from forked import run_script
 from kit import preset, scene_samples
 
-from roclip.checkpoint.checkpoint import Cursor
+from roclip.checkpoint.pointers import Cursor
 from roclip.config import load_config
 from roclip.evaluation.evaluate import class_weights, evaluate, record_evaluation
-from roclip.evaluation.figures import rate
+from roclip.evaluation.rate import rate
 from roclip.evaluation.sets import AttackSet, EvaluationSet
 from roclip.metrics.registry import read_metrics
 from roclip.model.towers import Encoder, Towers

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 
 from roclip.evaluation import figures
-from roclip.evaluation.figures import halves, linear_probe, rate, recall
+from roclip.evaluation.figures import halves, linear_probe, recall
+from roclip.evaluation.rate import rate
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from roclip.evaluation.evaluate import rate
+from roclip.evaluation.rate import rate
 from roclip.report.comparison import auroc, average_precision, comparison, read_training, summarise, worst
 from roclip.report.comparison_report import write_comparison
 from roclip.report.experiment import Experiment, load_experiment
