@@ -17,7 +17,6 @@ from roclip.config import Config
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, ConfigError, DataError
 from roclip.metrics.registry import read_metrics
-from roclip.report.run_report import write_report
 from roclip.storage import write_atomic
 
 REPAIRED = ("poisoned", "suspicious")
@@ -26,6 +25,8 @@ REPAIRED = ("poisoned", "suspicious")
 
 def run(config: Config) -> dict:
     """Everything, from the URL list to the report. Returns the summary, which `summary.json` holds too."""
+    from roclip.report.run_report import write_report  # loads matplotlib
+
     with session(config) as here:
         with fetching(here) as crawl:
             crawl.wait_for(config.data.min_shards)

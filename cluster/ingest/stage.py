@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.ingest.job import ended, ingest
-from cluster.ingest.report import IngestPage
-from cluster.ingest.signals import SIGNALS_FILE, look, release
 from cluster.ray.queueing import ingest_need, wait_for_room
 from cluster.ray.session import Session, session
 from ingest.lists.configured import open_list
 from ingest.origin import Origin
-from ingest.signals.quarantine import check_signals
-from roclip.attacks import corpus
 from roclip.config import Config
 from roclip.data.shards import Manifest
 from roclip.data.tar_sources import index_tars, is_pattern
@@ -51,6 +47,8 @@ class Fetching(threading.Thread):
     """
 
     def __init__(self, here: Session, urls: str | Path, over: bool):
+        from cluster.ingest.report import IngestPage  # loads matplotlib
+
         super().__init__(name="ingest")
         self.over = over
         self.here, self.urls, self.halt = here, urls, threading.Event()
@@ -68,6 +66,8 @@ class Fetching(threading.Thread):
             self.problem = error
 
     def _ingest(self) -> None:
+        from cluster.ingest.signals import look, release  # loads scipy and OpenCV
+
         config, shards = self.here.config, self.here.shards
         if not self.over:
             letting_go = release(config.ingest, self.folder, self._say)
@@ -114,6 +114,10 @@ def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
     """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
     nothing to fetch: `data.shards` is the only source. With `grown`, an ingest that has ended goes on with the rows that
     the list has got since."""
+    from cluster.ingest.signals import SIGNALS_FILE
+    from ingest.signals.quarantine import check_signals
+    from roclip.attacks import corpus
+
     config = here.config
     with contextlib.ExitStack() as stack:
         urls: str | Path = config.data.urls

@@ -42,7 +42,7 @@ def test_repair_after_a_check_in_this_process_starts_ray_before_it_trains(tmp_pa
         train(config, arm, run)
         return {"accepted": True, "reasons": []}
 
-    monkeypatch.setattr(pipeline, "repair", repair)
+    monkeypatch.setattr("cluster.oracle.repair.repair", repair)
     monkeypatch.setattr(pipeline, "train_arm", lambda *_: done.append("trained"))
     monkeypatch.setattr(Session, "need_ray", lambda _: done.append("ray"))
     here = Session(config, tmp_path, Display())
