@@ -1,6 +1,6 @@
 """Rank, world size and the collectives of a step. Nothing else in this package touches `torch.distributed`.
 
-Without an initialised process group everything here is the one-process case.
+Without an initialised process group everything here behaves as with one process.
 Letters: B local batch, G global batch = B x world size (rank-major).
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 SMALL = 1 << 16
-"""Elements below which a tensor is sent together with others: latency costs more than the copy."""
+"""Tensors with fewer elements are sent together: their latency costs more than the copy."""
 
 
 def start(timeout_s: float) -> None:
-    """Join the process group that the environment describes (`torchrun`). A collective that takes longer fails."""
+    """Join the process group that the environment describes (`torchrun`). A collective that takes longer than this fails."""
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
     )
@@ -51,10 +51,10 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def lead(work: Callable[[], T], tell_every_s: float = 10.0) -> T:
-    """What `work` gives on rank 0, on every rank, or what it raises, which must be fit to be sent.
+def lead(work: Callable[[], T], heartbeat_s: float = 10.0) -> T:
+    """Run `work` on rank 0 and return its result on every rank, or raise its error there, which must be picklable.
 
-    It may take as long as it likes: the other ranks are told now and then that it goes on, so no collective times out.
+    It may take as long as it likes: the other ranks hear regularly that it is still running, so no collective times out.
     """
     if world_size() == 1:
         return work()
@@ -62,8 +62,8 @@ def lead(work: Callable[[], T], tell_every_s: float = 10.0) -> T:
         task = thread.submit(work) if rank() == 0 else None
         while True:
             if task is not None:
-                wait([task], tell_every_s)
-            done, problem, result = broadcast_object(_standing(task) if task is not None else None)
+                wait([task], heartbeat_s)
+            done, problem, result = broadcast_object(_outcome(task) if task is not None else None)
             if problem is not None:
                 raise problem
             if done:
@@ -71,7 +71,7 @@ def lead(work: Callable[[], T], tell_every_s: float = 10.0) -> T:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Each rank's `value`, by rank, on every rank."""
+    """The values of all ranks, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -80,26 +80,26 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast(value: Tensor) -> Tensor:
-    """Rank 0's `value`, of the same shape on every rank."""
+    """Rank 0's `value` on every rank; all ranks pass a tensor of the same shape."""
     if world_size() == 1:
         return value
-    sent = _carried(value).contiguous()
+    sent = _sendable(value).contiguous()
     dist.broadcast(sent, src=0)
     return sent.to(value.device)
 
 
 def gather(local: Tensor) -> Tensor:
-    """(B, …) on each rank to (G, …) on all, rank-major, without a gradient."""
+    """Gather (B, …) of each rank to (G, …) on all, rank-major, without a gradient."""
     if world_size() == 1:
         return local.detach()
-    sent = _carried(local.detach()).contiguous()
+    sent = _sendable(local.detach()).contiguous()
     pieces = [torch.empty_like(sent) for _ in range(world_size())]
     dist.all_gather(pieces, sent)
     return torch.cat(pieces).to(local.device)
 
 
 def gather_with_gradient(local: Tensor) -> Tensor:
-    """(B, …) to (G, …), rank-major; in the backward pass each rank gets the sum of all ranks' gradients for its rows.
+    """Gather (B, …) to (G, …), rank-major; in the backward pass each rank gets the sum of all ranks' gradients for its rows.
 
     With a loss over local rows and DeepSpeed's mean over ranks this gives exactly the one-process gradient.
     """
@@ -108,14 +108,14 @@ def gather_with_gradient(local: Tensor) -> Tensor:
 
 def all_sum(value: Tensor) -> Tensor:
     """The sum over ranks, without a gradient."""
-    total = _carried(value.detach().clone())
+    total = _sendable(value.detach().clone())
     if world_size() > 1:
         dist.all_reduce(total)
     return total.to(value.device)
 
 
 def sum_in_place(value: Tensor) -> None:
-    """Replace a tensor by its sum over ranks, and return when it is there."""
+    """Replace a tensor by its sum over ranks; on a GPU too it is complete when this returns."""
     dist.all_reduce(value)
     if value.is_cuda:
         torch.cuda.synchronize()
@@ -147,12 +147,12 @@ def mean_buffers(module: torch.nn.Module) -> None:
                 buffer.div_(world_size())
 
 
-def _carried(value: Tensor) -> Tensor:
-    """Where the process group can send it: NCCL knows no CPU memory."""
+def _sendable(value: Tensor) -> Tensor:
+    """A copy on a device that the process group can send from: NCCL sends no CPU memory."""
     return value.cuda() if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL else value
 
 
-def _standing(task: Future[T]) -> tuple[bool, BaseException | None, T | None]:
+def _outcome(task: Future[T]) -> tuple[bool, BaseException | None, T | None]:
     if not task.done():
         return False, None, None
     problem = task.exception()

@@ -9,7 +9,7 @@
     ├── RunLockedError     5   another process owns the run directory
     ├── TrainingError      6   loss or gradient is not finite, or the ranks disagree
     ├── StageError         7   a stage of the pipeline could not be finished
-    └── StoppedError     143   SIGTERM: what was reached is saved
+    └── StoppedError     143   SIGTERM: progress is saved
 
 Ctrl-C ends with 130. `roclip oracle` and `roclip run` end with 0 even for a poisoned checkpoint, unless
 `oracle.fail_on` asks otherwise: then 10 (suspicious), 20 (poisoned), 21 (poisoned, repaired and trusted) or 30
@@ -65,7 +65,7 @@ class TrainingError(RoclipError):
 
 
 class StoppedError(RoclipError):
-    """SIGTERM asked the training to leave, and it has saved where it stood."""
+    """SIGTERM asked the training to stop; it has saved its progress."""
 
     exit_code = 143
 
@@ -77,7 +77,7 @@ class StageError(RoclipError):
 
 
 def without_space(error: OSError, where: Path | None = None) -> StageError | None:
-    """What to say of a full disk; None for any other error."""
+    """The error to raise for a full disk; None for any other error."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     return StageError(

@@ -16,7 +16,7 @@ from roclip.errors import ConfigError
 
 ATTEMPTS = 10
 FIRST_WAIT_S = 0.5
-"""Before a store is asked the second time; each further wait is twice as long, up to `_LONGEST_WAIT_S`: 80 s in all."""
+"""Wait before the second attempt; each further wait is twice as long, up to `_LONGEST_WAIT_S`: 80 s in all."""
 _LONGEST_WAIT_S = 16.0
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def place(where: str | Path) -> Path:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of the files that lie in a folder now; none where it is not there."""
+    """Names of the files in a folder; empty if the folder does not exist."""
     try:
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:
@@ -54,7 +54,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def content_of(path: Path) -> bytes:
-    """What a file has in it, here or on a store, which is asked patiently."""
+    """The content of a file, here or on a store, with retries."""
     if isinstance(path, Path):
         return path.read_bytes()
     store: Any = path
@@ -62,7 +62,7 @@ def content_of(path: Path) -> bytes:
 
 
 def drop(path: Path) -> None:
-    """Delete a file, here or on a store, which is asked patiently; one that is not there is none."""
+    """Delete a file, here or on a store, with retries; a missing file is no error."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
@@ -70,15 +70,15 @@ def drop(path: Path) -> None:
 
 
 def put(source: Path, target: Path) -> None:
-    """Put a file of this machine whole under a name on a store. Raises what the store said after `ATTEMPTS` failures."""
+    """Copy a local file to a store, whole. Raises the store's error after `ATTEMPTS` failures."""
     store: Any = target
     patiently(lambda: store.fs.put_file(str(source), store.path))
 
 
 def patiently(ask: Callable[[], T]) -> T:
-    """What `ask` gives, asked again after a failure, `ATTEMPTS` times in all.
+    """The result of `ask`, which is called again after a failure, `ATTEMPTS` times in all.
 
-    A store may be away for a minute. Raises the last failure; at once, that a file is not there or may not be had.
+    A store may be away for a minute. Raises the last failure; a missing file or a refused permission is raised at once.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -91,7 +91,7 @@ def patiently(ask: Callable[[], T]) -> T:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
+    """The sha256 of a file, in hex."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -100,7 +100,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file such that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never half of it."""
     content = content.encode() if isinstance(content, str) else content
     if not isinstance(path, Path):  # a store puts objects whole
         store: Any = path
@@ -116,7 +116,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def written_beside(path: Path, content: bytes) -> Path:
-    """A temporary file in the same folder as `path`, here, with all of the content, synced."""
+    """Write the content to a temporary file in the same folder as the local `path`, synced to disk; returns its path."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

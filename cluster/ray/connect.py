@@ -22,12 +22,12 @@ from roclip.errors import StageError
 
 OWNER_READS = 0o600
 _PORTS = range(20_000, 32_000)
-"""Below those that the system hands out by itself, so that nobody is given it before Ray takes it."""
+"""Below the ephemeral ports, so that the system gives it to nobody else before Ray takes it."""
 _REACHED_WITHIN_S = 10.0
 
 
 def start_local_ray(**options: object) -> None:
-    """`ray.init` of a Ray on loopback, with `options`; it ends with this process."""
+    """Start a Ray on loopback with `options` for `ray.init`; it ends with this process."""
     import ray
 
     port = str(_free_port())
@@ -56,13 +56,13 @@ def reach(address: str) -> None:
 
 
 def token_file() -> Path:
-    """Where Ray looks for the token, unless RAY_AUTH_TOKEN is set."""
+    """The file in which Ray looks for the token, unless RAY_AUTH_TOKEN is set."""
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
 def find_token() -> str:
-    """The token, or an empty text where there is none."""
+    """The token, or an empty string."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     file = token_file()
@@ -70,7 +70,7 @@ def find_token() -> str:
 
 
 def ensure_token() -> None:
-    """See to it that there is a token and that its file is for its owner only. Nothing when token auth was switched off
+    """Make sure that there is a token and that only its owner can read its file. Does nothing when token auth is off
     (`RAY_AUTH_MODE=disabled`) or the token is in the environment.
 
     Raises `StageError` for a file that others can read and that is not ours to change.
@@ -99,7 +99,7 @@ def _free_port() -> int:
 
 
 def _write_token(file: Path) -> None:
-    """Whole or not at all, and never for others to read; another process may do the same."""
+    """Write it whole or not at all, never readable by others; another process may be doing the same."""
     if not file.parent.exists():
         private_directory(file.parent)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600

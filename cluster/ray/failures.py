@@ -1,4 +1,4 @@
-"""How a Ray task failed, and what that means for its input."""
+"""How a Ray task failed."""
 
 from typing import Literal
 
@@ -13,8 +13,8 @@ from ray.exceptions import (
 )
 
 Failure = Literal["lost", "memory", "died", "failed"]
-"""lost: its node or its input went away, which says nothing about it. memory: Ray ended the worker, because the node's
-memory was short. died: the worker's process ended. failed: it raised an error."""
+"""lost: its node or its input went away, which says nothing about the task. memory: Ray ended the worker because the
+node's memory was short. died: the worker's process ended. failed: the task raised an error."""
 
 
 def kind_of(error: RayError) -> Failure:
@@ -27,11 +27,11 @@ def kind_of(error: RayError) -> Failure:
 
 
 def cause_of(error: RayError) -> BaseException:
-    """What the task raised, or Ray's own error."""
+    """The error that the task raised, or else Ray's own."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) else error
 
 
 def words_of(error: RayError) -> str:
-    """In a line."""
+    """The failure in one line."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"

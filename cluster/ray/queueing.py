@@ -1,7 +1,7 @@
-"""Waiting for room on a cluster: what a stage waits for is said, and how long it may wait is bounded.
+"""Waiting for room on a cluster: says what a stage waits for, and bounds how long it may wait.
 
-Room is asked for as a placement group, so that Ray's own scheduler decides and an autoscaler hears of it. The stage then
-takes the place of the group. Should another one be faster, Ray Train waits, and `cluster.train.restarts.WaitLimit` says so.
+Room is asked for as a placement group, so that Ray's own scheduler decides and an autoscaler sees the demand. The stage
+then takes the group's place. Should another stage be faster, Ray Train waits, and `cluster.train.restarts.WaitLimit` says so.
 """
 
 import time
@@ -16,7 +16,7 @@ from roclip.config import ClusterConfig
 from roclip.errors import StageError
 
 JOINING_S = 300.0
-"""Nodes may still join a cluster that could never hold the stage; after so long they are not expected any more."""
+"""How long nodes may still join a cluster that could not hold the stage even if idle."""
 SAY_AFTER_S = 2.0
 SAY_EVERY_S = 60.0
 Bundle = dict[str, float]
@@ -25,7 +25,7 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Need:
-    """Room for so many equal parts, each on one node."""
+    """Room for `number` equal bundles, each on one node."""
 
     what: str
     number: int
@@ -36,7 +36,7 @@ class Need:
 
 
 def training_need(cluster: ClusterConfig, name: str) -> Need:
-    """Ranks that a training cannot begin without."""
+    """The ranks without which a training cannot start."""
     bundle = {"CPU": cluster.cpus_per_worker, **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})}
     return Need(f"training {name}", cluster.min_workers if cluster.elastic else cluster.workers, bundle)
 
@@ -50,10 +50,10 @@ def ingest_need(cluster: ClusterConfig) -> Need:
 def wait_for_room(
     need: Need, cluster: ClusterConfig, say: Callable[[str], None], *, joining_s: float = JOINING_S
 ) -> None:
-    """Return when the cluster has room; say what is waited for, at first and every minute.
+    """Return when the cluster has room; say what it waits for, at first and then every minute.
 
-    Raises `StageError` after `cluster.queue_timeout_s`; and for what the cluster could never hold and will not grow to:
-    at once on a Ray of our own, else after `joining_s`.
+    Raises `StageError` after `cluster.queue_timeout_s`, and for a need that the cluster can never hold and will not grow
+    to hold: at once on a Ray of our own, else after `joining_s`.
     """
     if cluster.address == "local" and not holds(need, totals()):
         raise StageError(_too_small(need))
@@ -76,12 +76,12 @@ def wait_for_room(
 
 
 def totals() -> list[Bundle]:
-    """What each living node has when it is idle."""
+    """The resources of each living node when it is idle."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def holds(need: Need, nodes: Sequence[Bundle]) -> bool:
-    """Whether idle nodes could hold it."""
+    """Whether the nodes could hold the need if they were idle."""
     rooms = (
         min(int((node.get(name, 0.0) + 1e-6) / amount) for name, amount in need.bundle.items() if amount)
         for node in nodes
@@ -95,7 +95,7 @@ def grows() -> bool:
 
 
 def free() -> str:
-    """What is free of what the cluster has, in words."""
+    """A sentence that says how much of the cluster's resources is free."""
     now, all_ = ray.available_resources(), ray.cluster_resources()
     names = [name for name in sorted(all_) if ":" not in name and "memory" not in name and "_group_" not in name]
     return (

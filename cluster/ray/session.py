@@ -1,4 +1,4 @@
-"""What every command of a run works in: its directory, locked; a display; Ray, when it is needed; what it cost."""
+"""The session of a command: a locked run directory, a display, Ray when it is needed, and a record of the cost."""
 
 import contextlib
 import fcntl
@@ -49,13 +49,13 @@ class Session:
 
     @property
     def cost(self) -> dict:
-        """`wall_s` over all the calls that this run took, and `peak_rss_bytes`: the largest memory of this process and
-        all its children at one time, pages that they share counted once."""
+        """`wall_s` over all commands on this run, and `peak_rss_bytes`: the most memory that this process and all its
+        children used at one time, with shared pages counted once."""
         wall_s = self._wall_before_s + time.monotonic() - self._started_s
         return {"wall_s": round(wall_s, 1), "peak_rss_bytes": self._peak_bytes}
 
     def need_ray(self) -> None:
-        """Connect to Ray, or start one on loopback, unless that has been done."""
+        """Connect to Ray, or start one on loopback, unless that is already done."""
         if ray.is_initialized():
             return
         cluster, job = self.config.cluster, job_config(self.config, self.path, self.provenance["commit"])
@@ -74,7 +74,7 @@ class Session:
         )
 
     def _join(self, address: str, job: JobConfig) -> None:
-        if address != "auto":  # else this driver, too, takes the Ray that was last started on its node
+        if address != "auto":  # with `auto` this driver, too, takes the Ray that was last started on its node
             job.set_runtime_env({"env_vars": {"RAY_ADDRESS": address}})
         try:
             reach(address)
@@ -87,8 +87,8 @@ class Session:
             ) from error
 
     def note_cost(self) -> None:
-        """Write `cost.json`, so that a killed run's time is not forgotten. A full disk does not get a word in here: it would
-        hide what it ended."""
+        """Write `cost.json`, so that a killed run's time is not forgotten. A full disk raises nothing here: that would
+        hide the error that it caused elsewhere."""
         with contextlib.suppress(OSError):
             write_atomic(self._cost_file, json.dumps(self.cost))
 
@@ -146,7 +146,7 @@ def session(config: Config, *, resumes: bool = True) -> Iterator[Session]:
 
 
 def keep_config(config: Config, path: Path) -> None:
-    """Write `config.yaml` of a directory, once. Raises `ConfigError` if it began with another config."""
+    """Write a directory's `config.yaml` once. Raises `ConfigError` if the directory began with another config."""
     file = path / "config.yaml"
     if not file.exists():
         private_directory(path)
@@ -164,7 +164,7 @@ def keep_config(config: Config, path: Path) -> None:
 
 
 def commit() -> str:
-    """Of the code that runs here, or `unknown`."""
+    """The commit of the running code, or `unknown`."""
     return _git("rev-parse", "HEAD") or "unknown"
 
 

@@ -1,4 +1,4 @@
-"""Trains every arm of an experiment on every corpus, as many at a time as there are ranks for, and reports.
+"""Trains every arm of an experiment on every corpus, as many at a time as fit on the cluster, and writes the report.
 
 A corpus is made once (origin, poisons, ingest) and shared by its arms, whose folders stand in it as in a run directory.
 What is done stays done: the same command goes on, and with one more seed or arm it trains only what is new.
@@ -28,7 +28,7 @@ _POLL_S = 0.5
 
 
 def compare(experiment: Experiment, command: str) -> Path:
-    """Train what is not trained yet and write the report; returns the experiment's folder.
+    """Run the trainings that are not done yet and write the report; returns the experiment's folder.
 
     Args:
         command: What the user typed, for the report.
@@ -60,7 +60,9 @@ def compare(experiment: Experiment, command: str) -> Path:
 
 
 def lanes(config: Config) -> int:
-    """Trainings at a time, so that all CPUs (or GPUs) have a rank. Needs Ray, but for a local one without GPUs."""
+    """How many trainings run at a time, so that all CPUs (or GPUs) have a rank.
+
+    Needs Ray, except for a local one without GPUs."""
     cluster = config.cluster
     local = cluster.address == "local" and not cluster.gpus_per_worker
     total = {"CPU": os.cpu_count() or 1} if local else ray.cluster_resources()
@@ -93,7 +95,7 @@ def _jobs(folder: Path, experiment: Experiment) -> list[_Job]:
 
 
 def _train(here: Session, experiment: Experiment) -> list[str]:
-    """Returns what went wrong, a sentence a training."""
+    """Returns a sentence for each training that failed."""
     waiting = deque(job for job in _jobs(here.path, experiment) if not job.done)
     if not waiting:
         return []
@@ -138,7 +140,7 @@ def _start(here: Session, job: _Job) -> Any:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _task(config: str, method: str, run: str, name: str) -> None:
-    """Waits for a training: its ranks are the ones that take CPUs."""
+    """Run one training and wait for it; its ranks take the CPUs, not this task."""
     environment_defaults()
     train_arm(parse_config(config), method, Path(run), name=name)
 
@@ -148,6 +150,6 @@ def _commit(provenance: dict[str, Any]) -> str:
 
 
 def _commits(folder: Path, experiment: Experiment) -> list[str]:
-    """Of all trainings, so that a report never names a commit that did not train."""
+    """The commits that the trainings ran with, so that a report never names one that trained nothing."""
     files = [job.folder / _COMMITS for job in _jobs(folder, experiment)]
     return list(dict.fromkeys(commit for file in files if file.exists() for commit in file.read_text().split()))

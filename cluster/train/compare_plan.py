@@ -1,4 +1,4 @@
-"""What `roclip compare` would train, before it does. No torch, no Ray."""
+"""The plan of `roclip compare`: what it would train. Needs no torch and no Ray."""
 
 from rich.console import Console
 from rich.table import Table

@@ -20,16 +20,15 @@ from roclip.errors import StageError
 from roclip.report.training_state import CAUSE
 
 PLACED_WITHIN_S = "20"
-"""How long Ray waits for room for as many ranks as it thinks there is room for, before it counts again. It counts the nodes every
-20 s, so after a loss the first try may be for one that is gone."""
+"""How long Ray waits for room for the ranks that it thinks will fit, before it counts nodes again. It counts them every 20 s,
+so after a loss the first attempt may include a node that is gone."""
 
 
 def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
     """Train one arm to its end and return its last checkpoint; returns at once when that exists.
 
-    It lies in `<run>/<name>`, or `<run>/<arm>` without a name.
-
-    Needs a Ray that is initialised. Raises `StageError` with a worker's own words when it cannot be finished.
+    The training's folder is `<run>/<name>`, or `<run>/<arm>` without a name. Ray must be initialised. Raises `StageError` with
+    the worker's own message when training cannot be finished.
     """
     name = name or arm
     folder = run / name / "checkpoints"
@@ -96,7 +95,7 @@ def train_arm(config: Config, arm: str, run: Path, *, name: str = "") -> Path:
 
 
 def finished(config: Config, folder: Path) -> Path | None:
-    """The last checkpoint of a training that went through all its epochs, else None."""
+    """The last checkpoint of a training that has done all its epochs, else None."""
     path = pointers.named(folder, "LATEST")
     if path is None or pointers.cursor(path).epoch <= config.train.epochs:
         return None

@@ -1,4 +1,4 @@
-"""Ranks that end under Ray: what befalls them, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
+"""Callbacks of Ray Train: restarts and waits, a line each in `log/ranks.log`, which the display shows; and SIGTERM."""
 
 import contextlib
 import datetime
@@ -23,11 +23,11 @@ from roclip.training.sigterm import leave, listen
 
 @dataclass
 class SigtermTorchConfig(TorchConfig):
-    """Torch's process group over the nodes' own network, and SIGTERM heard in each worker: Ray trains in a thread of it,
-    which cannot listen. Ranks that are well save and leave before Ray ends them to start another number of ranks."""
+    """Torch's process group over the nodes' own network, with a SIGTERM handler in each worker: Ray trains in a thread, which
+    cannot have one. Healthy ranks save and leave before Ray ends them to start another number of ranks."""
 
     folder: Path = Path()
-    """The training's own."""
+    """The training's folder."""
     network: dict[str, str] = field(default_factory=network_environment)
 
     @property
@@ -54,15 +54,15 @@ def _join_network(settings: dict[str, str]) -> None:
 
 
 def _listen() -> None:
-    listen()  # the handler that it returns cannot be sent
+    listen()  # returns a handler, which cannot be pickled
 
 
 class Restarts(UserCallback):
-    """Ray's controller calls it when ranks end with an error: notes why, and how often the training is tried again.
+    """Called by Ray's controller when ranks end with an error: notes why, and which of the allowed restarts comes next.
 
     Args:
-        folder: The training's own.
-        allowed: `cluster.max_failures`. A node that said beforehand that it goes does not count, for Ray neither.
+        folder: The training's folder.
+        allowed: `cluster.max_failures`. As for Ray, a node that announced that it is leaving does not count.
     """
 
     def __init__(self, folder: Path, allowed: int):
@@ -81,11 +81,11 @@ class Restarts(UserCallback):
 
 
 class WaitLimit(ControllerCallback):
-    """For Ray Train's controller, which waits for ever and silently when ranks that were lost find no room again.
+    """Bounds the wait of Ray Train's controller, which waits silently and forever when lost ranks find no room again.
 
     Args:
-        note: Gets what is to be said.
-        cause: File that says why a training ended.
+        note: Called with each message.
+        cause: The file that says why a training ended.
     """
 
     def __init__(self, need: Need, timeout_s: float, note: Callable[[str], None], cause: Path):
@@ -96,7 +96,7 @@ class WaitLimit(ControllerCallback):
         state_name = current_state._state_type.name
         if state_name == "RUNNING":
             self._waiting_since_s = 0.0
-        if state_name != "RESCHEDULING":  # what Ray comes to when it had waited a minute for room, in vain
+        if state_name != "RESCHEDULING":  # Ray's state after it waited a minute for room, in vain
             return
         if not self._waiting_since_s:
             self._waiting_since_s = time.monotonic()
@@ -108,7 +108,7 @@ class WaitLimit(ControllerCallback):
 
 
 def describe(causes: dict[int, Exception]) -> str:
-    """Why a training ended: what a rank said on purpose, else who died, else what the ranks ran into."""
+    """Why a training ended: an error that a rank raised on purpose, else the ranks that died, else the first rank's error."""
     ranks = {kind: [rank for rank in causes if isinstance(causes[rank], kind)] for kind in (RoclipError, RayActorError)}
     if ranks[RoclipError]:
         return str(causes[ranks[RoclipError][0]])
@@ -119,7 +119,7 @@ def describe(causes: dict[int, Exception]) -> str:
 
 
 def note(folder: Path, text: str) -> None:
-    """Add a line to the log of the ranks, unless the disk is full."""
+    """Add a line to the ranks' log, unless the disk is full."""
     path = folder / LOG
     line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(text.split())}\n"
     with contextlib.suppress(OSError):

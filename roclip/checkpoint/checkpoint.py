@@ -6,12 +6,12 @@ checkpoints/
     optimizer.safetensors   moments of every weight, whole: for any number of ranks and any ZeRO stage
     pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
     cursor.json             where in the data and in the schedule training stands
-    SHA256SUMS              of every file above; such a name has no folder in it
+    SHA256SUMS              of every file above, by names without a folder
   LATEST                    the newest complete checkpoint: resume starts here
   TRUSTED                   the one that may leave the run; only the oracle moves it
   saves.jsonl               when each was complete, its size, and how long writing and copying took
 
-There is no random state in it: all that is random is drawn for (seed, step, rank) or (seed, epoch, sample).
+It holds no random state: everything random is drawn from (seed, step, rank) or (seed, epoch, sample).
 """
 
 import contextlib
@@ -44,7 +44,7 @@ SAVES = "saves.jsonl"
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps beside the engine, in a file of its own: the pool, the gate. All ranks ask, rank 0 writes."""
+    """A part whose state a checkpoint keeps in its own file, such as the pool. All ranks ask for it, rank 0 writes it."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -55,7 +55,7 @@ class Store(Protocol):
     """A second place for checkpoints: `roclip/checkpoint/store.py`."""
 
     def take(self, checkpoint: Path, outdated: Outdated) -> bool:
-        """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there; whether it could."""
+        """Copy a complete checkpoint there and drop the outdated ones. Returns whether that worked."""
         ...
 
 
@@ -66,22 +66,23 @@ class Writer:
 
     Args:
         folder: `checkpoints`.
-        keep: The newest checkpoints that are kept.
-        keep_every_epochs: Also kept are those at the end of every so manieth epoch; 0 is none. And what TRUSTED names.
-        store: Also gets them, from the same thread: a store that is slow delays the next save, not the steps before it.
+        keep: How many of the newest checkpoints to keep.
+        keep_every_epochs: Also keep the checkpoint at the end of every epoch that this number divides; 0 keeps none of
+            them. The checkpoint that TRUSTED names is always kept.
+        store: Also receives each checkpoint, from the same thread: a slow store delays the next save, not the steps.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every_epochs: int = 0, store: Store | None = None):
         self.folder, self.keep, self.keep_every_epochs, self.store = folder, keep, keep_every_epochs, store
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_stand_back)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
         self._writing: Future[None] | None = None
         self._memory: dict[str, Tensor] = {}
 
     def save(self, engine: Any, towers: Towers, parts: Mapping[str, Stateful], cursor: Cursor) -> None:
-        """Copy the state, and write it in the background. Call it on all ranks.
+        """Copy the state and write it in the background. Call it on all ranks.
 
-        It is written under a temporary name and renamed when every file is on disk, so that no reader ever sees a part;
-        then LATEST names it. A second call waits for the first to be written, and raises what went wrong there.
+        It is written under a temporary name and renamed when every file is on disk, so no reader ever sees half of it;
+        then LATEST names it. A second call waits until the first is written and raises its error.
         """
         distributed.lead(self._join)
         leader = distributed.rank() == 0
@@ -96,7 +97,7 @@ class Writer:
             self._writing = self._thread.submit(self._write, towers, weights, tensors, cursor)
 
     def wait(self) -> None:
-        """Return on all ranks when what was saved last is on disk and named."""
+        """Return on all ranks when the last save is on disk and LATEST names it."""
         distributed.lead(self._join)
 
     def _join(self) -> None:
@@ -147,7 +148,7 @@ class Writer:
         self._note(final, cursor, written_s - begun_s, copied, time.monotonic() - written_s)
 
     def _note(self, final: Path, cursor: Cursor, write_s: float, copied: bool | None, copy_s: float) -> None:
-        """`copied` is None where there is no second place."""
+        """Add a line to `saves.jsonl`; `copied` is None without a store."""
         row = {
             "step": cursor.step,
             "saved_s": time.time() - copy_s,
@@ -166,7 +167,7 @@ class Writer:
     def _outdated(self, checkpoints: Mapping[str, Cursor], newest: Cursor) -> list[str]:
         every, pointer = self.keep_every_epochs, self.folder / "TRUSTED"
         trusted = pointer.read_text().strip() if pointer.exists() else ""
-        # Later ones that LATEST did not come to name, because of a kill, do not push out what it names.
+        # Newer ones that LATEST never came to name, because of a kill, do not push out the one that it names.
         done = sorted(name for name in checkpoints if checkpoints[name].step <= newest.step)
         return [
             name
@@ -179,8 +180,8 @@ class Writer:
 def resume(folder: Path, engine: Any, towers: Towers, parts: Mapping[str, Stateful]) -> Cursor | None:
     """Load the checkpoint that LATEST names into a new engine and the parts; None where there is none.
 
-    Any number of ranks at any ZeRO stage may load it; the same ones go on bit by bit as if nothing had been.
-    Raises `CheckpointError` when a file is missing or was altered.
+    Any number of ranks at any ZeRO stage may load it; with the same ranks and stage, training continues bit for bit as
+    if it had never stopped. Raises `CheckpointError` when a file is missing or was altered.
     """
     path = named(folder, "LATEST")
     if path is None:
@@ -208,9 +209,9 @@ def export(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _stand_back() -> None:
-    """Let the training go first: this thread gets a quarter of a core that both want. With much less, a checkpoint would not
-    be written when the next one is due."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
+def _yield_to_training() -> None:
+    """Let the training go first: of a core that both want, this thread gets a quarter. With much less, a checkpoint would
+    not be written before the next one is due."""
+    if sys.platform == "linux":  # where each thread has its own priority
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 5))

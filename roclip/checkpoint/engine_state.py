@@ -1,7 +1,7 @@
 """The optimizer's state as named tensors of whole weights: the same for any number of ranks and any ZeRO stage.
 
-DeepSpeed writes a file a rank, which only the same number of ranks at the same stage can load. Here the parts are put
-together through its public accessors, weight by weight, so that a checkpoint knows nothing of who made it.
+DeepSpeed writes one file per rank, which only the same number of ranks at the same stage can load. Here the parts are put
+together weight by weight through its public accessors, so a checkpoint does not depend on the ranks that made it.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from roclip.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32"
-"""The optimizer's own copy of a weight, where the model's is rounded to bf16."""
+"""The optimizer's own copy of a weight, kept where the model's is rounded to bf16."""
 
 
 def optimizer_state(engine: Any, copy: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """`<moment>.<weight>` for each weight that learns, and `step`, on the CPU of rank 0; nothing on the others.
+    """`<moment>.<weight>` for each trainable weight, and `step`, on the CPU of rank 0; an empty dict on other ranks.
 
-    Before the first step there are no moments, and `step` is 0. `copy` makes fp32 copies out of a name and a tensor, where
-    the caller has memory for them. Call it on all ranks.
+    Before the first step there are no moments, and `step` is 0. `copy` makes the fp32 copy of a named tensor, for a
+    caller that reuses memory. Call it on all ranks.
     """
     copy = copy or (lambda _, value: value.detach().to("cpu", torch.float32, copy=True))
     leader, state = distributed.rank() == 0, {}
@@ -34,7 +34,7 @@ def optimizer_state(engine: Any, copy: Callable[[str, Tensor], Tensor] | None = 
     if leader:
         state["step"] = torch.zeros(()) if step is None else step
     moments = () if step is None else MOMENTS
-    for name, parameter in _learning(engine):
+    for name, parameter in _trainable(engine):
         for key in (*moments, *([MASTER] if parameter.dtype != torch.float32 else [])):
             value = _get(engine, parameter, key)
             if leader and value is not None:
@@ -43,14 +43,14 @@ def optimizer_state(engine: Any, copy: Callable[[str, Tensor], Tensor] | None = 
 
 
 def load_optimizer_state(engine: Any, state: dict[str, Tensor]) -> None:
-    """Put what `optimizer_state` gave into an engine that took no step yet, with the weights already in the module.
+    """Load the result of `optimizer_state` into an engine that has taken no step yet and whose weights are already loaded.
 
     Raises `CheckpointError` if a weight has no state.
     """
-    moments = MOMENTS if state["step"] else ()  # before the first step there are none, and the optimizer is a new one
+    moments = MOMENTS if state["step"] else ()  # before the first step there are none
     if moments:
         _make_room(engine, state["step"])
-    for name, parameter in _learning(engine):
+    for name, parameter in _trainable(engine):
         missing = [key for key in moments if f"{key}.{name}" not in state]
         if missing:
             raise CheckpointError(
@@ -74,7 +74,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.copy_(weights[name].reshape(parameter.shape).to(parameter.device))
 
 
-def _learning(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _trainable(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
@@ -107,10 +107,10 @@ def _set(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
 
 
 def _make_room(engine: Any, step: Tensor) -> None:
-    """What the first step would make: moments of zeros beside each tensor that the inner optimizer updates."""
+    """Allocate what the first step would: zero moments for each tensor that the inner optimizer updates."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 gives the inner one a part at a time
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 passes one part at a time
     tensors = flat or [tensor for group in inner.param_groups for tensor in group["params"]]
     for tensor in tensors:
         inner.state[tensor] = {
@@ -134,7 +134,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
 
 def _gathered(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-    """Within it a weight that lies in parts is whole, and what rank 0 writes is the weight after."""
+    """Context in which a partitioned weight is whole; what rank 0 writes to it there is kept."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -143,5 +143,5 @@ def _gathered(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]
 
 
 def _part_of(parameter: Any) -> Tensor:
-    """What this rank holds of a weight under ZeRO 3."""
+    """This rank's part of a weight under ZeRO 3."""
     return parameter.ds_tensor

@@ -29,14 +29,14 @@ class Cursor:
     epoch: int
     """The current epoch, from 1."""
     step_in_epoch: int
-    """Steps done of it."""
+    """Steps done in it."""
     samples_seen: int
     phase: str
     """Phase of the last step: 'matched' or 'plain'."""
 
 
 Outdated = Callable[[Mapping[str, Cursor]], list[str]]
-"""Of checkpoints by their names, those that are no longer kept."""
+"""Takes the cursors of checkpoints by name; returns the names of those to delete."""
 
 
 def named(folder: Path, name: str) -> Path | None:
@@ -51,8 +51,8 @@ def named(folder: Path, name: str) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, if it is there. Whenever this process is killed, it is whole or gone under its name; what is left
-    under another one goes before the next is written."""
+    """Delete a checkpoint if it is there. Even if this process is killed, it is either whole or gone under its name; leftovers
+    under a temporary name are deleted before the next checkpoint is written."""
     removed = path.with_name(f".{path.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     if path.exists():
@@ -82,7 +82,7 @@ def cursor(path: Path) -> Cursor:
 
 
 def parse_sums(text: str, source: Path) -> dict[str, str]:
-    """File names and their sha256 out of a SHA256SUMS that anybody may have written. Raises `CheckpointError`."""
+    """Parse a SHA256SUMS that anybody may have written into file names and their sha256. Raises `CheckpointError`."""
     sums = {}
     for line in text.splitlines():
         found = _LINE.fullmatch(line)

@@ -1,11 +1,11 @@
-"""A second place for checkpoints, on a store that fsspec knows: what a lost node has saved is there for the next one.
+"""A second copy of the checkpoints on any store that fsspec knows, so that what a lost node saved is there for the next one.
 
     <store>/<run>/<arm>/step-00000120/…   a checkpoint's files, SHA256SUMS last
     <store>/<run>/<arm>/LATEST            the newest complete one, put after all its files
-    <store>/<run>/snapshots/…             the shards of each epoch: with others, a resume would see other samples
+    <store>/<run>/snapshots/…             the list of shards of each epoch, so that a resume sees the same samples
 
-Every object is put whole; none is renamed or appended to. A store is trusted to keep, not to be honest: names in it are
-checked, each file is compared with its sha256, and TRUSTED never comes from it.
+Every object is put whole; none is renamed or appended to. The store is not trusted: names in it are checked, each file is
+compared with its sha256, and TRUSTED never comes from it.
 """
 
 import logging
@@ -31,10 +31,10 @@ def checkpoint_store(url: str, folder: Path) -> "CheckpointStore | None":
 
 
 def bring(folder: Path, store: "CheckpointStore | None") -> None:
-    """Where the store has a newer checkpoint than `folder`, or the only one, bring it there and let LATEST name it.
+    """If the store has a newer checkpoint than `folder`, or `folder` has none, copy it there and let LATEST name it.
 
     Call it on all ranks, before `checkpoint.resume`: rank 0 does it while the others wait. Raises `CheckpointError` on
-    all of them when the store cannot be read, or what it has was altered.
+    all of them when the store cannot be read or its checkpoint was altered.
     """
     if store is None:
         return
@@ -66,9 +66,9 @@ class CheckpointStore:
         self._snapshots: set[str] = set()
 
     def take(self, checkpoint: Path, outdated: Outdated) -> bool:
-        """Keep a copy of a complete checkpoint, and drop what is outdated of those that are there.
+        """Copy a complete checkpoint to the store and drop the outdated ones there. Returns whether that worked.
 
-        A failure is logged and told, and training goes on: the next checkpoint is put there all the same.
+        A failure is logged and training goes on: the next checkpoint is copied all the same.
         """
         try:
             self._put(checkpoint)
@@ -82,7 +82,7 @@ class CheckpointStore:
         return True
 
     def bring_newer(self, folder: Path) -> None:
-        """`bring` on rank 0. Raises what the store says."""
+        """The work of `bring` on rank 0. Raises the store's own errors."""
         try:
             name = content_of(self.root / "LATEST").decode().strip()
         except FileNotFoundError:
@@ -125,11 +125,11 @@ class CheckpointStore:
         complete = {name: self._cursors[name] for name in found if name not in incomplete}
         for name in (*incomplete, *outdated(complete)):
             path: Any = store / name
-            drop(path / SUMS)  # first, so that one of which a kill leaves a part is incomplete
+            drop(path / SUMS)  # first, so that a checkpoint that a kill leaves half deleted counts as incomplete
             patiently(lambda path=path: store.fs.rm(path.path, recursive=True))
 
     def _is_complete(self, name: str) -> bool:
-        """Whether all of a checkpoint is there; then also remember where it stands."""
+        """Whether a checkpoint is complete on the store; if so, its cursor is remembered."""
         if SUMS not in names_in(self.root / name):
             return False
         self._cursors[name] = patiently(lambda: cursor(self.root / name))

@@ -1,4 +1,4 @@
-"""What a checkpoint can do, and what an attacker can make it do.
+"""Evaluates a checkpoint: what it can do, and what an attacker can make it do.
 
 Letters: N images, D feature width, C classes.
 """
@@ -33,8 +33,8 @@ def evaluate(encoder: Encoder, data: EvaluationSet) -> dict[str, Any]:
         With labels `zero_shot_top1`, `zero_shot_top5` and `linear_probe_top1`; with captions what `recall` gives; all
         as shares. `n`, and `attacks`: for each the `Rate` of images that are predicted as the attacker's label.
         Backdoor images are triggered test images of other classes; targeted images are the poisoned ones themselves.
-        A backdoor's `clean` is the `Rate` of held-out images of other classes, without a trigger, that are so too: what
-        is left of its success when the trigger does nothing.
+        A backdoor's `clean` is the `Rate` of held-out images of other classes, without a trigger, that are predicted as
+        its label too: the success that remains when the trigger does nothing.
     """
     image_features = encoder.images(data.images)
     figures: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def class_weights(encoder: Encoder, classes: Mapping[str, Sequence[str]], templa
 
 
 class SharedEncoder(Encoder):
-    """An `Encoder` whose work all ranks share: each encodes a contiguous part, and all get the features of all.
+    """An `Encoder` whose work all ranks share: each encodes a contiguous part, and every rank gets all features.
 
     All ranks call it with the same images or captions. The parts are of one size, so that no rank waits for another.
     """
@@ -106,7 +106,7 @@ class SharedEncoder(Encoder):
 
 
 def record_evaluation(config: Config, run: Path, arm: str, towers: Towers, cursor: Cursor) -> None:
-    """Evaluate at an epoch's end and keep it in `<arm>/evaluations.jsonl`. Call it on all ranks.
+    """Evaluate at an epoch's end and record the figures in `<arm>/evaluations.jsonl`. Call it on all ranks.
 
     It is due `evaluate.every` epochs after the last evaluation of the same phase, so that ends of matched and of plain
     periods are both seen, and at the last epoch. An epoch that is trained again after a crash replaces its own line.

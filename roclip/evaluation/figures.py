@@ -26,7 +26,7 @@ def recall(
 
     Returns:
         `image_to_text_recall_at_k`, `text_to_image_recall_at_k` and their mean `recall_at_k` for each k. Of equally
-        near ones the first counts as nearer, so that a model that says the same of everything finds nothing.
+        near ones the first counts as nearer, so that a model with constant features finds nothing.
     """
     to_text = partner_ranks(image_features, text_features, pairs)
     to_image = partner_ranks(text_features, image_features, pairs.flip(1))
@@ -42,7 +42,7 @@ def recall(
 
 
 def partner_ranks(queries: Tensor, keys: Tensor, pairs: Tensor) -> Tensor:
-    """How many keys stand before a query's nearest partner, 0 for none; (number of queries,)."""
+    """How many keys are nearer than a query's nearest partner, (number of queries,)."""
     ranks = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         similarity = queries[start : start + _QUERIES_AT_ONCE] @ keys.T
@@ -54,7 +54,7 @@ def partner_ranks(queries: Tensor, keys: Tensor, pairs: Tensor) -> Tensor:
 
 
 def places(scores: Tensor, right: Tensor) -> Tensor:
-    """The place, from 0, of the best right answer of each row of `scores`; of equal scores the first stands first."""
+    """The rank, from 0, of the best right answer in each row of `scores`; of equal scores the first ranks higher."""
     best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
     first = ((scores == best) & right).float().argmax(dim=1, keepdim=True)
     before = torch.arange(scores.shape[1], device=scores.device) < first
@@ -62,9 +62,9 @@ def places(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def halves(digests: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Row numbers to train and to test on: copies of one image lie in the same half, whatever the order of the rows.
+    """Rows to train and to test on: copies of one image are in the same half, whatever the order of the rows.
 
-    The distinct images are sorted by digest; the first half of them is for training. A digest is as good as a draw.
+    The distinct images are sorted by digest, which is as good as random; the first half is for training.
     """
     distinct = sorted(set(digests))
     train = set(distinct[: len(distinct) // 2])
@@ -73,12 +73,12 @@ def halves(digests: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def linear_probe(features: Tensor, truth: Tensor, digests: Sequence[str], l2: float = 1e-3) -> float | None:
-    """Top-1 of a multinomial logistic regression on frozen features, on images that it was not trained on.
+    """Top-1 accuracy of a multinomial logistic regression on frozen features, on images that it was not trained on.
 
     Args:
         features: (N, D), unit length.
         truth: (N,) class numbers.
-        digests: What tells the images apart; see `halves`.
+        digests: Equal for copies of one image; see `halves`.
         l2: Weight of the squared weights in the loss.
 
     Returns:

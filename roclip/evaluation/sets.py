@@ -1,6 +1,6 @@
-"""What a checkpoint is measured on: held-out images with captions and labels, class names, templates, attacks.
+"""Evaluation sets: held-out images with captions and labels, class names, templates and attacks.
 
-They come out of a run's `origin/` folder, or out of WebDataset tars that the user brings (`roclip/evaluation/tars.py`).
+They come from a run's `origin/` folder or from the user's WebDataset tars (`roclip/evaluation/tars.py`).
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 class Images(Sequence[np.ndarray]):
-    """Encoded images, each read and decoded to (H, W, 3) uint8 when it is asked for: a rank decodes only its own.
+    """Encoded images, decoded to (H, W, 3) uint8 on access, so that a rank decodes only its own.
 
     Args:
-        sources: What gives the bytes of each.
-        size_px: Side to which they are brought as ingest does it, or 0 to leave them as they are.
-        mode: `border` fits the image into a white square, `center_crop` fills the square, another squeezes it.
+        sources: For each image a function that returns its bytes.
+        size_px: Side in pixels to which images are resized as ingest does it, or 0 to leave them as they are.
+        mode: `border` fits the image into a white square, `center_crop` fills the square, any other squeezes it.
     """
 
     def __init__(self, sources: Sequence[Callable[[], bytes]], size_px: int = 0, mode: str = "border"):
@@ -66,7 +66,7 @@ class Images(Sequence[np.ndarray]):
 
 @dataclass(frozen=True)
 class AttackSet:
-    """Images on which an attack is tried, and the label that it wants for each of them."""
+    """Images on which an attack is tried, and the label that it aims at for each."""
 
     images: Sequence[np.ndarray]
     target_labels: Sequence[str]
@@ -74,18 +74,18 @@ class AttackSet:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """N held-out images with what is known of them. Raises `DataError` for a label that is not among the classes."""
+    """N held-out images with captions, labels and attacks. Raises `DataError` for a label that is not among the classes."""
 
     images: Sequence[np.ndarray]
     """N of (H, W, 3) uint8, all of one size."""
     digests: Sequence[str]
-    """What tells images apart: equal for copies of one image, so that the linear probe never tests what it learnt."""
+    """Equal for copies of one image, so that the linear probe never tests on what it was trained on."""
     captions: Sequence[Sequence[str]] = ()
     """Captions of each image; empty for none: no retrieval."""
     labels: Sequence[str] = ()
     """The true class of each image; empty for none: no classification."""
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The labels and under which names each is looked for."""
+    """For each label the names that its prompts use."""
     templates: Sequence[str] = ("{}",)
     attacks: Mapping[str, AttackSet] = field(default_factory=dict)
 
@@ -98,10 +98,10 @@ class EvaluationSet:
 
 
 def load_evaluation_set(config: Config, origin: Path) -> EvaluationSet:
-    """What `config.evaluate` names: its WebDataset, or else what lies in a run's `origin` folder.
+    """The evaluation set that `config.evaluate` names: its WebDataset, or else the one in a run's `origin` folder.
 
-    Attacks come out of the run in both cases; one whose target is not among the classes cannot be measured and is
-    left out, which the log says. Raises `DataError` naming the file that is missing or not as expected.
+    Attacks come from the run in both cases; one whose target is not among the classes cannot be measured and is left
+    out with a warning. Raises `DataError` naming the file that is missing or not as expected.
     """
     settings = config.evaluate
     if settings.webdataset:

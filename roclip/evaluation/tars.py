@@ -1,4 +1,4 @@
-"""Reads evaluation sets in the WebDataset layout of CLIP_benchmark, with nothing but tarfile: no code in a tar runs.
+"""Reads evaluation sets in the WebDataset layout of CLIP_benchmark with plain tarfile: no code in a tar is run.
 
 FOLDER/test/*.tar (or FOLDER/*.tar)       samples: KEY.jpg|png|webp and KEY.cls (class number) or KEY.txt (captions,
                                           one a line)
@@ -35,7 +35,7 @@ class Tars:
 
 
 def read_tars(where: str) -> Tars:
-    """The set in a folder, or in the tars that a pattern names (`*`, `{0..9}`). Images are read later, by their place.
+    """Read the set in a folder or in the tars that match a pattern (`*`, `{0..9}`). Images are read later, by offset.
 
     Raises `DataError` naming the tar and the sample that is not as expected.
     """
@@ -72,7 +72,7 @@ def _tars(where: str) -> list[Path]:
 
 
 def _samples(tar: Path) -> list[tuple[str, dict[str, Callable[[], bytes]]]]:
-    """(tar and key, {image, cls, txt: what reads it}) of each sample that has an image."""
+    """For each sample that has an image: tar and key, and for each of image, cls and txt a function that reads it."""
     samples: dict[str, dict[str, Callable[[], bytes]]] = {}
     try:
         with tarfile.open(tar, "r:") as archive:

@@ -1,4 +1,4 @@
-"""Batch norm in fp32, over the global batch if asked, and batch norm that leaves its running statistics alone.
+"""Batch norm in fp32, optionally over the global batch, and batch norm that leaves its running statistics alone.
 
 Letters: C channels, W world size, N elements of a channel on one rank.
 """
@@ -25,7 +25,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     across_ranks = False
     frozen = False
-    """Normalise as in evaluation, in training too."""
+    """Use the running statistics in training too, as in evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()  # DeepSpeed's bf16 leaves the statistics in fp32
@@ -48,8 +48,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def converted(module: nn.Module, across_ranks: bool, frozen: bool = False) -> nn.Module:
-    """`module` with each `nn.BatchNorm2d` replaced by one of the same state: torch's `SyncBatchNorm` for statistics over
-    all ranks where CUDA is, ours elsewhere and for those that stay as they are."""
+    """`module` with each `nn.BatchNorm2d` replaced by a layer with the same state: torch's `SyncBatchNorm` for statistics over
+    all ranks on CUDA, ours otherwise."""
     if across_ranks and not frozen and torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for norm in module.modules():
@@ -61,13 +61,13 @@ def converted(module: nn.Module, across_ranks: bool, frozen: bool = False) -> nn
 
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it, batch norm in training mode still normalises with the batch but does not count it as seen: for a pass
-    over samples that is repeated."""
+    """Context in which batch norm in training mode normalises with the batch but leaves its running statistics alone, for a
+    repeated pass over the same samples."""
     kinds = nn.modules.batchnorm._BatchNorm
     norms: list[Any] = [norm for norm in module.modules() if isinstance(norm, kinds) and norm.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # to pass no statistics would change what autograd saves, which checkpoints refuse
+        norm.momentum = 0.0  # passing None would change what autograd saves, which checkpointing refuses
     try:
         yield
     finally:

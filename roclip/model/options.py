@@ -1,4 +1,4 @@
-"""What a config asks of open_clip's towers beside their architecture, under open_clip's names."""
+"""The options of open_clip's towers beside their architecture, under open_clip's names: locking, dropout, recomputation."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +14,7 @@ from roclip.model.batch_norm import converted, frozen_statistics
 
 
 def check_options(cfg: dict[str, Any], options: ModelConfig) -> None:
-    """Raises `ConfigError` for an option that the model of this open_clip config cannot follow."""
+    """Raises `ConfigError` for an option that a model with this open_clip config does not support."""
     vision = cfg["vision_cfg"]
     resnet = isinstance(vision.get("layers"), (list, tuple))
     if options.force_patch_dropout and (resnet or "timm_model_name" in vision):
@@ -28,21 +28,23 @@ def check_options(cfg: dict[str, Any], options: ModelConfig) -> None:
 
 
 def apply_options(clip: Any, options: ModelConfig) -> Any:
-    """Lock, synchronise and checkpoint an open_clip model, in place; what is locked has `requires_grad=False`."""
+    """Apply locking, synchronised batch norm and activation checkpointing to an open_clip model, in place.
+
+    Locked weights have `requires_grad=False`."""
     if options.lock_image:
         clip.lock_image_tower(options.lock_image_unlocked_groups, options.lock_image_freeze_bn_stats)
     if options.lock_text:
         clip.lock_text_tower(options.lock_text_unlocked_layers, options.lock_text_freeze_layer_norm)
     if options.checkpoint_activations:
         clip.set_grad_checkpointing()
-        for name in ("layer1", "layer2", "layer3", "layer4"):  # open_clip leaves ResNet towers as they are
+        for name in ("layer1", "layer2", "layer3", "layer4"):  # open_clip does not checkpoint ResNet towers
             if type(blocks := getattr(clip.visual, name, None)) is nn.Sequential:
                 blocks.__class__ = _Recomputed
     return converted(clip, across_ranks=options.sync_batch_norm, frozen=options.freeze_bn_stats)
 
 
 class _Recomputed(nn.Sequential):
-    """Keeps only the input of each block for the backward pass. The second run does not count for batch norm."""
+    """Keeps only the input of each block for the backward pass. The recomputation does not update batch norm statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         for block in self:

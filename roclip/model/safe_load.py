@@ -1,4 +1,4 @@
-"""Tensors out of a file that anybody may have made: safetensors, or a pickle of nothing but tensors. Nothing in it runs."""
+"""Loads tensors from an untrusted file: safetensors, or a pickle that holds nothing but tensors. No code in it is run."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a local file, on the CPU; those under `state_dict` or `model` where a training wrote more, and
-    without the `module.` that parallel training puts before each name.
+    """The named tensors of a local file, on the CPU.
 
-    Raises `CheckpointError` for a file that is missing or of another kind, and for a pickle that asks for anything but
-    tensors: it is not run.
+    Takes them from under `state_dict` or `model` where a trainer wrote more than weights, and strips the `module.` that
+    parallel training puts before each name.
+
+    Raises `CheckpointError` for a missing file, another format, or a pickle that holds anything but tensors.
     """
     if not path.is_file():
         raise CheckpointError(

@@ -1,7 +1,9 @@
-"""Writes tensors as a safetensors file, with its checksum, for little of the processor's time: a training needs that.
+"""Writes tensors as a safetensors file and returns its checksum, with as little processor time as possible.
 
-The bytes are hashed on their way, not read back, and go to the disk past the page cache where the file system allows
-it: finding gigabytes of pages for what nobody will read costs more than to hash it.
+Training runs beside it and needs the processor.
+
+The bytes are hashed while they are written, not read back, and bypass the page cache where the file system allows it:
+allocating gigabytes of pages that nobody will read costs more than hashing.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from torch import Tensor
 
 _PIECE = 1 << 22
 _BLOCK = 4096
-"""Writes past the page cache come in multiples of it."""
+"""Writes that bypass the page cache must be multiples of this."""
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,9 +35,10 @@ _NAMES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write contiguous tensors of the CPU to a new file, on disk when this returns, as
-    `safetensors.torch.save_file(tensors, path, metadata)` does. Returns the file's sha256."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    """Write contiguous CPU tensors to a new file as `safetensors.torch.save_file(tensors, path, metadata)` does.
+
+    The file is synced to disk when this returns. Returns its sha256."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps every tensor aligned
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, value in ordered:
@@ -49,8 +52,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def _write(path: Path, contents: Iterable[np.ndarray]) -> str:
     state, size, filled = hashlib.sha256(), 0, 0
-    memory = memoryview(mmap.mmap(-1, _PIECE))  # begins with a page, as the disk needs it
-    piece = np.frombuffer(memory, np.uint8)  # the same: numpy lets other threads run while it copies
+    memory = memoryview(mmap.mmap(-1, _PIECE))  # aligned to a page, as O_DIRECT needs it
+    piece = np.frombuffer(memory, np.uint8)  # the same memory: numpy releases the GIL while it copies
     descriptor = _open(path)
     try:
         for content in contents:

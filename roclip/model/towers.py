@@ -26,7 +26,7 @@ from roclip.storage import write_atomic
 
 WEIGHTS = "open_clip_model.safetensors"
 FOREIGN_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
-"""What open_clip calls them elsewhere; looked for in this order, after `WEIGHTS`."""
+"""Other names that open_clip gives its weights; looked for in this order, after `WEIGHTS`."""
 CONFIG = "open_clip_config.json"
 MAX_LOG_SCALE = 4.6052
 """ln 100: the largest log of the temperature's inverse, as in CLIP."""
@@ -37,8 +37,8 @@ SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 class Towers(nn.Module):
     """Two towers and a temperature.
 
-    `forward(images, tokens)` gives unit-length `image_features` (B, D) and `text_features` (B, D), and what the loss
-    takes after them: `logit_scale` = exp(s), one element, and `logit_bias` if the towers have one. With
+    `forward(images, tokens)` returns unit-length `image_features` (B, D) and `text_features` (B, D), then the loss's other
+    arguments: `logit_scale` = exp(s), one element, and `logit_bias` if the towers have one. With
     `text_gradient=False` the text tower runs without a graph: a matched step needs its features for the pool, but not
     its gradient.
 
@@ -46,11 +46,11 @@ class Towers(nn.Module):
         name: An open_clip model.
         model_file: Its JSON, if open_clip does not know it.
         options: What is locked, dropped, recomputed or synchronised.
-        loss: `siglip` gives the towers SigLIP's bias and starting temperature, `clip` takes a bias away; None leaves the
-            model as its JSON has it.
+        loss: `siglip` adds SigLIP's bias and starting temperature, `clip` removes a bias; None leaves the model as its JSON
+            describes it.
 
     Raises:
-        ConfigError: no such model, or an option that it cannot follow.
+        ConfigError: no such model, or an option that it does not support.
     """
 
     def __init__(
@@ -136,10 +136,10 @@ class Towers(nn.Module):
         return self.tokenizer(list(captions))
 
     def weights(self, copy: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """A copy of weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU; `copy` makes it
-        out of a name and a tensor, where the caller has memory for it.
+        """A copy of all weights and buffers under open_clip's names and in its shapes, in fp32, on the CPU.
 
-        Under ZeRO-3 each rank holds a part of them and this gathers the rest: call it on all ranks.
+        `copy` makes the copy of a named tensor, for a caller that reuses memory. Under ZeRO-3 each rank holds a part of
+        the weights and this gathers the rest: call it on all ranks.
         """
         copy = copy or (lambda _, value: value.detach().to("cpu", torch.float32, copy=True).contiguous())
         with _gathered(self.clip):
@@ -149,16 +149,16 @@ class Towers(nn.Module):
         }
 
     def whole(self) -> "Towers":
-        """These towers if they have all their weights; under ZeRO-3, where a forward pass of one rank alone would wait
-        for the others, a copy that does not. Call it on all ranks; for evaluation."""
+        """These towers if they hold all their weights, else (ZeRO-3) a whole copy, whose forward pass does not wait for other
+        ranks. For evaluation; call it on all ranks."""
         if not _partitioned(self.clip):
             return self
         open_clip.factory._MODEL_CONFIGS[self.name] = self.cfg
         return Towers(self.name)._fill(self.weights()).to(self.mean.device)
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> str:
-        """Write weights and config such that `open_clip.create_model_and_transforms("local-dir:…")` loads them; gives the
-        sha256 of the weights' file. `weights` is what `weights()` gave, for one rank that writes what all have gathered."""
+        """Write weights and config so that `open_clip.create_model_and_transforms("local-dir:…")` loads them; returns the
+        sha256 of the weights' file. `weights` is an earlier result of `weights()`, for one rank that writes for all."""
         folder.mkdir(parents=True, exist_ok=True)
         sha256 = write_tensors(folder / WEIGHTS, self.weights() if weights is None else weights, {"format": "pt"})
         preprocess = {
@@ -173,8 +173,9 @@ class Towers(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Towers":
-        """The towers that `save` wrote, or that open_clip saved or pushed elsewhere, in evaluation mode; mean and deviation of
-        the pixels are those of its preprocessing. Nothing is downloaded and no pickled code is run.
+        """The towers that `save` wrote, or that open_clip saved or pushed elsewhere, in evaluation mode.
+
+        Pixels are normalised as its preprocessing config says. Nothing is downloaded and no pickled code is run.
 
         Raises `CheckpointError` for anything else, such as a text tower whose tokenizer is not on this machine.
         """
@@ -194,7 +195,7 @@ class Towers(nn.Module):
             ) from error
 
     def begin_from(self, folder: Path) -> None:
-        """Take over the weights that `save` wrote, before an engine is built. Raises `CheckpointError` if they do not fit."""
+        """Load the weights that `save` wrote, before an engine is built. Raises `CheckpointError` if they do not fit."""
         try:
             self._fill(read_weights(weights_file(folder)))
         except RuntimeError as error:
@@ -216,7 +217,7 @@ class Towers(nn.Module):
 
 
 class Encoder:
-    """A finished checkpoint as a function: images and captions in, unit-length features out. Only `traced` has gradients."""
+    """A finished checkpoint as a function: images and captions in, unit-length features out. Only `traced` carries gradients."""
 
     def __init__(self, towers: Towers, batch_size: int = 256):
         self.towers = towers.eval()
@@ -224,7 +225,7 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
-        """From a checkpoint's folder, on this process's GPU if it has one."""
+        """Load a checkpoint's folder, onto this process's GPU if it has one."""
         return cls(Towers.load(folder).to(device_at_hand()))
 
     @torch.inference_mode()
@@ -265,7 +266,7 @@ def device_at_hand() -> torch.device:
 
 
 def weights_file(folder: Path) -> Path:
-    """Where the weights of a checkpoint lie: under this project's name, or one of open_clip's own. Raises `CheckpointError`."""
+    """The weights file of a checkpoint, under this project's name or one of open_clip's. Raises `CheckpointError`."""
     for name in (WEIGHTS, *FOREIGN_WEIGHTS):
         if (folder / name).is_file():
             return folder / name
@@ -275,7 +276,7 @@ def weights_file(folder: Path) -> Path:
 def _quiet_create(name: str, cfg: dict[str, Any], patch_dropout: float | None) -> nn.Module:
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # open_clip warns there that the weights are random, as they shall be
+    root.setLevel(logging.ERROR)  # open_clip warns there that the weights are random, which is intended
     temperature: dict[str, Any] = {key: cfg.get(key) for key in SIGLIP_START if key in cfg or key == "init_logit_bias"}
     try:
         return open_clip.create_model(
@@ -295,7 +296,7 @@ def _partitioned(module: nn.Module) -> bool:
 
 
 def _gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Within it all weights are there."""
+    """Context in which this rank holds all weights."""
     if not _partitioned(module):
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters  # seconds to import, and only training needs it

@@ -22,7 +22,7 @@ def bad_work() -> None:
 
 if __name__ == "__main__":
     distributed.start(TIMEOUT_S)
-    said = [distributed.lead(long_work, tell_every_s=0.5)]
+    said = [distributed.lead(long_work, heartbeat_s=0.5)]
     try:
         distributed.lead(bad_work)
     except DataError as error:
