@@ -8,7 +8,7 @@ from forked import trainings_of
 from kit import preset, scene_samples, write_shard
 from s3 import s3_server
 
-from roclip.data import shards
+from roclip import storage
 from roclip.data.cache import ShardCache, ShardUnreadableError
 from roclip.data.reader import BadSampleError, ShardReader
 from roclip.data.shards import Manifest
@@ -28,7 +28,7 @@ def local(tmp_path):
 
 @pytest.fixture
 def server(local, monkeypatch):
-    monkeypatch.setattr(shards, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         s3fs.S3FileSystem(**server.options).put(str(local), "bucket/shards", recursive=True)
@@ -121,7 +121,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_batches(local, server, r
 
 
 def test_a_shard_that_cannot_be_had_is_counted_by_reason_and_asked_for_only_once(server, remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     server.fault = lambda method, path, number: "error" if method == "GET" and path.endswith("00000.tar") else None
     bad = [reason for batch in batches(remote.root, cache=ShardCache(tmp_path / "c", 10**9)) for reason in batch.bad]
     assert {reason for _, reason in bad} == {"shard_not_readable"}
@@ -135,7 +135,7 @@ def test_a_shard_that_cannot_be_had_is_counted_by_reason_and_asked_for_only_once
 
 
 def test_a_shard_that_vanished_or_was_changed_is_told(server, remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     first, second, _ = remote.records()
     store = s3fs.S3FileSystem(**server.options)
     store.rm("bucket/shards/00000.tar")

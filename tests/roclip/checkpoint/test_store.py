@@ -16,12 +16,12 @@ from kit import TINY_MODEL, preset, scene_samples, write_shard
 from s3 import s3_server
 from safetensors.torch import load_file
 
+from roclip import storage
 from roclip.checkpoint import checkpoint
 from roclip.checkpoint.checkpoint import Cursor
 from roclip.checkpoint.store import bring, checkpoint_store
 from roclip.config import TrainConfig, load_config
 from roclip.config import identity as identity_of
-from roclip.data import shards
 from roclip.errors import CheckpointError, ConfigError
 from roclip.model.towers import Towers
 from roclip.training.engine import build_engine
@@ -31,7 +31,7 @@ FILES = ("cursor.json", "open_clip_model.safetensors", "optimizer.safetensors")
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(shards, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         yield server
@@ -84,7 +84,7 @@ def test_what_a_lost_node_had_saved_comes_back(server, folder, store, fault):
     )
     path = write(folder, 3)
     snapshot = folder.parent.parent / "snapshots" / "epoch-00001.json"
-    shards.write_atomic(snapshot, "{}")
+    storage.write_atomic(snapshot, "{}")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     store.take(path, keep_two)
     shutil.rmtree(folder.parent.parent)
@@ -144,7 +144,7 @@ def test_what_a_kill_left_of_an_outdated_checkpoint_hinders_no_later_one(folder,
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_altered_object_is_refused_by_name(monkeypatch, folder, store, objects, name):
-    monkeypatch.setattr(shards, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     store.take(write(folder, 3), keep_two)
     shutil.rmtree(folder)
     objects.pipe(f"bucket/kept/run/clip/step-00000003/{name}", b"another")

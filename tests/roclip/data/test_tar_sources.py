@@ -346,7 +346,7 @@ def test_suspects_are_named_by_key_and_shard(laion):
 
 @pytest.fixture
 def server(laion, monkeypatch):
-    monkeypatch.setattr("roclip.data.shards.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("roclip.storage.FIRST_WAIT_S", 0.01)
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         s3fs.S3FileSystem(**server.options).put(str(laion / "one"), "bucket/one", recursive=True)
