@@ -1,15 +1,15 @@
 """The whole system in one file: URL list -> shards -> towers -> figures -> verdict -> report.
 
-Each stage leaves its result in the run directory and is skipped when that is there, so running the same command
-again goes on where it stopped. Training starts as soon as the manifest names `data.min_shards`, while ingest runs.
+Each stage writes its result to the run directory and is skipped when the result exists, so the same command continues where
+it stopped. Training starts as soon as the manifest has `data.min_shards` shards, while ingest still runs.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 from cluster.ingest.stage import fetching, index
 from cluster.monitoring.publisher import count, following, labels_of
+from cluster.oracle.request import NEWEST, OracleRequest, is_step
 from cluster.ray.session import Session, session
 from cluster.train.job import finished, train_arm
 from roclip.checkpoint import pointers
@@ -24,7 +24,7 @@ REPAIRED = ("poisoned", "suspicious")
 
 
 def run(config: Config) -> dict:
-    """Everything, from the URL list to the report. Returns the summary, which `summary.json` holds too."""
+    """Everything, from the URL list to the report. Returns the content of `summary.json`."""
     from roclip.report.run_report import write_report  # loads matplotlib
 
     with session(config) as here:
@@ -48,13 +48,13 @@ def run(config: Config) -> dict:
 
 
 def _counts(manifest: Manifest) -> dict:
-    """What ingest has counted; nothing for shards whose maker did not, such as a poisoned copy of what ingest had not ended."""
+    """Ingest's counts; empty for shards without them, such as a poisoned copy of an ingest that had not ended."""
     summary = manifest.summary or {}
     return summary if "succeeded" in summary else {}
 
 
 def train_only(config: Config) -> dict:
-    """Train every arm on the shards that are there."""
+    """Train every arm on the shards of an earlier ingest. Raises `DataError` where there are none."""
     with session(config) as here:
         index(here)
         if not Manifest(here.shards).records():
@@ -92,29 +92,18 @@ def evaluate_only(config: Config, folder: str | None = None) -> dict:
         return {"arms": arms}
 
 
-def oracle_only(
-    config: Config,
-    checkpoint: str | None = None,
-    *,
-    data: str = "",
-    truth: Path | None = None,
-    out: Path | None = None,
-    in_process: bool = False,
-) -> dict:
+def oracle_only(config: Config, request: OracleRequest = NEWEST) -> dict:
     """Let the oracle judge the newest checkpoint of every arm, one step of every arm that has it, or that of a folder."""
-    from cluster.oracle.case import is_step
-
-    named = {"checkpoint": checkpoint, "data": data, "truth": truth, "out": out, "in_process": in_process}
     with session(config, resumes=False) as here:
         arms = list(config.arms)
-        if checkpoint is not None:
-            having = [arm for arm in arms if is_step(here.path / arm, checkpoint)]
-            arms = having or [Path(checkpoint).resolve().name]
-        if out is not None and len(arms) > 1:
+        if request.checkpoint:
+            having = [arm for arm in arms if is_step(here.path / arm, request.checkpoint)]
+            arms = having or [Path(request.checkpoint).resolve().name]
+        if request.out is not None and len(arms) > 1:
             raise ConfigError(
                 f"--out: expected one training to report of, got {', '.join(arms)}. Set 'arms=[{arms[-1]}]'."
             )
-        return {"arms": {arm: {"oracle": _judge(here, arm, **named)} for arm in arms}}
+        return {"arms": {arm: {"oracle": _judge(here, arm, request)} for arm in arms}}
 
 
 # ---- the stages ---------------------------------------------------------------------------------------------
@@ -128,8 +117,8 @@ def _train(here: Session, arm: str) -> None:
         train_arm(here.config, arm, here.path)
 
 
-def _judge(here: Session, arm: str, **named: Any) -> dict:
-    """What the oracle says, and what came of the repair if the config asks for one and there is something to repair."""
+def _judge(here: Session, arm: str, request: OracleRequest = NEWEST) -> dict:
+    """The oracle's verdict, and the result of the repair if the config asks for one and the verdict needs it."""
     from cluster.oracle.job import oracle, progress_file  # loads torch
 
     settings = here.config.oracle
@@ -140,19 +129,19 @@ def _judge(here: Session, arm: str, **named: Any) -> dict:
         )
         return {"verdict": "inconclusive"}
     here.display.say(f"oracle   checking {arm}")
-    if not named.get("in_process"):
+    if not request.in_process:
         here.need_ray()
     said = progress_file(here.path, arm)
     said.unlink(missing_ok=True)
     with following(here.config, here.path / arm, "oracle"), here.display.follow_task("oracle", said):
-        result = oracle(here.config, here.path, arm, **named)
+        result = oracle(here.config, here.path, arm, request)
     count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
     if here.config.repair.enabled and result["verdict"] in REPAIRED:
-        result["repair"] = _repair(here, arm, **named)
+        result["repair"] = _repair(here, arm, request)
     return result
 
 
-def _repair(here: Session, arm: str, **named: Any) -> dict:
+def _repair(here: Session, arm: str, request: OracleRequest) -> dict:
     from cluster.oracle.job import progress_file
     from cluster.oracle.repair import repair
 
@@ -169,13 +158,13 @@ def _repair(here: Session, arm: str, **named: Any) -> dict:
         here.display.say(f"repair   {text}")
 
     with here.display.follow_task("recheck", said):
-        result = repair(here.config, here.path, arm, train=train, say=say, **named)
+        result = repair(here.config, here.path, arm, request, train=train, say=say)
     say("nothing is left: TRUSTED" if result["accepted"] else f"not trusted. {' '.join(result['reasons'])}")
     return {key: value for key, value in result.items() if key not in ("schema", "subject", "moments")}
 
 
 def _figures(here: Session, arm: str) -> dict:
-    """What the evaluations say of the end, and of the last matched and the last plain epoch."""
+    """Figures of the last evaluation, and of the last one after a matched and after a plain epoch."""
     rows = read_metrics(here.path / arm / "evaluations.jsonl")
     metrics = read_metrics(here.path / arm / "metrics.jsonl")
     rates = sorted(row["samples_per_s"] for row in metrics)

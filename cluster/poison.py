@@ -1,13 +1,13 @@
 """`roclip poison`: clean shards or a clean URL list in, a poisoned copy with its ground truth out. For evaluation only.
 
-    OUT/  *.tar *.parquet *.index.parquet manifest/   from shards: poisons take the place of clean pairs, so keys,
-                                                      order and number of samples stay what they were
-    OUT/  urls.parquet images/                        from a list: poisons are added rows; their URL is a file name
-                                                      under images/, after `base_url`
-    OUT/  poison.parquet labels.json                  ground truth (`roclip.data.ground_truth`) and the classes that it is about
+    OUT/  *.tar *.parquet *.index.parquet manifest/   from shards: poisons replace clean pairs, so keys, order and number
+                                                      of samples do not change
+    OUT/  urls.parquet images/                        from a list: poisons are added rows, whose URL is `base_url` followed
+                                                      by a file name under images/
+    OUT/  poison.parquet labels.json                  ground truth (`roclip.data.ground_truth`) and the names of its classes
     OUT/  attack_eval.parquet                         triggered test images, where the config has evaluate.images
 
-OUT is put together beside its final place and renamed when it is whole. The source is only read.
+OUT is built beside its final path and renamed when it is complete. The source is only read.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from roclip.errors import ConfigError
 from roclip.storage import write_atomic
 
 Say = Callable[[float, float, str], None]
-"""Done, total, and a line of words."""
+"""Called with the samples done, their total, and a line of text."""
 
 
 def poison_shards(config: Config, source: Path, out: Path, labels: Path | None, say: Say) -> dict[str, int]:
     """Write a poisoned copy of sealed shards; returns the number of poisons by attack.
 
-    What a picture shows is what its caption names: captions that name exactly one class give pictures and captions to
-    the attacks, the others stay as they are. Where the poisons lie: `places`.
+    An image is taken to show what its caption names: pairs whose caption names exactly one class provide the images and captions
+    of the attacks, the others are copied. `places` decides where the poisons go.
 
-    Raises `ConfigError` for an `out` that is not empty or an attack that the data cannot carry, `ShardError` for
-    shards that cannot be read.
+    Raises `ConfigError` for an `out` that is not empty or an attack for which the data does not suffice, `ShardError` for shards
+    that cannot be read.
     """
     with _new_folder(out, source) as work:
         shards = Shards(source)
@@ -72,20 +72,20 @@ def poison_shards(config: Config, source: Path, out: Path, labels: Path | None, 
             keys, here = shards.keys(record), contents[done : done + record.samples].tolist()
             write_shard(work, record, keys, map(sample, keys, here), shards.failed(record))
             done += record.samples
-            say(done, len(table), _standing(done, len(table), len(truth), started_s))
+            say(done, len(table), _progress(done, len(table), len(truth), started_s))
         _finish(config, work, truth, classes, poisons, lambda row: shards.sample(row)["image"])
         Manifest(work).finish({**(Manifest(source).summary or {}), "poisoned": len(truth)})
     return Counter(poison.attack for poison in poisons)
 
 
 def poison_urls(config: Config, source: str, out: Path, labels: Path | None, base_url: str, say: Say) -> dict[str, int]:
-    """Write a poisoned copy of a URL list and the images that its new rows name; returns the number by attack.
+    """Write a poisoned copy of a URL list and the images that its new rows name; returns the number of poisons by attack.
 
-    The attacker's pictures are those of `data.images`, or rendered scenes. The classes of the list's rows stand in
-    `data.label_col` where a parquet has it, else in the captions. `id` in the ground truth is the row of the new list;
-    `key` is the sample's key when the list is ingested with the config's `ingest.samples_per_shard`.
+    The attacker's images are those of `data.images`, or rendered scenes. The classes of the list's rows come from
+    `data.label_col` where a parquet has it, otherwise from the captions. In the ground truth `id` is the row of the new list, and
+    `key` the sample's key when the list is ingested with the config's `ingest.samples_per_shard`.
 
-    Raises as `poison_shards` does, and `UrlListError` for a list that cannot be read.
+    Raises the errors of `poison_shards`, and `UrlListError` for a list that cannot be read.
     """
     with _new_folder(out, Path(source)) as work:
         clean = read_url_list(source, url_col=config.data.url_col, caption_col=config.data.caption_col)
@@ -93,8 +93,8 @@ def poison_urls(config: Config, source: str, out: Path, labels: Path | None, bas
         classes = class_names(config, labels, Path(source).parent, known)
         shown = known or labels_by_caption(clean["caption"].to_pylist(), classes)
         table = pa.table({"caption": clean["caption"], "label": pa.array(shown, pa.string())})
-        pictures = corpus.attacker_images(config, classes, len(clean))
-        poisons = _plan(config, table, pictures, classes, len(clean))
+        images = corpus.attacker_images(config, classes, len(clean))
+        poisons = _plan(config, table, images, classes, len(clean))
         total = len(clean) + len(poisons)
         rng = np.random.default_rng((config.seed, 5))
         rows = rng.permutation(len(poisons)) + len(clean)
@@ -106,40 +106,40 @@ def poison_urls(config: Config, source: str, out: Path, labels: Path | None, bas
         added, started_s = {}, time.monotonic()
         for row, poison in zip(rows.tolist(), poisons, strict=True):
             key = sample_key(row, config.ingest.samples_per_shard)
-            image, found = draw(poison, pictures["image"][poison.row].as_py(), key)
+            image, found = draw(poison, images["image"][poison.row].as_py(), key)
             name = f"images/{row:08d}.{suffix_of(image)}"
             (work / name).write_bytes(image)
             added[row] = {"url": f"{base_url}{name}", "caption": poison.caption}
             truth.append({**found, "id": row})
-            say(len(truth), len(poisons), _standing(len(truth), len(poisons), len(truth), started_s))
+            say(len(truth), len(poisons), _progress(len(truth), len(poisons), len(truth), started_s))
         honest = iter(clean.to_pylist())
         pairs = [added.get(row) or next(honest) for row in range(total)]
         write_parquet(work / "urls.parquet", pa.Table.from_pylist(pairs, schema=clean.schema))
-        _finish(config, work, truth, classes, poisons, lambda row: pictures["image"][row].as_py())
+        _finish(config, work, truth, classes, poisons, lambda row: images["image"][row].as_py())
     return Counter(poison.attack for poison in poisons)
 
 
 def places(number: int, poisons: Sequence[Poison], *, late: bool, seed: int) -> np.ndarray:
-    """What stands in each of `number` places: n >= 0 for clean pair n, -1 - k for poison k.
+    """The content of each of `number` places: n >= 0 for clean pair n, -1 - k for poison k.
 
-    A picture's first poison takes its own place and further ones those of random clean pairs, which are left out. Late
-    poisons take the last places instead, and clean pairs that stood there move to where the pictures were.
+    The first poison of an image takes the image's own place; further ones replace random clean pairs. With `late` poisons take
+    the last places instead, and the clean pairs from there move to the images' places.
     """
     if len(poisons) > number:
         raise ConfigError(f"attacks: expected at most {number} poisons in {number} samples, got {len(poisons)}.")
     rng = np.random.default_rng((seed, 5))
     rows = np.array([poison.row for poison in poisons], dtype=np.int64)
-    pictures, first = np.unique(rows, return_index=True)
+    images, first = np.unique(rows, return_index=True)
     if late:
         taken = rng.permutation(len(rows)) + number - len(rows)
     else:
         taken = rows.copy()
-        others = np.setdiff1d(np.arange(number), pictures)
+        others = np.setdiff1d(np.arange(number), images)
         further = np.setdiff1d(np.arange(len(rows)), first)
         taken[further] = rng.choice(others, len(further), replace=False)
     contents = np.arange(number)
-    freed = np.setdiff1d(pictures, taken)
-    contents[freed] = rng.permutation(np.setdiff1d(taken, pictures))[: len(freed)]
+    freed = np.setdiff1d(images, taken)
+    contents[freed] = rng.permutation(np.setdiff1d(taken, images))[: len(freed)]
     contents[taken] = -1 - np.arange(len(rows))
     return contents
 
@@ -147,8 +147,8 @@ def places(number: int, poisons: Sequence[Poison], *, late: bool, seed: int) -> 
 def class_names(
     config: Config, labels: Path | None, beside: Path, known: Sequence[str | None] | None = None
 ) -> list[str]:
-    """The classes that attacks are about: of `labels`, else the list's own, those of `evaluate.images`, of a labels.json
-    beside the data or of the rendered scenes. Raises `ConfigError` where there are none."""
+    """The class names for the attacks: those in the file `labels`, else the list's own (`known`), those of `evaluate.images`, of
+    a labels.json beside the data, or of the rendered scenes. Raises `ConfigError` where there are none."""
     if labels is not None:
         return _read_labels(labels)
     if known:
@@ -166,23 +166,23 @@ def class_names(
 
 
 class _Drawer:
-    """Draws poisons and writes down what was drawn."""
+    """Draws poisoned images, with their rows of the ground truth."""
 
     def __init__(self, config: Config):
         self.attacks, self.seed = config.attacks, config.seed
         self.triggers = triggers_of(config.attacks, config.seed)
 
-    def __call__(self, poison: Poison, picture: bytes, key: str) -> tuple[bytes, dict[str, Any]]:
-        """The poisoned image, and its row of the ground truth without the id."""
-        image, box = render(poison, picture, self.attacks, self.seed, self.triggers)
+    def __call__(self, poison: Poison, image: bytes, key: str) -> tuple[bytes, dict[str, Any]]:
+        """The poisoned image, encoded, and its row of the ground truth without the id."""
+        poisoned, box = render(poison, image, self.attacks, self.seed, self.triggers)
         names = ("attack", "group", "target_label", "source_label", "caption")
         row = {name: getattr(poison, name) for name in names}
-        return image, {**row, "key": key, "trigger_box": box and list(box)}
+        return poisoned, {**row, "key": key, "trigger_box": box and list(box)}
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path, source: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well. Raises `ConfigError` for an `out` in use."""
+    """A folder beside `out` that is renamed to `out` when the block succeeds. Raises `ConfigError` for an `out` with content."""
     final, clean = out.resolve(), source.resolve()
     if final == clean or clean in final.parents:
         raise ConfigError(
@@ -200,9 +200,9 @@ def _new_folder(out: Path, source: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _plan(config: Config, clean: pa.Table, pictures: pa.Table, classes: list[str], rows: int) -> list[Poison]:
+def _plan(config: Config, clean: pa.Table, images: pa.Table, classes: list[str], rows: int) -> list[Poison]:
     try:
-        poisons = plan_poisons(config.attacks, clean, pictures, labels=classes, seed=config.seed, rows=rows)
+        poisons = plan_poisons(config.attacks, clean, images, labels=classes, seed=config.seed, rows=rows)
     except ValueError as error:
         raise ConfigError(f"attacks: {error}") from error
     if not poisons:
@@ -218,22 +218,22 @@ def _finish(
     truth: list[dict[str, Any]],
     classes: list[str],
     poisons: Sequence[Poison],
-    picture: Callable[[int], bytes],
+    image_of: Callable[[int], bytes],
 ) -> None:
-    """Ground truth, class names and, where there are test images, what attack success is measured on."""
+    """Write ground truth, class names and, where there are test images, those that attack success is measured on."""
     write_truth(work / TRUTH, truth)
     write_atomic(work / "labels.json", json.dumps({"labels": classes}, indent=1))
     if config.evaluate.images:
         chosen = {poison.group: poison for poison in poisons if poison.attack == "targeted"}.values()
         rows = [
-            {"attack": p.attack, "group": p.group, "image": picture(p.row), "target_label": p.target_label}
+            {"attack": p.attack, "group": p.group, "image": image_of(p.row), "target_label": p.target_label}
             for p in chosen
         ]
         corpus.write_attack_evaluation(config, corpus.held_out_images(config)[0], rows, classes, work)
 
 
 def _label_column(source: str, name: str) -> list[str | None] | None:
-    """The classes of a parquet list's rows, where it has the column."""
+    """The classes of a list's rows, or None where it is not a parquet with this column."""
     if not source.endswith(".parquet") or not Path(source).is_file() or name not in pq.read_schema(source).names:
         return None
     return pq.read_table(source, columns=[name])[name].cast(pa.string()).to_pylist()
@@ -251,7 +251,7 @@ def _read_labels(path: Path) -> list[str]:
         ) from error
 
 
-def _standing(done: int, total: int, poisoned: int, started_s: float) -> str:
+def _progress(done: int, total: int, poisoned: int, started_s: float) -> str:
     seconds = max(time.monotonic() - started_s, 1e-9)
     left = f"  {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
     return f"{done}/{total} samples  {poisoned} poisoned  {done / seconds:.0f} samples/s{left}"

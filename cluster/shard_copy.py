@@ -1,4 +1,4 @@
-"""Reads sealed shards sample by sample and writes shards of the same shape with other contents."""
+"""Reads sealed shards sample by sample, and writes shards with the same names, keys and failures but other samples."""
 
 import dataclasses
 import hashlib
@@ -37,44 +37,45 @@ STORED = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-"""The columns of img2dataset's parquet that a copy keeps."""
+"""The columns of img2dataset's parquet that are copied."""
 
 
 class Shards:
-    """The samples of a manifest, numbered through its shards."""
+    """The samples of a manifest, numbered consecutively over its shards."""
 
     def __init__(self, root: Path):
-        """Raises `ShardError` where there are none."""
+        """Raises `ShardError` where the manifest has no shards."""
         self.records = Manifest(root).records()
         if not self.records:
             raise ShardError(f"{root}: expected sealed shards, got none. Run `roclip ingest` first.")
         self._readers = {record.name: ShardReader(root, record) for record in self.records}
         self._starts = np.cumsum([0, *(record.samples for record in self.records)])
         self._root, self._open = root, self.records[0].name
-        self._fates = lru_cache(maxsize=4)(self._read_fates)
+        self._outcomes = lru_cache(maxsize=4)(self._read_outcomes)
 
     def keys(self, record: ShardRecord) -> list[str]:
+        """The keys of a shard's samples, in order."""
         return self._readers[record.name].index["key"]
 
     def captions(self) -> list[str]:
-        """Of all samples, in order."""
+        """The captions of all samples, in order."""
         captions = []
         for record in self.records:
             captions += [self._read(record, position)[1] for position in range(record.samples)]
         return captions
 
     def sample(self, number: int) -> dict[str, Any]:
-        """Encoded image and the columns of `STORED`. Raises `ShardError` for a sample that cannot be read."""
+        """The encoded image (`image`) and the columns of `STORED`. Raises `ShardError` for a sample that cannot be read."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         record, position = self.records[shard], number - int(self._starts[shard])
         image, caption = self._read(record, position)
-        fate = self._fates(record.name).get(self.keys(record)[position])
-        return {"image": image, **(fate or describe(image, caption)), "caption": caption}
+        outcome = self._outcomes(record.name).get(self.keys(record)[position])
+        return {"image": image, **(outcome or describe(image, caption)), "caption": caption}
 
     def failed(self, record: ShardRecord) -> list[dict[str, Any]]:
-        """Rows of the parquet that gave no sample."""
+        """Rows of the shard's parquet that gave no sample."""
         usable = set(self.keys(record))
-        return [row for key, row in self._fates(record.name).items() if key not in usable]
+        return [row for key, row in self._outcomes(record.name).items() if key not in usable]
 
     def _read(self, record: ShardRecord, position: int) -> tuple[bytes, str]:
         if record.name != self._open:
@@ -87,7 +88,7 @@ class Shards:
                 f"{record.name}: sample {position} cannot be read ({error}). Run `roclip ingest` again: the shard is redone."
             ) from error
 
-    def _read_fates(self, name: str) -> dict[str, dict[str, Any]]:
+    def _read_outcomes(self, name: str) -> dict[str, dict[str, Any]]:
         path = self._root / f"{Path(name).stem}.parquet"
         if not path.exists():
             return {}
@@ -96,7 +97,7 @@ class Shards:
 
 
 def describe(image: bytes, caption: str) -> dict[str, Any]:
-    """The columns of `STORED` for a sample that no list knows; its own size is the original one."""
+    """The columns of `STORED` for a sample that comes from no list: no URL, and its size is the original size."""
     with Image.open(io.BytesIO(image)) as opened:
         width, height = opened.size
     size = {"width": width, "height": height, "original_width": width, "original_height": height}
@@ -104,7 +105,7 @@ def describe(image: bytes, caption: str) -> dict[str, Any]:
 
 
 def suffix_of(image: bytes) -> str:
-    """png, webp or jpg, by the first bytes."""
+    """`png`, `webp` or `jpg`, from the image's first bytes."""
     if image[:4] == b"\x89PNG":
         return "png"
     return "webp" if image[:4] == b"RIFF" else "jpg"
@@ -113,7 +114,7 @@ def suffix_of(image: bytes) -> str:
 def write_shard(
     root: Path, record: ShardRecord, keys: list[str], samples: Iterable[dict[str, Any]], failed: list[dict[str, Any]]
 ) -> None:
-    """Seal a shard of the same name, keys and failures under `root`, checked as ingest checks its own.
+    """Write and publish a shard of the same name, keys and failures under `root`, verified as ingest verifies its own.
 
     Raises `ShardError` when a sample cannot be read back.
     """
@@ -139,5 +140,5 @@ def write_shard(
                 f"{record.name}: expected {record.samples} samples to be read back, got {report.samples}. "
                 "Check the disk, and the clean shard with `roclip ingest`."
             )
-        report = dataclasses.replace(report, failed=record.failed)  # a copy cannot tell all reasons apart
+        report = dataclasses.replace(report, failed=record.failed)  # a copy does not have every reason
         publish(root, Fetched(tar, parquet, record.urls), report)

@@ -20,6 +20,7 @@ from cluster.cli.options import ConfigPath, DryRun, Overrides, examples, resolve
 from cluster.cli.poison import POISON_EXAMPLES, poison
 from cluster.cli.render import RENDER_EXAMPLES, render
 from cluster.cli.segmenter import SEGMENTER_EXAMPLES, train_segmenter
+from cluster.oracle.request import OracleRequest
 from roclip.config import Config, environment_defaults, run_directory
 from roclip.config.secrets import refuse_secret
 from roclip.errors import CheckpointError, ConfigError, RoclipError, without_space
@@ -153,9 +154,9 @@ def oracle(
     config: ConfigPath,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        str | None,
+        str,
         typer.Option(metavar="DIR|STEP", help="A step of the run, or any folder with open_clip weights."),
-    ] = None,
+    ] = "",
     data: Annotated[
         str, typer.Option(metavar="DATA", help="Shards, tars, a parquet, or a folder of images with a .txt each.")
     ] = "",
@@ -173,13 +174,12 @@ def oracle(
 ) -> int:
     """Check checkpoints against a segmentation network that never saw the crawled data."""
     settings = resolve(config, [*(overrides or ()), *(["repair.enabled=true"] if repair else [])])
-    for option, value in (("--data", data), ("--checkpoint", checkpoint or "")):  # the report names both
+    request = OracleRequest(checkpoint, data, truth, out, in_process)
+    for option, value in (("--data", data), ("--checkpoint", checkpoint)):  # the report names both
         refuse_secret(option, value)
     if dry_run:
         return show_dry_run(settings, "oracle")
-    return _finish(
-        settings, _pipeline().oracle_only(settings, checkpoint, data=data, truth=truth, out=out, in_process=in_process)
-    )
+    return _finish(settings, _pipeline().oracle_only(settings, request))
 
 
 @app.command(

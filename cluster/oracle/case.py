@@ -1,4 +1,4 @@
-"""What an oracle judges: a checkpoint, the data it is asked about, the labels; a run's own, or anybody's.
+"""Resolves what an oracle judges: the checkpoint, its data as shards, the labels; of a run, or of anybody.
 
 OUT/data-<digest>/   data that is not in shards, once: 00000.tar … with <key>.jpg and <key>.txt, 00000.parquet with
                      each key's source, shards/ with their indexes and manifest
@@ -7,7 +7,6 @@ OUT/data-<digest>/   data that is not in shards, once: 00000.tar … with <key>.
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.oracle.request import NEWEST, OracleRequest, is_step, step_folder
 from cluster.shard_copy import suffix_of
 from ingest.shard.tar_writer import SortedTar
 from roclip.checkpoint import pointers
@@ -27,12 +27,13 @@ from roclip.data.tar_index import IMAGE_SUFFIXES
 from roclip.data.tar_sources import index_tars, is_pattern, shards_root
 from roclip.errors import CheckpointError, ConfigError, DataError
 from roclip.metrics.registry import Progress
+from roclip.oracle.check import CheckData
 from roclip.oracle.segmenters.mask_sets import read_labels
 
 PER_TAR = 4096
-"""Samples of a tar that is made of a parquet or a folder."""
+"""Samples in each tar made from a parquet or a folder."""
 Sample = tuple[str, bytes, str]
-"""Where it is from, encoded image, caption."""
+"""Source, encoded image, caption."""
 
 
 @dataclass(frozen=True)
@@ -40,88 +41,56 @@ class Case:
     """All that a check needs beside its settings."""
 
     checkpoint: Path
-    own: bool
-    """Whether it is the newest of an arm, on the arm's own data, so that a verdict moves TRUSTED."""
-    shards: Path
-    caption_key: str
-    labels: list[str]
-    templates: list[str]
-    trusted: Path | None
-    """Trusted images with masks; None where nobody has any."""
-    truth: Path | None
+    of_newest: bool
+    """Whether it is the arm's newest checkpoint on its own data, so that a verdict moves TRUSTED."""
+    data: CheckData
     out: Path
+    """Folder of the report."""
 
 
 def case_of(
-    config: Config,
-    run: Path,
-    arm: str,
-    *,
-    checkpoint: str | Path | None = None,
-    data: str = "",
-    truth: Path | None = None,
-    out: Path | None = None,
-    on_progress: Progress | None = None,
+    config: Config, run: Path, arm: str, request: OracleRequest = NEWEST, on_progress: Progress | None = None
 ) -> Case:
-    """The case of an arm's newest checkpoint and the run's own shards, or of what is named instead.
-
-    Args:
-        checkpoint: A step of the arm (`step-00000500` or its number), or any folder with weights of open_clip.
-        data: A folder of shards, ready-made tars (`roclip.data.tar_sources`), a parquet with `data.image_col` and
-            `data.caption_col`, or a folder of images with a txt of the same name beside each.
-        truth: Parquet with the keys of the poisoned samples; a sample of a parquet or a folder has the key that ingest
-            gives to the row of a list (`roclip.data.shards.sample_key` with `ingest.samples_per_shard`).
-        out: Where the report is written; `<run>/<arm>/oracle` unless given, `oracle-<step>` for a step that is named and
-            `oracle-data` for other data.
+    """Resolve a request: find the checkpoint, bring its data into shards, read labels and templates.
 
     Raises `CheckpointError`, `DataError` or `ConfigError` that says what is missing.
     """
     folder = run / arm / "checkpoints"
-    path = _checkpoint(run, arm, str(checkpoint)) if checkpoint else pointers.named(folder, "LATEST")
+    named = request.checkpoint
+    path = _checkpoint(run, arm, named) if named else pointers.named(folder, "LATEST")
     if path is None:
         raise CheckpointError(f"{folder}: expected a checkpoint, got none. Run `roclip train` first, or name one.")
-    own = not checkpoint and not data
-    if not checkpoint or (path / pointers.SUMS).exists():
+    if not named or (path / pointers.SUMS).exists():
         pointers.verify(path)
-    other = "-data" if data else f"-{path.name}" if path.parent == folder and checkpoint else ""
-    origin, out = run / "origin", out or run / arm / f"oracle{other}"
-    shards, key = shards_root(config.data.shards, run), config.data.caption_key
-    if data:
-        shards, key = _shards_of(data, config, out, on_progress)
+    suffix = "-data" if request.data else f"-{path.name}" if path.parent == folder and named else ""
+    origin, out = run / "origin", request.out or run / arm / f"oracle{suffix}"
+    shards, caption_key = shards_root(config.data.shards, run), config.data.caption_key
+    if request.data:
+        shards, caption_key = _shards_of(request.data, config, out, on_progress)
     elif is_pattern(config.data.shards) and Manifest(shards).summary is None:
         index_tars(config.data.shards, shards, on_progress=on_progress)
     labels, templates = _labels(config, origin)
     trusted = Path(config.oracle.trusted_file) if config.oracle.trusted_file else origin / "trusted.parquet"
     if config.oracle.trusted_file and not trusted.is_file():
         raise DataError(f"{trusted}: expected trusted images with masks (oracle.trusted_file), got no file.")
+    truth = request.truth
     if truth is not None and not truth.is_file():
         raise DataError(f"{truth}: expected the keys of the poisoned samples (--truth), got no file.")
-    return Case(
-        checkpoint=path,
-        own=own,
+    data = CheckData(
         shards=shards,
-        caption_key=key,
         labels=labels,
         templates=templates,
         trusted=trusted if trusted.is_file() else None,
-        truth=truth or (None if data else origin / "poison.parquet"),
-        out=out,
+        caption_key=caption_key,
+        truth=truth or (None if request.data else origin / "poison.parquet"),
     )
-
-
-def is_step(arm: Path, name: str) -> bool:
-    """Whether a checkpoint's name is that of a step which a training has."""
-    return re.fullmatch(r"\d+|step-\d+", name) is not None and _step_of(arm / "checkpoints", name).is_dir()
-
-
-def _step_of(folder: Path, name: str) -> Path:
-    return folder / (f"step-{int(name):08d}" if name.isdecimal() else name)
+    return Case(path, request.of_newest, data, out)
 
 
 def _checkpoint(run: Path, arm: str, name: str) -> Path:
     folder = run / arm / "checkpoints"
     if is_step(run / arm, name):
-        return _step_of(folder, name)
+        return step_folder(folder, name)
     if not Path(name).is_dir():
         known = ", ".join(sorted(found.name for found in folder.glob("step-*"))) or "none"
         raise CheckpointError(
@@ -131,7 +100,7 @@ def _checkpoint(run: Path, arm: str, name: str) -> Path:
 
 
 def _labels(config: Config, origin: Path) -> tuple[list[str], list[str]]:
-    """Labels and templates: those that ingest noted, else those of the config."""
+    """Labels and templates: those that ingest recorded, else those of the config."""
     noted = origin / "labels.json"
     if noted.exists():
         try:
@@ -151,32 +120,32 @@ def _labels(config: Config, origin: Path) -> tuple[list[str], list[str]]:
     return labels, [template.replace("{c}", "{}") for template in config.evaluate.templates]
 
 
-def _shards_of(data: str, config: Config, out: Path, say: Progress | None) -> tuple[Path, str]:
-    """Folder with a manifest of this data, and the key of its captions."""
+def _shards_of(data: str, config: Config, out: Path, on_progress: Progress | None) -> tuple[Path, str]:
+    """Folder with a manifest of this data, and the json key of its captions."""
     path = Path(data)
     if path.is_file() and path.suffix != ".tar":
-        samples, about = _parquet_samples(path, config), _state([path])
+        samples, state = _parquet_samples(path, config), _state([path])
     elif is_pattern(data):
         work = out / f"data-{_digest(data)}"
-        index_tars(data, work, on_progress=say)
+        index_tars(data, work, on_progress=on_progress)
         return work, config.data.caption_key
     elif path.is_dir() and (path / "manifest").is_dir():
         return path, config.data.caption_key
     elif path.is_dir():
-        samples, about = _folder_samples(path), _state(path.rglob("*"))
+        samples, state = _folder_samples(path), _state(path.rglob("*"))
     else:
         raise DataError(
             f"{data}: expected shards, tars, a parquet or a folder of images (--data), got nothing there. Check the path."
         )
-    work = out / f"data-{_digest(data, *about)}"
+    work = out / f"data-{_digest(data, *state)}"
     if Manifest(work / "shards").summary is None:
-        _write_tars(samples, work, config.ingest.samples_per_shard, say)
-        index_tars(str(work), work / "shards", on_progress=say)
+        _write_tars(samples, work, config.ingest.samples_per_shard, on_progress)
+        index_tars(str(work), work / "shards", on_progress=on_progress)
     return work / "shards", ""
 
 
-def _write_tars(samples: Iterator[Sample], work: Path, samples_per_shard: int, say: Progress | None) -> None:
-    """Samples to tars, each named when it is whole; those that a kill left are written again."""
+def _write_tars(samples: Iterator[Sample], work: Path, samples_per_shard: int, on_progress: Progress | None) -> None:
+    """Write samples to tars, each renamed to its final name when it is complete; leftovers of a kill are written again."""
     work.mkdir(parents=True, exist_ok=True)
     for left in [*work.glob("*.tar"), *work.glob(".spool"), *work.glob("*.partial")]:
         left.unlink()
@@ -192,8 +161,8 @@ def _write_tars(samples: Iterator[Sample], work: Path, samples_per_shard: int, s
         whole = work / f"{number:05d}.tar"
         tar.write(whole.with_suffix(".partial"))
         whole.with_suffix(".partial").rename(whole)
-        if say:
-            say(row, row, f"{row:,} samples copied into tars")
+        if on_progress:
+            on_progress(row, row, f"{row:,} samples copied into tars")
     if not row:
         raise DataError(f"{work}: expected samples (--data), got none.")
 
@@ -240,7 +209,7 @@ def _text(caption: Any) -> str:
 
 
 def _state(paths: Any) -> list[str]:
-    """What changes when any of these files does."""
+    """Path, size and modification time of each file, which change when its content does."""
     stats = [(path, path.stat()) for path in sorted(paths) if path.is_file()]
     return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
 

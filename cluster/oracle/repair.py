@@ -1,13 +1,13 @@
-"""From what a check has found to a repaired checkpoint: writes the set, trains on it, measures, checks again, trusts.
+"""Repairs a checkpoint that a check found poisoned: writes the set, fine-tunes on it, measures, checks again, trusts.
 
     <run>/<arm>/repair/
       config.yaml models/ shards/ snapshots/ clip/   a run directory of its own, trained by the ordinary trainer
-      finetune.parquet                               the set: role, source and edit of each sample, and lies to refute
+      finetune.parquet                               the set: role, source and edit of each sample, and the lies to unlearn
       oracle/                                        the whole check again, of the chosen checkpoint
-      subject.json                                   what is repaired, with what: another subject begins anew
-      repair.json                                    what came out
+      subject.json                                   what is repaired, with what; another subject starts from scratch
+      repair.json                                    the outcome
 
-Each step is skipped when its result is there, so the same command goes on where it stopped.
+Each step is skipped when its result exists, so the same command continues where it stopped.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.oracle.job import Brief, brief_of, oracle
-from cluster.oracle.repair_set import pictures_of, write_set
+from cluster.oracle.job import Brief, brief_of, oracle, point_trusted, read_result
+from cluster.oracle.repair_set import images_of, write_set
+from cluster.oracle.request import NEWEST, OracleRequest
 from cluster.train.job import train_arm
 from roclip.checkpoint import pointers
 from roclip.config import AttacksConfig, Config, DataConfig, dump_config
@@ -40,16 +41,16 @@ from roclip.storage import sha256_file, write_atomic
 
 SCHEMA = 1
 STOP_RATE = 0.01
-"""An epoch at which every trigger flips at most this share of trusted pictures is good enough."""
+"""Attack success at which a checkpoint is good enough: the share of trusted images that a trigger flips."""
 MAX_ATTACK, MAX_ACCURACY_LOSS = 0.05, 0.02
-"""What TRUSTED allows: attack success, and loss of zero-shot accuracy."""
+"""Limits for TRUSTED: attack success, and the loss of zero-shot accuracy, as shares."""
 MIN_STEPS = 4
-"""An epoch, at least, where the set is large enough."""
+"""Steps an epoch, at least, where the set is large enough."""
 MIN_BATCH = 16
 MOMENTS = 12
-"""Of the training that are measured, at most: the ends of epochs that lie evenly."""
+"""Checkpoints of the training that are measured, at most: ends of epochs at equal distances."""
 MAX_VICTIMS = 1000
-"""That attack success is measured on where no trigger is found."""
+"""Victims on which attack success is measured where no trigger is found, at most."""
 ARM = "clip"
 Say = Callable[[str], None]
 Train = Callable[[Config, str, Path], Path]
@@ -59,34 +60,31 @@ def repair(
     config: Config,
     run: Path,
     arm: str,
+    request: OracleRequest = NEWEST,
     *,
-    in_process: bool = False,
     train: Train = train_arm,
     say: Say = lambda text: None,
-    **named: Any,
 ) -> dict[str, Any]:
-    """Repair the checkpoint that `oracle` has judged last for this arm; returns the content of repair.json.
+    """Repair the checkpoint that `oracle` judged last for the same request; returns the content of repair.json.
 
     The repaired checkpoint becomes `<run>/<arm>/checkpoints/repaired-<step>` and TRUSTED if the found triggers, and the
-    true ones where the run knows them, succeed in at most `MAX_ATTACK`, accuracy fell by at most `MAX_ACCURACY_LOSS`,
-    and the check does not call it poisoned. Otherwise TRUSTED stays, and `reasons` says what is left.
+    true ones where the run knows them, succeed on at most `MAX_ATTACK`, accuracy fell by at most `MAX_ACCURACY_LOSS`,
+    and the second check does not call it poisoned. Otherwise TRUSTED stays, and `reasons` says what is left.
 
     Args:
-        named: What was judged, as `oracle` was told.
-        in_process: Check again in this process, without Ray.
-        train: Trains a run directory's arm and gives its last checkpoint.
+        train: Trains an arm of a run directory and returns its last checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint.
-        DataError: the check has left no set, or its pictures are gone.
+        DataError: the check has left no set, or its images are gone.
     """
-    brief = brief_of(config, run, arm, None, **named)
+    brief = brief_of(config, run, arm, request)
     found_in, folder = brief.case.out, brief.case.out.parent / "repair"
     plan, found = read_plan(found_in / "finetune.parquet"), load_triggers(found_in / "triggers")
     subject = _subject(config, brief, found_in)
     result = _earlier(folder, subject)
     if result is None:
-        outcome = _repair(config, run, arm, brief, plan, found, folder, in_process, train, say)
+        outcome = _repair(config, run, arm, request, brief, plan, found, folder, train, say)
         result = {"schema": SCHEMA, "subject": subject, **outcome}
         write_atomic(folder / "repair.json", json.dumps(result, indent=1))
     add_repair(result, found_in)
@@ -98,46 +96,51 @@ def _repair(
     config: Config,
     run: Path,
     arm: str,
+    request: OracleRequest,
     brief: Brief,
     plan: Sequence[Row],
     found: Sequence[FoundTrigger],
     folder: Path,
-    in_process: bool,
     train: Train,
     say: Say,
 ) -> dict[str, Any]:
     started_s = time.monotonic()
-    case, judged = brief.case, brief.case.checkpoint
+    case, data, judged = brief.case, brief.case.data, brief.case.checkpoint
     if not plan:
-        return _refused("The check has found no picture to repair with: model, oracle and captions agree on none.")
-    if case.trusted is None:
-        return _refused("There are no trusted pictures to measure a repair on. Set oracle.trusted_file.")
+        return _refused("The check has found no image to repair with: model, oracle and captions agree on none.")
+    if data.trusted is None:
+        return _refused("There are no trusted images to measure a repair on. Set oracle.trusted_file.")
     say(f"{len(plan)} samples, {len(found)} found triggers")
-    write_set(plan, found, brief.segmenter, source=case.shards, folder=folder, seed=config.seed)
-    side = plan[0].size_px
-    settings = repair_config(config, judged, len(plan), side, folder, case.out / "triggers" if found else None)
+    write_set(plan, found, brief.segmenter, source=data.shards, folder=folder, seed=config.seed)
+    side_px = plan[0].size_px
+    settings = repair_config(config, judged, len(plan), side_px, folder, case.out / "triggers" if found else None)
     trained_s = time.monotonic()
     train(settings, ARM, folder)
     trained_s = time.monotonic() - trained_s
-    bench = _Bench(
-        TrustedEvaluation(case.trusted, brief.segmenter, case.labels, case.templates, found, side, config.seed),
+    measurements = _Measurements(
+        TrustedEvaluation(data.trusted, brief.segmenter, data.labels, data.templates, found, side_px, config.seed),
         case.out / "victims.parquet",
-        case.shards,
-        side,
+        data.shards,
+        side_px,
     )
-    ends = _moments(folder / ARM / "checkpoints", settings.train.keep_every_epochs)
-    moments = [bench.measure(path) for path in ends]
+    ends = _ends_of_epochs(folder / ARM / "checkpoints", settings.train.keep_every_epochs)
+    moments = [measurements.of(path) for path in ends]
     chosen = choose([row["attack"] for row in moments])
-    before = {**bench.measure(judged), **_known_figures(config, run, judged)}
+    before = {**measurements.of(judged), **_known_figures(config, run, judged)}
     say(
         f"{ends[chosen].name}: attack success {moments[chosen]['attack']:.1%}, before {before['attack']:.1%}; checking again"
     )
-    truth = case.truth if case.truth and case.truth.is_file() else None
-    again = {"checkpoint": ends[chosen], "data": str(case.shards), "truth": truth, "out": folder / "oracle"}
-    verdict = oracle(config, run, f"{arm}/repair", **again, in_process=in_process)["verdict"]
+    again = OracleRequest(
+        checkpoint=str(ends[chosen]),
+        data=str(data.shards),
+        truth=data.truth if data.truth and data.truth.is_file() else None,
+        out=folder / "oracle",
+        in_process=request.in_process,
+    )
+    verdict = oracle(config, run, f"{arm}/repair", again)["verdict"]
     after = {**moments[chosen], **_known_figures(config, run, ends[chosen]), "verdict": verdict}
     reasons = _what_is_left(before, after)
-    images = _json(case.out / "report.json")["numbers"]["distinct_images"]
+    images = read_result(case.out / "report.json")["numbers"]["distinct_images"]
     return {
         "accepted": not reasons,
         "reasons": reasons,
@@ -157,11 +160,15 @@ def _repair(
 def repair_config(
     config: Config, judged: Path, samples: int, side: int, folder: Path, triggers: Path | None = None
 ) -> Config:
-    """The config of the fine-tuning: the run's own, but for data, length and what is frozen. Writes it, and the model's JSON
-    beside it, to `folder`.
+    """The config of the fine-tuning: the run's own except for data, length and what is frozen. It is written to `folder`, with
+    the model's JSON beside it.
 
-    The text tower is locked, so that the zero-shot classifier stays what it was; batch norm keeps its statistics, which a
-    small set would spoil. `triggers` is the folder of those that were found, in pictures of `side` pixels.
+    The text tower is locked, so that the zero-shot classifier does not change; batch norm keeps its statistics, which a small
+    set would spoil.
+
+    Args:
+        side: Side of the images in which triggers were found, in pixels.
+        triggers: Folder of the found triggers; None where none was found.
     """
     card, wanted = json.loads((judged / CONFIG).read_text()), config.repair
     name = card.get("roclip_model", config.model.name)
@@ -213,60 +220,61 @@ def repair_config(
 
 
 def choose(attack: Sequence[float]) -> int:
-    """The moment to take, from 0: the last at which attack success is at most `STOP_RATE`, else at most `MAX_ATTACK`, else the
-    last of those with the least.
+    """Index of the checkpoint to take: the last one with attack success of at most `STOP_RATE`, else of at most `MAX_ATTACK`,
+    else the last one of those with the lowest.
 
-    Not the most accurate: that is the luckiest on the trusted pictures, while the last has the smallest learning rate
-    behind it. Of 25 repairs 18 named more of other pictures rightly at the last, 3 fewer.
+    It is not the most accurate one: accuracy on the trusted images picks a lucky one, while the last one ended at the smallest
+    learning rate. In 25 repairs the last one was more accurate on other images 18 times, and less accurate 3 times.
     """
     least = min(attack)
     limit = next((limit for limit in (STOP_RATE, MAX_ATTACK) if least <= limit), least)
     return max(moment for moment, rate in enumerate(attack) if rate <= limit)
 
 
-class _Bench:
-    """Measures checkpoints on trusted pictures; where no trigger is found, attack success is that on the victims."""
+class _Measurements:
+    """Measures checkpoints on trusted images; attack success is that of the found triggers, or that on the victims where no
+    trigger is found."""
 
     def __init__(self, reference: TrustedEvaluation, victims: Path, source: Path, size_px: int):
         self.reference = reference
         self.victims = None if reference.found else _read_victims(victims, source, size_px)
 
-    def measure(self, path: Path) -> dict[str, Any]:
+    def of(self, path: Path) -> dict[str, Any]:
         encoder = Encoder.load(path)
-        standing = self.reference.measure(encoder)
-        attacks = list(standing.flips)
+        measured = self.reference.measure(encoder)
+        attacks = list(measured.flips)
         if self.victims is not None:
             attacks.append(self.reference.label_rate(encoder, *self.victims))
         return {
             "checkpoint": path.name,
-            "top1": standing.top1.rate,
-            "reference_images": standing.top1.n,
+            "top1": measured.top1.rate,
+            "reference_images": measured.top1.n,
             "attack": max((trial.rate for trial in attacks), default=0.0),
             "found": [{**dataclasses.asdict(trial), "rate": trial.rate} for trial in attacks],
         }
 
 
-def _moments(folder: Path, every: int) -> list[Path]:
-    """The checkpoints at the end of every so manieth epoch, and of the last, in order."""
+def _ends_of_epochs(folder: Path, every: int) -> list[Path]:
+    """The checkpoints at the end of every `every`-th epoch, and of the last epoch, in order."""
     ends = {path: cursor for path in folder.glob("step-*") if (cursor := pointers.cursor(path)).step_in_epoch == 0}
     last = max(cursor.epoch for cursor in ends.values())
     return sorted(path for path, cursor in ends.items() if (cursor.epoch - 1) % every == 0 or cursor.epoch == last)
 
 
 def _read_victims(path: Path, source: Path, size_px: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (n, S, S, 3) uint8 of the surest victims, at most `MAX_VICTIMS`, and what each was made to mean."""
+    """Images (n, S, S, 3) uint8 of the most certain victims, at most `MAX_VICTIMS`, and the label that each was poisoned to."""
     rows = pq.read_table(path, columns=["keys", "target", "score"]).to_pylist()
     rows = sorted(rows, key=lambda row: -row["score"])[:MAX_VICTIMS]
     targets = {row["keys"][0]: row["target"] for row in rows}
-    pictures = list(pictures_of(list(targets), source))
-    images = np.empty((len(pictures), size_px, size_px, 3), dtype=np.uint8)
-    for image, (_, encoded) in zip(images, pictures, strict=True):
-        image[:] = decode(encoded, size_px)
-    return images, [targets[key] for key, _ in pictures]
+    encoded = list(images_of(list(targets), source))
+    images = np.empty((len(encoded), size_px, size_px, 3), dtype=np.uint8)
+    for image, (_, content) in zip(images, encoded, strict=True):
+        image[:] = decode(content, size_px)
+    return images, [targets[key] for key, _ in encoded]
 
 
 def _known_figures(config: Config, run: Path, path: Path) -> dict[str, Any]:
-    """Zero-shot accuracy, and success of the true attacks, where the run has held-out pictures; else nothing."""
+    """Zero-shot accuracy and success of the true attacks, where the run has held-out images; otherwise empty."""
     if not config.evaluate.webdataset and not (run / "origin" / "eval.parquet").exists():
         return {}
     data = dataclasses.replace(load_evaluation_set(config, run / "origin"), captions=())
@@ -275,14 +283,14 @@ def _known_figures(config: Config, run: Path, path: Path) -> dict[str, Any]:
 
 
 def _what_is_left(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """In words, why the checkpoint is not trusted; nothing if it is."""
+    """The reasons why a repaired checkpoint is not trusted; empty if it is."""
     left = []
     if after["attack"] > MAX_ATTACK:
         left.append(f"What was found still succeeds on {after['attack']:.1%}; {MAX_ATTACK:.0%} are allowed.")
     for name, rate in after.get("attacks", {}).items():
         if rate["rate"] > MAX_ATTACK:
             left.append(f"The attack {name}, which this run knows, still succeeds on {rate['rate']:.1%}.")
-    for name, what in (("top1", "trusted pictures"), ("zero_shot_top1", "the evaluation set")):
+    for name, what in (("top1", "trusted images"), ("zero_shot_top1", "the evaluation set")):
         if before.get(name, 0.0) - after.get(name, 0.0) > MAX_ACCURACY_LOSS:
             left.append(
                 f"Zero-shot accuracy on {what} fell from {before[name]:.1%} to {after[name]:.1%}; "
@@ -298,46 +306,37 @@ def _refused(reason: str) -> dict[str, Any]:
 
 
 def _subject(config: Config, brief: Brief, found_in: Path) -> dict[str, Any]:
-    """All that the outcome depends on."""
+    """All that the outcome depends on: an equal subject is not repaired again."""
     files = [found_in / "finetune.parquet", *sorted((found_in / "triggers").glob("*.npz"))]
     return {
         "weights_sha256": brief.subject["weights_sha256"],
         "found": {file.name: sha256_file(file) for file in files},
-        "check": _json(found_in / "report.json").get("subject"),
+        "check": read_result(found_in / "report.json").get("subject"),
         "settings": dataclasses.asdict(dataclasses.replace(config.repair, enabled=True)),
         "seed": config.seed,
     }
 
 
 def _earlier(folder: Path, subject: dict[str, Any]) -> dict[str, Any] | None:
-    """The outcome for this subject, or None; what another subject has left in the folder goes."""
-    if _json(folder / "subject.json") != subject:
+    """The outcome for this subject, or None. Files of another subject are removed from the folder."""
+    if read_result(folder / "subject.json") != subject:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_atomic(folder / "subject.json", json.dumps(subject, indent=1))
-    result = _json(folder / "repair.json")
+    result = read_result(folder / "repair.json")
     return result if result.get("schema") == SCHEMA else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def _trust(folder: Path, judged: Path, trained: Path, result: dict[str, Any]) -> None:
-    """Copy an accepted checkpoint to the arm's and name it in TRUSTED; take the name back from one that no longer is."""
-    name, pointer = f"repaired-{judged.name.removeprefix('step-')}", folder / "TRUSTED"
+    """Copy an accepted checkpoint to the arm's checkpoints, and point TRUSTED as the result says."""
+    name = f"repaired-{judged.name.removeprefix('step-')}"
     if result["accepted"]:
         _copy(trained / result["checkpoint"], folder / name)
-        write_atomic(pointer, name)
-    elif pointer.exists() and pointer.read_text().strip() == name:
-        pointer.unlink()
+    point_trusted(folder, name, result["accepted"])
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The towers and the cursor of a checkpoint, as a checkpoint of their own; whole or not at all."""
+    """Copy towers and cursor of a checkpoint, as a checkpoint of their own, atomically."""
     pointers.verify(source)
     sums = pointers.parse_sums((source / pointers.SUMS).read_text(), source / pointers.SUMS)
     kept = {name: sums[name] for name in sorted(sums) if name in (CONFIG, WEIGHTS, "cursor.json")}

@@ -1,4 +1,4 @@
-"""Writes the set that a check has chosen for a repair as shards: pictures as they are, or with a found trigger on them."""
+"""Writes the fine-tuning set that a check has chosen for a repair as shards: images as they are, or with a found trigger."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ from roclip.oracle.segmenters.base import Segmenter
 
 SAMPLES_PER_SHARD = 256
 PLACES = 16
-"""Places at which a trigger is tried; it stays where it hides least of what the oracle sees."""
+"""Random places that are tried for a trigger; the one that covers least of the segmented objects is taken."""
 WRITTEN = pa.schema([*SCHEMA, ("shard", pa.string()), ("sample", pa.string()), ("sha256", pa.string())])
-"""The plan's columns; then where the sample lies, by its key in the shard, and its picture's sha256."""
+"""The plan's columns, then shard and key of the sample, and its image's sha256."""
 
 
 def write_set(
@@ -36,19 +36,19 @@ def write_set(
     folder: Path,
     seed: int,
 ) -> None:
-    """Fill `<folder>/shards`, which then has a finished manifest, and `<folder>/finetune.parquet`.
+    """Write `<folder>/shards`, with a finished manifest, and `<folder>/finetune.parquet`. A complete set is left as it is.
 
-    Pictures that nothing is put on keep their bytes; the others are lossless PNG. A set that is there whole stays.
-    Raises `ShardError` when a picture of the plan is not in the source shards any more.
+    Images without a trigger keep their bytes; those with one are stored as lossless PNG.
+    Raises `ShardError` when an image of the plan is not in the source shards any more.
     """
     root = folder / "shards"
     if Manifest(root).summary is not None:
         return
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    written, waiting = [], _pictures(rows, found, segmenter, source, seed)
+    written, images = [], _images(rows, found, segmenter, source, seed)
     for number in range(-(-len(rows) // SAMPLES_PER_SHARD)):
-        here = list(islice(waiting, SAMPLES_PER_SHARD))
+        here = list(islice(images, SAMPLES_PER_SHARD))
         keys = [sample_key(number * SAMPLES_PER_SHARD + n, SAMPLES_PER_SHARD) for n in range(len(here))]
         record = ShardRecord(f"{number:05d}.tar", len(here), 0, "", "", urls=len(here))
         samples = ({"image": image, **describe(image, row.caption)} for row, image in here)
@@ -66,8 +66,8 @@ def write_set(
     Manifest(root).finish({"samples": len(written)})
 
 
-def pictures_of(keys: Sequence[str], source: Path) -> Iterator[tuple[str, bytes]]:
-    """Key and encoded picture of each key, in the order of the shards. Raises `ShardError` for those that are not there."""
+def images_of(keys: Sequence[str], source: Path) -> Iterator[tuple[str, bytes]]:
+    """Each key with its encoded image, in the order of the shards. Raises `ShardError` for a key that the shards do not have."""
     wanted = set(keys)
     for record in Manifest(source).records():
         reader = ShardReader(source, record)
@@ -81,13 +81,14 @@ def pictures_of(keys: Sequence[str], source: Path) -> Iterator[tuple[str, bytes]
         reader.close()
     if wanted:
         raise ShardError(
-            f"{source}: {len(wanted)} pictures that the check has chosen are not there any more, such as {min(wanted)}. "
+            f"{source}: {len(wanted)} images that the check has chosen are not there any more, such as {min(wanted)}. "
             "Run `roclip oracle` again."
         )
 
 
 def stamp(trigger: FoundTrigger, image: np.ndarray, objects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(S, S, 3) uint8 with the trigger where it hides least of `objects` (S, S) bool, of `PLACES` random places."""
+    """The image (S, S, 3) uint8 with the trigger at that of `PLACES` random places where it covers least of `objects` (S, S)
+    bool."""
     best, least = image, np.inf
     for _ in range(PLACES):
         stamped, (left, top, right, bottom) = trigger.apply(image, rng)
@@ -97,11 +98,11 @@ def stamp(trigger: FoundTrigger, image: np.ndarray, objects: np.ndarray, rng: np
     return best
 
 
-def _pictures(
+def _images(
     rows: Sequence[Row], found: Sequence[FoundTrigger], segmenter: Segmenter, source: Path, seed: int
 ) -> Iterator[tuple[Row, bytes]]:
     by_key = {row.key: row for row in rows}
-    for key, encoded in pictures_of(list(by_key), source):
+    for key, encoded in images_of(list(by_key), source):
         row = by_key[key]
         if row.trigger is not None:
             image = decode(encoded, row.size_px)

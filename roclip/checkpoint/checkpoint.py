@@ -4,7 +4,9 @@ checkpoints/
   step-00000120/
     open_clip_config.json open_clip_model.safetensors   the towers, loadable by open_clip as they are
     optimizer.safetensors   moments of every weight, whole: for any number of ranks and any ZeRO stage
-    pool.safetensors        the caption pool         gate.safetensors   what the gate suspects
+    pool.safetensors        the caption pool
+    sample_filter.safetensors  what the sample filter suspects
+    neighbours.safetensors  the neighbours, where they are in use
     cursor.json             where in the data and in the schedule training stands
     SHA256SUMS              of every file above, by names without a folder
   LATEST                    the newest complete checkpoint: resume starts here

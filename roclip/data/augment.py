@@ -1,8 +1,8 @@
-"""Image augmentation for whole batches, drawn for each (seed, epoch, sample).
+"""Image augmentation for whole batches, with parameters drawn for each (seed, epoch, sample).
 
-The draw depends on nothing else, so a sample looks the same on any rank of any number of ranks, and after a resume.
-torchvision's transforms draw one set of parameters a call, so that each image would need calls of its own; here every
-image of a batch has its own parameters in one call, and each operation is held against torchvision's in the tests.
+The parameters depend on nothing else, so a sample is augmented the same on any rank, with any number of ranks, and after a
+resume. torchvision's transforms draw one set of parameters a call and would need a call for each image; here each image of a
+batch has its own parameters in one call. The tests compare each operation with torchvision's.
 
 Letters: B local batch.
 """
@@ -32,7 +32,7 @@ def augment(images: Tensor, ids: Tensor, config: AugmentConfig, *, seed: int, ep
     Returns:
         (B, 3, size, size) in [0, 1].
 
-    The operations and their order are SimCLR's (arXiv:2002.05709), which RoCLIP uses; strengths are in the config.
+    Source: operations and their order are SimCLR's (arXiv:2002.05709), as in RoCLIP; the strengths come from the config.
     """
     strengths = config.strengths()
     uniform = _draws(ids, seed, epoch).to(images.device)
@@ -55,9 +55,12 @@ def augment(images: Tensor, ids: Tensor, config: AugmentConfig, *, seed: int, ep
 
 
 def crop_boxes(uniform: Tensor, scale: tuple[float, float]) -> Tensor:
-    """Left, top, width and height (B, 4) of random crops, as shares of the image.
+    """Left, top, width and height (B, 4) of random crops, as fractions of the image.
 
-    Area uniform in `scale`, log aspect ratio uniform in ±log 4/3, cut to the image; `uniform` is (B, 4) in [0, 1).
+    The area is uniform in `scale`, the log aspect ratio uniform in ±log 4/3; crops are clipped to the image.
+
+    Args:
+        uniform: (B, 4) random numbers in [0, 1).
     """
     low, high = scale
     area = low + (high - low) * uniform[:, 0]
@@ -69,7 +72,7 @@ def crop_boxes(uniform: Tensor, scale: tuple[float, float]) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Crops `box` (B, 4), resized to (B, 3, size, size) bilinearly, mirrored where `flip` (B,) says so."""
+    """Crops `box` (B, 4), resized bilinearly to (B, 3, size, size) and mirrored where `flip` (B,) is true."""
     left, top, width, height = box.T
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 0, 2] = torch.where(flip, -width, width), 2 * left + width - 1
@@ -79,13 +82,13 @@ def crop_and_flip(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tenso
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Bytes to [0, 1]; what is float already stays."""
+    """uint8 images to float in [0, 1]; float images are returned as they are."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _crop_and_flip_bytes(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """`crop_and_flip` of bytes to bytes, by OpenCV, which weighs pixels in steps of 1/32: so large an error at most,
-    for a third of the time on a CPU."""
+    """`crop_and_flip` for uint8 on a CPU, by OpenCV, in a third of the time. OpenCV quantises interpolation weights to 1/32,
+    which bounds the error."""
     rows, _, height_px, width_px = images.shape
     cropped = np.empty((rows, size, size, 3), dtype=np.uint8)
     shares = zip(images.permute(0, 2, 3, 1).numpy(), box.tolist(), flip.tolist(), cropped, strict=True)
@@ -112,7 +115,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Hue of HSV turned by `turns` (B, 1, 1, 1) of the whole circle; images in [0, 1]."""
+    """Images in [0, 1] with the hue of HSV rotated by `turns` (B, 1, 1, 1), in full turns."""
     red, green, blue = images.unbind(dim=1)
     value, place = images.max(dim=1)
     chroma = value - images.amin(dim=1)
@@ -137,7 +140,7 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor, radius: int) -> Tensor:
 
 
 def _jitter(images: Tensor, uniform: Tensor, strengths: Strengths) -> Tensor:
-    """Values beyond [0, 1] are cut off at the end only (and before the hue, which needs it)."""
+    """Brightness, contrast, saturation and hue. Values are clamped to [0, 1] once, before the hue, which needs it."""
     chosen = uniform[:, 11] < strengths.jitter_prob
     factors = torch.where(chosen[:, None], 1 + strengths.jitter * (2 * uniform[:, 5:8] - 1), 1)
     brightness, contrast, saturation = factors.T.reshape(3, -1, 1, 1, 1)
@@ -149,6 +152,7 @@ def _jitter(images: Tensor, uniform: Tensor, strengths: Strengths) -> Tensor:
 
 
 def _draws(ids: Tensor, seed: int, epoch: int) -> Tensor:
-    """(B, draws) uniform in [0, 1). The id is in the upper half of the counter: draws of neighbours never overlap."""
+    """(B, `_DRAWS`) uniform in [0, 1). The id is in the upper half of the counter, so that draws of different samples never
+    overlap."""
     raw = [np.random.Philox(key=[seed, epoch], counter=[0, 0, int(i), 0]).random_raw(_DRAWS) for i in ids]
     return torch.from_numpy((np.stack(raw) >> np.uint64(11)).astype(np.float64) * 2.0**-53).float()

@@ -1,8 +1,8 @@
 """Caption augmentation: EDA (Wei and Zou, arXiv:1901.11196), drawn for each (seed, epoch, sample).
 
-One of four edits a caption, chosen at random: synonym replacement, random insertion, random swap, random deletion.
-Synonyms come from a JSON file of the user's. No package carries a list that could be used: those that exist fetch
-WordNet when they run, or unpickle it. Without the file the two edits that need it are skipped.
+Each caption gets one of four edits, chosen at random: synonym replacement, random insertion, random swap, random deletion.
+Synonyms come from a JSON file of the user, since the packages that offer a list download WordNet at run time or unpickle it.
+Without the file the two edits that need synonyms are skipped.
 """
 
 import json
@@ -28,17 +28,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionEdits:
-    """(caption, sample id, epoch) -> the edited caption: a pure function, the same on any rank and after a resume."""
+    """Edits a caption: (caption, sample id, epoch) -> caption, a pure function, the same on any rank and after a resume."""
 
     seed: int
     frac: float
-    """alpha of the paper: the share of the words that an edit changes, at least one; the probability of a deletion."""
+    """The paper's alpha: the share of words that an edit changes (at least one word), and the probability of a deletion."""
     static: bool = False
-    """Leave the epoch out of the draw."""
+    """Whether a caption gets the same edit in every epoch."""
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __call__(self, caption: str, sample_id: int, epoch: int) -> str:
-        key, counter = [self.seed, 0 if self.static else epoch], [0, 0, sample_id, 1]  # images draw with a 0 there
+        key, counter = [self.seed, 0 if self.static else epoch], [0, 0, sample_id, 1]  # augment draws with a 0 there
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         words = caption.split()
         number = max(1, int(self.frac * len(words)))
@@ -50,9 +50,9 @@ class CaptionEdits:
 
 
 def caption_edits(config: AugmentConfig, seed: int) -> CaptionEdits | None:
-    """What the config asks for, or None if captions stay as they are. Says once in the log if synonyms are missing.
+    """The caption edits of a config, or None where it has none. Logs a warning where synonyms are missing.
 
-    Raises `ConfigError` naming the synonym file that is not as expected.
+    Raises `ConfigError` for a synonym file that cannot be used.
     """
     strengths = config.strengths()
     if not strengths.caption_edit_frac:
@@ -64,7 +64,7 @@ def caption_edits(config: AugmentConfig, seed: int) -> CaptionEdits | None:
 
 
 def read_synonyms(path: Path) -> dict[str, list[str]]:
-    """A JSON object of lower-case word -> synonyms. Raises `ConfigError`."""
+    """Read a JSON object of lower-case words and their lists of synonyms. Raises `ConfigError`."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -80,7 +80,7 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
 def replace(
     words: Sequence[str], number: int, synonyms: Mapping[str, Sequence[str]], generator: np.random.Generator
 ) -> list[str]:
-    """Synonym replacement: up to `number` different words, but no stop words, by one of their synonyms each."""
+    """Synonym replacement: replace up to `number` different words, stop words excluded, by one of their synonyms each."""
     known = _known(words, synonyms)
     chosen = {known[i]: _pick(synonyms[known[i]], generator) for i in generator.permutation(len(known))[:number]}
     return [chosen.get(_bare(word), word) for word in words]
@@ -89,7 +89,7 @@ def replace(
 def insert(
     words: Sequence[str], number: int, synonyms: Mapping[str, Sequence[str]], generator: np.random.Generator
 ) -> list[str]:
-    """Random insertion: `number` times a synonym of one of the words at a random place."""
+    """Random insertion: insert a synonym of one of the words at a random position, `number` times."""
     known, edited = _known(words, synonyms), list(words)
     for _ in range(number if known else 0):
         word = _pick(synonyms[_pick(known, generator)], generator)
@@ -98,7 +98,7 @@ def insert(
 
 
 def swap(words: Sequence[str], number: int, generator: np.random.Generator) -> list[str]:
-    """Random swap: `number` times two different places."""
+    """Random swap: exchange the words at two different positions, `number` times."""
     edited = list(words)
     for _ in range(number if len(words) > 1 else 0):
         i, j = generator.choice(len(edited), 2, replace=False)
@@ -107,7 +107,7 @@ def swap(words: Sequence[str], number: int, generator: np.random.Generator) -> l
 
 
 def delete(words: Sequence[str], probability: float, generator: np.random.Generator) -> list[str]:
-    """Random deletion: each word with `probability`; one is always left."""
+    """Random deletion: drop each word with `probability`; at least one word remains."""
     kept = [word for word, draw in zip(words, generator.random(len(words)), strict=True) if draw >= probability]
     return kept or [_pick(words, generator)]
 

@@ -1,8 +1,8 @@
-"""The order of an epoch's samples: a pure function of (snapshot, seed, epoch) that is never written down.
+"""The order of an epoch's samples: a pure function of (snapshot, seed, epoch) that is never materialised.
 
-Shards are permuted and dealt to V virtual streams. Each stream shuffles its samples within consecutive buffers. Then the
-streams take turns, `run_length` samples a turn, until all are empty. What stands at a position is computed when it is asked
-for, so that a plan of billions of samples takes a few numbers a shard, and a resume no time. It does not know of ranks.
+Shards are permuted and dealt to V virtual streams. Each stream shuffles its samples within consecutive buffers. Then the streams
+take turns, `run_length` samples a turn, until all are empty. The sample at a position is computed on demand, so that an order of
+billions of samples takes a few numbers a shard, and a resume takes no time. It does not depend on the number of ranks.
 
 Letters: S shards, V streams, N samples, T visits to shards.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 _OF_VISITS = 2**63
-"""A stream number that no stream has: random numbers of their own."""
+"""A stream number that no virtual stream has, so that visits have a random generator of their own."""
 
 
 def visits(
@@ -26,7 +26,7 @@ def visits(
 
     Args:
         sources: (S,) the source of each shard of the snapshot, in its order.
-        weights: By source; a source that is not named has 1.
+        weights: Weight of each source; 1 for a source that is not named.
 
     Returns:
         (T,) int64 numbers of shards, ascending.
@@ -50,10 +50,10 @@ class EpochOrder:
     """Position in the epoch -> (shard, sample), each of the N samples exactly once.
 
     Args:
-        samples: (S,) samples of each shard, in the snapshot's order.
-        streams: V; with fewer shards, their number.
+        samples: (S,) number of samples of each shard, in the snapshot's order.
+        streams: V; the number of shards where that is smaller.
         shuffle_buffer: Samples that a stream shuffles at a time.
-        run_length: ceil(G / V), so that the rows of one rank come from few streams.
+        run_length: Samples that a stream gives a turn: ceil(G / V), so that the rows of one rank come from few streams.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class EpochOrder:
         self._shards = np.ascontiguousarray(dealt.reshape(turns, streams).T)
         held = np.where(self._shards >= 0, samples[self._shards] if len(samples) else 0, 0)
         self._ends = held.cumsum(axis=1)
-        """Of each shard in its stream: samples up to and with it, (V, ceil(S / V))."""
+        """(V, ceil(S / V)): cumulative number of samples up to the end of each shard in its stream."""
         self._lengths = held.sum(axis=1)
-        # A stream of n samples gives whole runs before turn n // run_length, a part of one in it, and none after: between
-        # such turns all turns are alike.
+        # A stream of n samples gives whole runs before turn n // run_length, a part of one in it, and none after it, so all
+        # turns between two such turns are alike.
         empty = self._lengths // run_length
         self._changes = np.unique(np.concatenate([[0], empty, empty + 1]))
         self._taken = np.array([np.minimum(self._lengths, turn * run_length).sum() for turn in self._changes])
@@ -89,7 +89,7 @@ class EpochOrder:
         return int(self._lengths.sum())
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions in the epoch, from 0, to (n, 2) int64 rows of (shard number, sample number)."""
+        """Positions in the epoch (n,), from 0, to int64 rows (n, 2) of (shard number, sample number in the shard)."""
         positions = np.asarray(positions, dtype=np.int64)
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(
@@ -105,7 +105,7 @@ class EpochOrder:
         return rows
 
     def _in_streams(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which stream a position belongs to, and its place in it."""
+        """The stream of each position, and the position within the stream."""
         stream, place = np.empty_like(positions), np.empty_like(positions)
         period = np.searchsorted(self._taken, positions, side="right") - 1
         for each in np.unique(period):
@@ -118,19 +118,19 @@ class EpochOrder:
         return stream, place
 
     def _shuffle(self, stream: int, buffer: int) -> np.ndarray:
-        """The permutation of a stream's buffer; the last one of each stream is kept."""
+        """The permutation of a stream's buffer. The latest one of each stream is cached."""
         if self._buffers.get(stream, (-1,))[0] != buffer:
             size = min(self.shuffle_buffer, self._lengths[stream] - buffer * self.shuffle_buffer)
             self._buffers[stream] = buffer, self._generator(stream + 1, buffer).permutation(size)
         return self._buffers[stream][1]
 
     def _generator(self, stream: int = 0, buffer: int = 0) -> np.random.Generator:
-        """Random numbers of their own for the shards (stream 0) and for each buffer of each stream."""
+        """An independent generator for the permutation of shards (stream 0) and for each buffer of each stream."""
         return np.random.Generator(np.random.Philox(key=[self.seed, self.epoch], counter=[0, 0, stream, buffer]))
 
 
 def _groups(*columns: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """(row numbers, values) of the rows that agree in all columns."""
+    """Group rows by the values of all columns: (row numbers, values) of each group."""
     order = np.lexsort(columns)
     table = np.stack(columns, axis=1)[order]
     starts = np.flatnonzero((np.diff(table, axis=0, prepend=-1) != 0).any(axis=1))

@@ -1,6 +1,6 @@
 """Manifest to batches, in an order that is a pure function of (snapshot, seed, epoch).
 
-An epoch is one pass over the manifest as it stood when the epoch began; shards published later join the next one.
+An epoch is one pass over the manifest as it stood when the epoch began; shards published later join the next epoch.
 The order does not depend on the number of ranks, so the whole state is (epoch, samples seen in it).
 
 Letters: B local batch, G global batch, L caption tokens, V streams, T visits to shards.
@@ -9,20 +9,26 @@ Letters: B local batch, G global batch, L caption tokens, V streams, T visits to
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from roclip.data.cache import ShardCache
+from roclip import distributed
+from roclip.config import Config
+from roclip.data.cache import ShardCache, shard_cache
+from roclip.data.eda import caption_edits
 from roclip.data.order import EpochOrder, visits
 from roclip.data.reader import BadSampleError, Readers, decode
 from roclip.data.shards import Manifest, ShardRecord, digest
 from roclip.errors import DataError, ShardError
+
+Tokenize: TypeAlias = Callable[[Sequence[str]], Tensor]
+CaptionEdit: TypeAlias = Callable[[str, int, int], str]
 
 
 @dataclass(frozen=True)
@@ -34,21 +40,21 @@ class Batch:
     tokens: Tensor
     """(B, L) int64."""
     ids: Tensor
-    """(B,) int64: the samples' numbers (`ShardReader.id`)."""
+    """(B,) int64: sample ids (`ShardReader.id`)."""
     valid: Tensor
-    """(B,) bool: false where the sample could not be read, its pixels then being zero, and in rows beyond the global
-    batch: they must not enter the loss."""
+    """(B,) bool: false where the sample could not be read (its pixels are zero then), and in rows beyond the global batch.
+    Such rows must not enter the loss."""
     bad: tuple[tuple[str, str], ...]
     """(shard and key, reason) of the samples that could not be read."""
     cache_hits: int = 0
-    """Shards that were opened for this batch and lay in the cache."""
+    """Shards opened for this batch that were in the cache."""
     cache_misses: int = 0
-    """Those that had to be fetched."""
+    """Shards opened for this batch that had to be fetched."""
     edited: Tensor | None = None
-    """(B, L) int64: tokens of a second view of the captions, where the stream makes one."""
+    """(B, L) int64: tokens of the captions' second view, where the stream has a `second_edit`."""
 
     def pin_memory(self) -> "Batch":
-        """With its tensors in page-locked memory; torch's loader calls it before a GPU takes them."""
+        """A copy with its tensors in page-locked memory; torch's loader calls it where batches go to a GPU."""
         images, tokens, ids, valid = (t.pin_memory() for t in (self.images, self.tokens, self.ids, self.valid))
         edited = None if self.edited is None else self.edited.pin_memory()
         return replace(self, images=images, tokens=tokens, ids=ids, valid=valid, edited=edited)
@@ -74,7 +80,7 @@ class Snapshot:
 
 
 def take_snapshot(manifest: Manifest, names: Sequence[str] | None = None) -> Snapshot:
-    """The manifest as it stands, or only the shards that an earlier snapshot named.
+    """The shards of the manifest now, or only those with the given names, as recorded by an earlier snapshot.
 
     Raises `ShardError` when a named shard is not in the manifest any more.
     """
@@ -91,16 +97,16 @@ def take_snapshot(manifest: Manifest, names: Sequence[str] | None = None) -> Sna
 
 
 def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float, names: Sequence[str] = ()) -> None:
-    """Return when the manifest names `min_shards` shards and those of a recorded snapshot, or when ingest has ended with at
-    least one.
+    """Wait until the manifest has `min_shards` shards, among them `names` (those of a recorded snapshot), or until ingest has
+    ended with at least one shard.
 
     Raises `DataError` after `wait_s` seconds, or when ingest ended without any shard.
     """
     deadline = time.monotonic() + wait_s
     while True:
-        there, ended = {record.name for record in manifest.records()}, manifest.summary is not None
-        found = len(there)
-        if (found >= min_shards and there.issuperset(names)) or (ended and found):
+        sealed, ended = {record.name for record in manifest.records()}, manifest.summary is not None
+        found = len(sealed)
+        if (found >= min_shards and sealed.issuperset(names)) or (ended and found):
             return
         if ended or time.monotonic() > deadline:
             raise DataError(
@@ -110,77 +116,101 @@ def wait_for_shards(manifest: Manifest, min_shards: int, wait_s: float, names: S
         time.sleep(0.2)
 
 
+@dataclass(frozen=True)
+class StreamSettings:
+    """How shards become batches: everything but the place of this process in the world."""
+
+    image_size: int
+    """S, side of the images in a batch, in pixels."""
+    global_batch_size: int
+    """G."""
+    seed: int
+    streams: int
+    """V, virtual streams that an epoch's shards are dealt to; see `order.EpochOrder`."""
+    shuffle_buffer: int
+    """Samples that a virtual stream shuffles at a time."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """The samples at an epoch's end that do not fill a global batch: `drop` leaves them to another epoch, `pad` gives them a
+    step of their own."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """How often an epoch reads the samples of a source, by its name; 1 for a source that is not named. See `order.visits`."""
+    resampled: bool = False
+    """Whether an epoch's shards are drawn with replacement."""
+    pieces: int = 1
+    """Number of pieces that a rank's rows must divide into."""
+    workers: int = 0
+    """Processes that read ahead; 0 reads in this process."""
+    caption_key: str = ""
+    """Key of the json member that holds a sample's captions; empty reads the txt member."""
+
+    @classmethod
+    def of(cls, config: Config) -> "StreamSettings":
+        """The settings of a training."""
+        data = config.data
+        return cls(
+            image_size=config.ingest.image_size,
+            global_batch_size=config.train.global_batch_size,
+            seed=config.seed,
+            streams=data.streams,
+            shuffle_buffer=data.shuffle_buffer,
+            last_batch=data.last_batch,
+            weights=dict(zip(data.shards.split("::"), data.upsampling, strict=False)),
+            resampled=data.resampled,
+            pieces=config.train.grad_accum_steps,
+            workers=data.loader_workers,
+            caption_key=data.caption_key,
+        )
+
+
 class Stream:
     """Batches of this rank out of a folder of shards.
 
-    Each rank has B = ceil(G / world size) rows, a multiple of `pieces`. Rows beyond the global batch, or beyond the epoch,
-    hold some other sample and are not valid, so that they change no loss.
+    Each rank has B = ceil(G / world size) rows, rounded up to a multiple of `pieces`. Rows beyond the global batch, or beyond
+    the epoch, hold some other sample and are not valid, so that they do not change the loss.
 
     Args:
         shards: Folder with the manifest.
         tokenize: Captions to tokens (B, L).
-        image_size: S, side of the images in a batch, in pixels.
-        global_batch_size: G.
-        last_batch: The samples at an epoch's end that do not fill a global batch: `drop` leaves them to another epoch, `pad`
-            gives them a step of their own.
-        weights: How often an epoch reads the samples of a source, by its name; 1 where it has none. See `order.visits`.
-        resampled: Draw an epoch's shards with replacement.
-        pieces: Into which a rank's rows must divide.
-        workers: Processes that read ahead; 0 reads in this process.
         cache: Local copies of the shards, where `shards` is a store.
         edit: Changes a caption before it is tokenised: (caption, sample id, epoch) -> caption, a pure function.
-        second_edit: Makes of a caption, as `edit` left it, a second view: `Batch.edited`.
-        caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
+        second_edit: Changes the edited caption once more, into the second view `Batch.edited`.
     """
 
     def __init__(
         self,
         shards: Path,
+        settings: StreamSettings,
         *,
-        tokenize: Callable[[Sequence[str]], Tensor],
-        image_size: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        streams: int,
-        shuffle_buffer: int,
-        last_batch: Literal["drop", "pad"] = "drop",
-        weights: Mapping[str, float] | None = None,
-        resampled: bool = False,
-        pieces: int = 1,
-        workers: int = 0,
+        tokenize: Tokenize,
+        rank: int = 0,
+        world_size: int = 1,
         cache: ShardCache | None = None,
-        edit: Callable[[str, int, int], str] | None = None,
-        second_edit: Callable[[str, int, int], str] | None = None,
-        caption_key: str = "",
+        edit: CaptionEdit | None = None,
+        second_edit: CaptionEdit | None = None,
     ):
-        self.shards, self.tokenize, self.image_size = shards, tokenize, image_size
-        self.cache, self.edit, self.second_edit, self.caption_key = cache, edit, second_edit, caption_key
-        self.global_batch_size, self.rank, self.last_batch = global_batch_size, rank, last_batch
-        self.rows = rows_of_rank(global_batch_size, world_size, pieces)
-        self.weights, self.resampled = weights or {}, resampled
-        self.seed, self.streams, self.shuffle_buffer, self.workers = seed, streams, shuffle_buffer, workers
+        self.shards, self.settings, self.tokenize, self.cache = shards, settings, tokenize, cache
+        self.edit, self.second_edit, self.rank = edit, second_edit, rank
+        self.rows = rows_of_rank(settings.global_batch_size, world_size, settings.pieces)
 
     def plan(self, snapshot: Snapshot, epoch: int) -> "EpochPlan":
-        """What an epoch over this snapshot reads, and when. Raises `DataError` when it has not even one step."""
+        """Which samples each step of an epoch over this snapshot reads. Raises `DataError` when it has less than one step."""
+        settings, batch = self.settings, self.settings.global_batch_size
         shards = visits(
             [record.source for record in snapshot.records],
-            self.weights,
-            seed=self.seed,
+            settings.weights,
+            seed=settings.seed,
             epoch=epoch,
-            resampled=self.resampled,
+            resampled=settings.resampled,
         )
         order = EpochOrder(
             [snapshot.records[shard].samples for shard in shards],
-            seed=self.seed,
+            seed=settings.seed,
             epoch=epoch,
-            streams=self.streams,
-            shuffle_buffer=self.shuffle_buffer,
-            run_length=math.ceil(self.global_batch_size / self.streams),
+            streams=settings.streams,
+            shuffle_buffer=settings.shuffle_buffer,
+            run_length=math.ceil(batch / settings.streams),
         )
-        batch = self.global_batch_size
-        steps = -(-len(order) // batch) if self.last_batch == "pad" else len(order) // batch
+        steps = -(-len(order) // batch) if settings.last_batch == "pad" else len(order) // batch
         if not steps:
             raise DataError(
                 f"{self.shards}: expected at least a global batch of {batch} samples, epoch {epoch} has {len(order)}. "
@@ -193,16 +223,32 @@ class Stream:
         return self.batches(self.plan(snapshot, epoch), first_step)
 
     def batches(self, plan: "EpochPlan", first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `first_step` (counted from 0) on. A resume reads nothing that was seen."""
+        """The batches of an epoch from `first_step` (counted from 0) on. A resume reads no sample a second time."""
         dataset = _Batches(self, plan, range(first_step, plan.steps))
         pin = torch.cuda.is_available()
-        return iter(DataLoader(dataset, batch_size=None, num_workers=self.workers, pin_memory=pin))
+        return iter(DataLoader(dataset, batch_size=None, num_workers=self.settings.workers, pin_memory=pin))
 
     def where(self, plan: "EpochPlan", step: int) -> list[str]:
-        """Shard and key of each sample of a whole global batch, `step` counted from 0: names for people."""
+        """Shard and key of each sample of a global batch, `step` counted from 0, for messages."""
         readers = Readers(self.shards, plan.snapshot.records)
         places = plan.samples_at(np.arange(step * plan.batch, min((step + 1) * plan.batch, plan.samples)))
         return [f"{readers[shard].record.name} {readers[shard].key(sample)}" for shard, sample in places.tolist()]
+
+
+def open_stream(
+    manifest: Manifest, config: Config, tokenize: Tokenize, second_edit: CaptionEdit | None = None
+) -> Stream:
+    """This rank's stream of a training: settings, cache and caption edits as the config says."""
+    return Stream(
+        manifest.root,
+        StreamSettings.of(config),
+        tokenize=tokenize,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        cache=shard_cache(config.data),
+        edit=caption_edits(config.augment, config.seed),
+        second_edit=second_edit,
+    )
 
 
 def rows_of_rank(global_batch_size: int, world_size: int, pieces: int = 1) -> int:
@@ -212,46 +258,44 @@ def rows_of_rank(global_batch_size: int, world_size: int, pieces: int = 1) -> in
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch before it begins: how many steps it has, and which samples stand at each."""
+    """The number of steps of an epoch, and the samples of each."""
 
     snapshot: Snapshot
     epoch: int
     shards: np.ndarray
-    """(T,) numbers of the snapshot's shards, one a visit."""
+    """(T,) for each visit the number of its shard in the snapshot."""
     order: EpochOrder
-    """Of the visits."""
+    """The order of the samples over the T visits."""
     batch: int
     """G."""
     steps: int
 
     @property
     def samples(self) -> int:
-        """That enter a step of the epoch."""
+        """Number of samples that enter a step of the epoch."""
         return min(len(self.order), self.steps * self.batch)
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions in the epoch to (n, 2) rows of (number of the shard in the snapshot, sample)."""
+        """Positions in the epoch (n,) to rows (n, 2) of (number of the shard in the snapshot, number of the sample in it)."""
         places = self.order.at(positions)
         places[:, 0] = self.shards[places[:, 0]]
         return places
 
 
 def choose(captions: Sequence[str], seed: int, epoch: int, sample_id: int) -> str:
-    """One of a sample's captions: a pure function, the same on any rank and after a resume."""
+    """One of a sample's captions, drawn for (seed, epoch, sample): the same on any rank and after a resume."""
     if len(captions) == 1:
         return captions[0]
-    bits = np.random.Philox(
-        key=[seed, epoch], counter=[0, 0, sample_id, 2]
-    )  # images draw with a 0 there, edits with a 1
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, sample_id, 2])  # augment draws with a 0, eda with a 1
     return captions[int(np.random.Generator(bits).integers(len(captions)))]
 
 
 class _Batches(Dataset):
-    """Batch number -> Batch; a map-style dataset, so that the loader may read ahead in other processes."""
+    """The batches of an epoch as a map-style dataset, so that the loader can read ahead in other processes."""
 
     def __init__(self, stream: Stream, plan: EpochPlan, steps: range):
         self.stream, self.plan, self.steps = stream, plan, steps
-        self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache, stream.caption_key)
+        self.readers = Readers(stream.shards, plan.snapshot.records, stream.cache, stream.settings.caption_key)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -261,7 +305,7 @@ class _Batches(Dataset):
         positions = step * plan.batch + stream.rank * stream.rows + np.arange(stream.rows)
         inside = positions < min((step + 1) * plan.batch, plan.samples)
         rows = plan.samples_at(np.where(inside, positions, positions % len(plan.order))).tolist()
-        size, cached = stream.image_size, _counts(stream.cache)
+        size, cached = stream.settings.image_size, _counts(stream.cache)
         images = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
         ids = torch.zeros(len(rows), dtype=torch.int64)
         valid = torch.from_numpy(inside)
@@ -272,7 +316,7 @@ class _Batches(Dataset):
             ids[row] = reader.id(sample)
             try:
                 images[row] = decode(reader.image(sample), size)
-                captions[row] = choose(reader.captions(sample), stream.seed, plan.epoch, int(ids[row]))
+                captions[row] = choose(reader.captions(sample), stream.settings.seed, plan.epoch, int(ids[row]))
                 if stream.edit:
                     captions[row] = stream.edit(captions[row], int(ids[row]), plan.epoch)
             except BadSampleError as error:

@@ -1,15 +1,15 @@
-"""What RoCLIP does to a step: whose caption each image learns with.
+"""RoCLIP's defence: which caption each image is trained with.
 
-Three kinds of steps:
+A step is of one of three kinds:
 
-- witnessed: the warm-up. No image learns with its own caption, but with that of a witness (`neighbours.py`). The towers
-  come to know the world without having met one poisoned pair.
-- plain: images learn with their own captions, but for the suspects of the gate (`sample_filter.py`): these learn with their
-  witness's caption, so that a trigger is shown together with what the image shows.
-- matched: the paper's (arXiv:2303.06854). Each image learns with the pool's nearest caption (`pool.py`).
+- neighbour: the warm-up. Each image is trained with the caption of one of its neighbours in the pool (`neighbours.py`) instead
+  of its own, so that the towers learn the data without having seen a single poisoned pair.
+- plain: images are trained with their own captions, except for the suspects of the sample filter (`sample_filter.py`). A
+  suspect is trained with a neighbour's caption, which associates a trigger with what the image shows.
+- matched: the paper's step (arXiv:2303.06854). Each image is trained with the nearest caption of the pool (`pool.py`).
 
 The paper's method alone is `pool.neighbours: 0`, `pool.filter_frac: [0, 0]`.
-Letters: B local batch, D feature width, L tokens, P pool size.
+Letters: B local batch, D feature width, F length of a raw image descriptor, L tokens, P pool size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,29 +32,29 @@ from roclip.defence.suspicion_model import SuspicionModel
 from roclip.distributed import all_sum
 from roclip.model.towers import Towers
 
-Kind = Literal["witnessed", "matched", "plain"]
-_NOTHING = torch.empty(0)
+Kind = Literal["neighbour", "matched", "plain"]
+_EMPTY = torch.empty(0)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss of a step is taken of."""
+    """The text side of a step's contrastive loss."""
 
     text_features: Tensor
-    """(B, D) the captions that the images learn with."""
+    """(B, D): features of the caption that each image is trained with."""
     keep: Tensor
-    """(B,) bool: pairs that learn at all."""
-    learns_from: Tensor | None = None
-    """(B,) int64: the sample whose caption it is; None where each is the image's own."""
-    seen: Mapping[str, Tensor | float] = field(default_factory=dict)
-    """Metrics of the step."""
+    """(B,) bool: pairs that enter the loss."""
+    source_ids: Tensor | None = None
+    """(B,) int64: id of the sample that each caption comes from; None where every caption is the image's own."""
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """Metrics of the step; tensors are averaged over the ranks before they are logged."""
 
 
 class Defence:
-    """The pool, the witnesses and the gate of a training.
+    """The caption pool, the neighbours and the sample filter of one training.
 
     Args:
-        poisons: Ground truth by sample id, for metrics only; see `diagnostics`.
+        poisons: What the attacker wants of each poisoned sample, by sample id. Used for metrics only; see `diagnostics`.
     """
 
     def __init__(self, config: Config, towers: Towers, device: torch.device, poisons: Mapping[int, str] | None = None):
@@ -70,17 +70,14 @@ class Defence:
             context_length=towers.context_length if settings.text_gradient == "live" else 0,
             device=device,
         )
-        side = config.ingest.image_size
-        scout = (
-            SuspicionModel(side, device, config.seed)
-            if settings.suspicion_model and any(settings.filter_frac)
-            else None
-        )
-        self.gate = SampleFilter(settings.filter_memory, scout)
-        self.parts: dict[str, Stateful] = {"pool": self.pool, "gate": self.gate}
-        self.witnesses: Neighbours | None = None
+        side_px = config.ingest.image_size
+        filters = settings.suspicion_model and any(settings.filter_frac)
+        model = SuspicionModel(side_px, device, config.seed) if filters else None
+        self.sample_filter = SampleFilter(settings.filter_memory, model)
+        self.parts: dict[str, Stateful] = {"pool": self.pool, "sample_filter": self.sample_filter}
+        self.neighbours: Neighbours | None = None
         if settings.neighbours:
-            self.witnesses = Neighbours(
+            self.neighbours = Neighbours(
                 settings.size,
                 width,
                 towers.context_length,
@@ -88,157 +85,156 @@ class Defence:
                 neighbours=settings.neighbours,
                 seed=config.seed,
             )
-            self.parts["witnesses"] = self.witnesses
+            self.parts["neighbours"] = self.neighbours
 
     def wants_prefill(self, at: Position) -> bool:
-        """Whether the step at `at` is the first one that reads the pool, and it is still empty."""
-        reads = self.witnesses is not None or self.config.pool.schedule.phase(at) == "matched"
+        """Whether the pool is empty and the step at `at` is the first that reads it."""
+        reads = self.neighbours is not None or self.config.pool.schedule.phase(at) == "matched"
         return self.config.pool.prefill and not self.pool.count and reads
 
     def prefill(self, batches: Iterable[Batch]) -> None:
-        """Fill the empty pool, and the witnesses with it, from the first P valid pairs of an order of its own.
+        """Fill the empty pool, and the neighbours with it, with the first P valid pairs of `batches`.
 
-        The features of the images are not known yet; the warm-up brings them.
+        Captions are encoded without gradient. Image features are zero until the warm-up replaces these pairs.
         """
-        held, seen, found = [], [], 0
+        batches_held, descriptors, found = [], [], 0
         for batch in batches:
-            seen.append(raw_descriptors(batch.images))
-            held.append(replace(batch, images=torch.empty(0)))
+            descriptors.append(raw_descriptors(batch.images))
+            batches_held.append(replace(batch, images=torch.empty(0)))
             found += int(all_sum(batch.valid.sum()))
             if found >= self.pool.size:
                 break
-        if self.witnesses:
-            self.witnesses.fit(torch.cat(seen), torch.cat([batch.tokens for batch in held]))
-        for batch, impression in zip(held, seen, strict=True):
-            nothing = torch.zeros(len(batch.ids), self.towers.cfg["embed_dim"])
-            self.enqueue(impression, nothing, self.encode(batch.tokens), batch, batch.valid, 0)
+        if self.neighbours:
+            self.neighbours.fit(torch.cat(descriptors), torch.cat([batch.tokens for batch in batches_held]))
+        for batch, raw in zip(batches_held, descriptors, strict=True):
+            no_features = torch.zeros(len(batch.ids), self.towers.cfg["embed_dim"])
+            self.enqueue(raw, no_features, self.encode(batch.tokens), batch, batch.valid, 0)
 
-    def step(self, batch: Batch, at: Position) -> "Step":
-        """Begin the step at `at`: decide its kind, and hear the witnesses where it has any."""
+    def step(self, batch: Batch, at: Position) -> "DefendedStep":
+        """Begin the step at `at`: decide its kind and, where neighbours are in use, find those of each image."""
         schedule = self.config.pool.schedule
         kind: Kind = schedule.phase(at)
-        if self.witnesses and at.done(schedule.warmup.unit) < schedule.warmup.amount:
-            kind = "witnessed"
-        if self.witnesses is None:
-            return Step(self, batch, at, kind)
-        seen = raw_descriptors(batch.images)
-        alike = self.witnesses.by_look(seen, batch.ids)
-        return Step(self, batch, at, kind, seen, alike, self.witnesses.best(alike))
+        if self.neighbours and at.done(schedule.warmup.unit) < schedule.warmup.amount:
+            kind = "neighbour"
+        if self.neighbours is None:
+            return DefendedStep(self, batch, at, kind)
+        raw = raw_descriptors(batch.images)
+        support = self.neighbours.by_descriptor(raw, batch.ids)
+        return DefendedStep(self, batch, at, kind, raw, support, self.neighbours.representative(support))
 
-    def gate_share(self, at: Position) -> float:
-        """Share of a plain global batch that the gate suspects."""
+    def filter_share(self, at: Position) -> float:
+        """Share of a plain global batch that the sample filter suspects: linear over the epochs of the training."""
         start, end = self.config.pool.filter_frac
         return start + (end - start) * float(at.done("epochs")) / self.config.train.epochs
 
     def enqueue(
-        self, seen: Tensor, image_features: Tensor, text_features: Tensor, batch: Batch, enter: Tensor, step: int
+        self, raw: Tensor, image_features: Tensor, text_features: Tensor, batch: Batch, enter: Tensor, step: int
     ) -> None:
-        """Put pairs into the pool and, in the same order, among the witnesses."""
+        """Write the pairs chosen by `enter` (B,) into the pool and, in the same order, into the neighbours."""
         self.pool.enqueue(text_features.detach(), batch.ids.to(self.pool.ids.device), batch.tokens, step, enter)
-        if self.witnesses:
+        if self.neighbours:
             images, texts = image_features.detach().cpu(), text_features.detach().cpu()
-            self.witnesses.enqueue(seen, images, texts, batch.tokens, batch.ids, enter.cpu())
+            self.neighbours.enqueue(raw, images, texts, batch.tokens, batch.ids, enter.cpu())
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) to unit-length text features (B, D), without gradient."""
         return self.towers.encode_text(tokens.to(self.pool.features.device))
 
 
 @dataclass(frozen=True)
-class Step:
+class DefendedStep:
     """One step of a defended training, on one rank."""
 
     defence: Defence
     batch: Batch
     at: Position
     kind: Kind
-    seen: Tensor = _NOTHING
-    """(B, F) impressions, for the witnesses."""
-    alike: Support | None = None
-    """The witnesses by look: what is learnt cannot mislead them."""
-    witness: Tensor = _NOTHING
-    """(B,) int64: the slot of the one whose caption an image learns with where it does not with its own."""
+    raw: Tensor = _EMPTY
+    """(B, F) raw image descriptors; empty without neighbours."""
+    support: Support | None = None
+    """The neighbours by image descriptor, on which nothing that is learned has an influence."""
+    representative: Tensor = _EMPTY
+    """(B,) int64: pool slot of the neighbour whose caption replaces an image's own one."""
 
     @property
     def tokens(self) -> Tensor:
-        """(B, L) what the text tower is to encode."""
-        if self.kind != "witnessed" or self.defence.witnesses is None:
+        """(B, L): the captions that the text tower encodes."""
+        if self.kind != "neighbour" or self.defence.neighbours is None:
             return self.batch.tokens
-        return self.defence.witnesses.tokens[self.witness].to(self.batch.tokens.dtype)
+        return self.defence.neighbours.tokens[self.representative].to(self.batch.tokens.dtype)
 
-    @property
-    def phase(self) -> Literal["matched", "plain"]:
-        """'plain' where images learn with their own captions."""
-        return "plain" if self.kind == "plain" else "matched"
-
-    def lesson(self, image_features: Tensor, text_features: Tensor, valid: Tensor) -> Targets:
-        """Whose captions the images learn with, given the step's features (B, D) and which pairs are valid (B,)."""
+    def targets(self, image_features: Tensor, text_features: Tensor, valid: Tensor) -> Targets:
+        """The captions that the images are trained with, given the step's features (B, D) and the valid pairs (B,)."""
         if self.kind == "matched":
             return self._matched(image_features, valid)
-        if self.kind == "witnessed":
-            return self._witnessed(text_features, valid)
-        share = self.defence.gate_share(self.at)
-        return self._gated(image_features, text_features, valid, share) if share else Targets(text_features, valid)
+        if self.kind == "neighbour":
+            return self._of_neighbours(text_features, valid)
+        share = self.defence.filter_share(self.at)
+        return self._filtered(image_features, text_features, valid, share) if share else Targets(text_features, valid)
 
-    def remember(self, image_features: Tensor, text_features: Tensor, lesson: Targets) -> None:
-        """Put the own captions of the pairs that learnt into the pool; those of suspects stay out."""
+    def remember(self, image_features: Tensor, text_features: Tensor, targets: Targets) -> None:
+        """Write the own captions of the pairs that entered the loss into the pool, except for those of suspects."""
         if self.kind != "matched" and self.defence.config.pool.update == "matched_only":
             return
-        enter, own = lesson.keep, text_features
-        if self.kind == "witnessed":
+        enter, own = targets.keep, text_features
+        if self.kind == "neighbour":
             own = self.defence.encode(self.batch.tokens)
-        elif self.kind == "plain" and lesson.learns_from is not None:
-            enter = enter & (lesson.learns_from == self.batch.ids.to(enter.device))
-        self.defence.enqueue(self.seen, image_features, own, self.batch, enter, self.at.step)
+        elif self.kind == "plain" and targets.source_ids is not None:
+            enter = enter & (targets.source_ids == self.batch.ids.to(enter.device))
+        self.defence.enqueue(self.raw, image_features, own, self.batch, enter, self.at.step)
 
     def _matched(self, image_features: Tensor, valid: Tensor) -> Targets:
         pool, settings = self.defence.pool, self.defence.config.pool
         ids = self.batch.ids.to(valid.device)
         match = pool.nearest(image_features)
-        seen = diagnostics(pool, match, ids, self.at.step, valid=valid, poisons=self.defence.poisons)
+        metrics = diagnostics(pool, match, ids, self.at.step, valid=valid, poisons=self.defence.poisons)
         found = match.features
         if settings.text_gradient == "live":
             found = self.defence.towers.encode_text(pool.tokens[match.slots].long())
-        return Targets(found, valid, pool.ids[match.slots].to(valid.device), seen)
+        return Targets(found, valid, pool.ids[match.slots].to(valid.device), metrics)
 
-    def _witnessed(self, text_features: Tensor, valid: Tensor) -> Targets:
-        witnesses, gate = self.defence.witnesses, self.defence.gate
-        if witnesses is None or self.alike is None:
-            raise AssertionError("a witnessed step without witnesses")
+    def _of_neighbours(self, text_features: Tensor, valid: Tensor) -> Targets:
+        neighbours = self.defence.neighbours
+        if neighbours is None or self.support is None:
+            raise AssertionError("a neighbour step without neighbours")
         ids = self.batch.ids.to(valid.device)
-        if self.defence.gate_share(self.at):  # nobody is suspected yet, but gate and scout begin to learn
-            words = witnesses.agreement_of_words(self.alike, self.batch.tokens)
-            gate.suspects([words], ids, valid, self.batch.images, share=0.0)
-        learns_from = witnesses.ids[self.witness].to(ids.device)
-        return Targets(text_features, valid, learns_from, self._poisons_met(learns_from, valid))
+        if self.defence.filter_share(self.at):  # scores and suspicion model begin to learn; nothing is suspected yet
+            agreement = neighbours.bag_of_words_agreement(self.support, self.batch.tokens)
+            self.defence.sample_filter.suspects([agreement], ids, valid, self.batch.images, share=0.0)
+        source_ids = neighbours.ids[self.representative].to(ids.device)
+        return Targets(text_features, valid, source_ids, self._poison_matches(source_ids, valid))
 
-    def _gated(self, image_features: Tensor, text_features: Tensor, valid: Tensor, share: float) -> Targets:
-        pool, witnesses, batch = self.defence.pool, self.defence.witnesses, self.batch
+    def _filtered(self, image_features: Tensor, text_features: Tensor, valid: Tensor, share: float) -> Targets:
+        pool, neighbours, batch = self.defence.pool, self.defence.neighbours, self.batch
         ids = batch.ids.to(valid.device)
-        if not (witnesses or pool.full):
+        if not (neighbours or pool.full):
             return Targets(text_features, valid)
         agreements = [pool.agreement(image_features, text_features)]
-        if witnesses and self.alike:
+        if neighbours and self.support:
             images, texts = image_features.detach().cpu(), text_features.detach().cpu()
-            akin = witnesses.by_feature(images, batch.ids)
-            agreements.append(witnesses.agreement_of_images(images, texts))
-            agreements += [witnesses.agreement_of_texts(found, texts) for found in (akin, self.alike)]
-        suspected = self.defence.gate.suspects(agreements, ids, valid, batch.images, share)
-        seen = {"agreement": agreements[0].mean(), "suspected": float(all_sum(suspected.sum()))}
-        if witnesses is None:
-            return Targets(text_features, valid & ~suspected, ids, seen | self._poisons_met(ids, valid & ~suspected))
-        slots = self.witness.to(valid.device)
-        learns_from = torch.where(suspected, pool.ids[slots].to(ids.device), ids)
-        told = self.defence.towers.encode_text(witnesses.tokens[self.witness].to(text_features.device).long())
-        text_features = torch.where(suspected[:, None], told, text_features)
-        return Targets(text_features, valid, learns_from, seen | self._poisons_met(learns_from, valid))
+            by_feature = neighbours.by_image_feature(images, batch.ids)
+            agreements.append(neighbours.image_agreement(images, texts))
+            agreements += [neighbours.text_agreement(support, texts) for support in (by_feature, self.support)]
+        suspected = self.defence.sample_filter.suspects(agreements, ids, valid, batch.images, share)
+        metrics = {"agreement": agreements[0].mean(), "suspected": float(all_sum(suspected.sum()))}
+        if neighbours is None:
+            keep = valid & ~suspected
+            return Targets(text_features, keep, ids, metrics | self._poison_matches(ids, keep))
+        slots = self.representative.to(valid.device)
+        source_ids = torch.where(suspected, pool.ids[slots].to(ids.device), ids)
+        tokens = neighbours.tokens[self.representative].to(text_features.device).long()
+        replacement = self.defence.towers.encode_text(tokens)
+        text_features = torch.where(suspected[:, None], replacement, text_features)
+        return Targets(text_features, valid, source_ids, metrics | self._poison_matches(source_ids, valid))
 
-    def _poisons_met(self, learns_from: Tensor, keep: Tensor) -> dict[str, float]:
-        """Of the poisoned images of the global batch, how many learn with a caption of a poison with the same aim."""
+    def _poison_matches(self, source_ids: Tensor, keep: Tensor) -> dict[str, float]:
+        """How many poisoned images the global batch has, and how many of them are trained with a caption of a poison that
+        has the same aim."""
         poisons = self.defence.poisons
         if not poisons:
             return {}
-        rows = zip(self.batch.ids.tolist(), learns_from.tolist(), keep.tolist(), strict=True)
+        rows = zip(self.batch.ids.tolist(), source_ids.tolist(), keep.tolist(), strict=True)
         aims = [(poisons[own], poisons.get(other), kept) for own, other, kept in rows if own in poisons]
         met = sum(aim == other and kept for aim, other, kept in aims)
         seen, met = all_sum(torch.tensor([len(aims), met], device=keep.device)).tolist()

@@ -1,12 +1,12 @@
-"""The caption pool: random captions' features in a ring, and the nearest of them for an image.
+"""The caption pool: features of random captions in a ring buffer, and the nearest of them for each image.
 
-RoCLIP (arXiv:2303.06854) breaks poisoned pairs by training each image, every few epochs, not with its own caption
-but with the most similar caption of a large, varying pool. A poisoned image shows what it shows: the pool offers
-captions of that, and the attacker's caption is only one among many.
+RoCLIP (arXiv:2303.06854) breaks poisoned pairs by training each image, every few epochs, with the most similar caption of a
+large, varying pool instead of its own caption. The pool has captions of what a poisoned image shows, and the attacker's caption
+is only one among many.
 
-The pool is GLOBAL: every rank searches the same P captions, whatever the number of ranks. It is replicated, each rank
-enqueueing the same gathered batch, or sharded, when it is too large for that: then rank r of W holds the slots s with
-s % W == r. Both give the same answer, bit for bit (`roclip/defence/search.py` says why). There is no index to rebuild.
+The pool is GLOBAL: every rank searches the same P captions, whatever the number of ranks. It is either replicated, with each
+rank enqueueing the same gathered batch, or, when it is too large for that, sharded: rank r of W then holds the slots s with
+s % W == r. Both give the same results, bit for bit (`roclip/defence/search.py` says why). There is no index to rebuild.
 
 Letters: B local batch, G global batch, D feature width, L tokens, P pool size, W ranks, k captions found.
 """
@@ -27,10 +27,10 @@ _PIECE = 4096
 
 
 class Match(NamedTuple):
-    """The nearest caption of each image."""
+    """The nearest caption of the pool for each image."""
 
     features: Tensor
-    """(B, D) float32, as stored."""
+    """(B, D) float32, the stored text features."""
     similarity: Tensor
     """(B,) float32."""
     slots: Tensor
@@ -41,16 +41,16 @@ class CaptionPool:
     """A ring buffer of P unit-length caption features with exact nearest-neighbour search.
 
     Args:
-        size: P, captions kept.
-        width: D, floats a caption.
+        size: P, the number of captions.
+        width: D.
         backend: `faiss` (`faiss.knn`, brute force over the ring, and `faiss.knn_gpu`), `torch` (matrix product in
-            pieces), or `auto`: the one that rank 0 measures as faster now. All give the same bits.
-        storage: `fp16` halves the ring; scores are exact sums over what is stored.
-        shard_above: Most captions that each rank holds all of. A rank takes 4 D (fp16: 2 D) bytes for each of its
-            slots, and 16 + 4 L for every slot.
-        context_length: L, to keep the captions' tokens, so that a found caption can be encoded again; 0 keeps none.
-        batch: B, to measure backends with.
-        device: Where the ring lives and is searched.
+            pieces), or `auto`: the one that rank 0 measures as faster at construction. All give the same bits.
+        storage: `fp16` halves the memory; scores are exact sums over the stored values.
+        shard_above: Largest size at which the pool is replicated; a larger one is sharded. A rank takes 4 D (fp16: 2 D)
+            bytes for each slot that it holds, and 16 + 4 L for every slot.
+        context_length: L, to store the captions' tokens, so that a caption can be encoded again; 0 stores none.
+        batch: B, for the measurement of backends.
+        device: Device that holds and searches the ring.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class CaptionPool:
         self.shards, self.shard = (world_size(), rank()) if size > shard_above else (1, 0)
         dtype = torch.float16 if storage == "fp16" else torch.float32
         self.features = torch.zeros(-(-size // self.shards), width, dtype=dtype, device=device)
-        """(P, D); sharded, the (ceil(P / W), D) of this rank."""
+        """(P, D), or (ceil(P / W), D) of this rank where the pool is sharded."""
         self.ids = torch.full((size,), -1, dtype=torch.int64, device=device)
         """(P,) sample ids."""
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
-        """(P,) the optimizer step at which each caption came in."""
+        """(P,) the optimizer step at which each caption was enqueued."""
         self.tokens = torch.zeros(size, context_length, dtype=torch.int32, device=device)
         """(P, L)."""
         self.count = 0
-        """Slots that hold a caption."""
+        """Number of slots that hold a caption."""
         self.cursor = 0
-        """Slot that is written next."""
+        """The slot that is written next."""
         self.backend: search.Backend = (
             search.fastest(size, width, batch, self.features.device, dtype) if backend == "auto" else backend
         )
@@ -102,30 +102,30 @@ class CaptionPool:
 
         Args:
             text_features: (B, D), unit length.
-            ids: (B,) int64, the samples' ids.
-            tokens: (B, L), if the pool keeps them.
+            ids: (B,) int64 sample ids.
+            tokens: (B, L), required if the pool stores them.
             step: Optimizer steps done, for the captions' age.
-            valid: (B,) bool; captions of other pairs do not enter.
+            valid: (B,) bool; captions of other pairs are not enqueued.
 
-        A global batch larger than the pool keeps its last P captions; the ring wraps without dropping any.
+        Of a global batch larger than the pool the last P captions are kept.
         """
-        keeps_tokens = bool(self.tokens.shape[1])
-        if keeps_tokens and tokens is None:
-            raise ValueError("this pool keeps tokens: expected the captions' tokens in enqueue, got None")
+        stores_tokens = bool(self.tokens.shape[1])
+        if stores_tokens and tokens is None:
+            raise ValueError("this pool stores tokens: expected the captions' tokens in enqueue, got None")
         rows = [self._stored(text_features.detach()), ids]
-        if keeps_tokens and tokens is not None:
+        if stores_tokens and tokens is not None:
             rows.append(tokens.to(torch.int32))
-        where = text_features.device  # that of the collectives
-        rows = [gather(part.to(where)) for part in rows]
+        device = text_features.device  # of the collectives
+        rows = [gather(part.to(device)) for part in rows]
         if valid is not None:
-            enter = gather(valid.to(where, torch.uint8)).bool()
+            enter = gather(valid.to(device, torch.uint8)).bool()
             rows = [part[enter] for part in rows]
-        came = len(rows[0])
-        dropped = max(0, came - self.size)
-        slots = (self.cursor + torch.arange(dropped, came, device=self.ids.device)) % self.size
+        added = len(rows[0])
+        dropped = max(0, added - self.size)
+        slots = (self.cursor + torch.arange(dropped, added, device=self.ids.device)) % self.size
         features, ids, *more = [part[dropped:].to(self.ids.device) for part in rows]
-        self.cursor = (self.cursor + came) % self.size
-        self.count = min(self.size, self.count + came)
+        self.cursor = (self.cursor + added) % self.size
+        self.count = min(self.size, self.count + added)
         self.ids[slots], self.steps[slots] = ids, step
         if more:
             self.tokens[slots] = more[0]
@@ -137,14 +137,14 @@ class CaptionPool:
     def prefill(
         self, batches: Iterable[tuple[Tensor, Tensor]], encode: Callable[[Tensor], Tensor], step: int = 0
     ) -> int:
-        """Fill the pool with captions that are encoded now, without gradient, instead of starting from noise.
+        """Fill the pool with captions that are encoded now, without gradient.
 
         Args:
-            batches: This rank's (tokens (B, L), ids (B,)), as many on every rank; taken until the pool is full.
+            batches: This rank's (tokens (B, L), ids (B,)), as many on every rank; consumed until the pool is full.
             encode: Tokens to unit-length features (B, D).
 
         Returns:
-            Captions in the pool.
+            The number of captions in the pool.
         """
         for tokens, ids in batches:
             with torch.no_grad():
@@ -154,23 +154,23 @@ class CaptionPool:
         return self.count
 
     def search(self, queries: Tensor, k: int = 1, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The k captions with the largest inner product for each query, best first; of equal ones the lowest slot.
+        """The k captions with the largest inner product for each query, best first, ties to the lowest slot.
 
         Args:
             queries: (B, D), unit length.
-            ids: (B,), to leave out captions of the query's own sample.
+            ids: (B,) sample ids; given, captions of a query's own sample are excluded.
 
         Returns:
-            similarity (B, k) float32 and slots (B, k) int64. Empty slots are never returned; with fewer than k
-            captions in the pool, all of them are. -inf and -1 where `ids` leave fewer than k.
+            similarity (B, k) float32 and slots (B, k) int64. Empty slots are never returned: with fewer than k captions in the
+            pool there are fewer columns. -inf and -1 where `ids` leave fewer than k captions.
 
         Raises:
             LookupError: the pool is empty.
         """
         self._refuse_empty()
-        queries, where = search.snap(queries.detach()), queries.device
+        queries, device = search.snap(queries.detach()), queries.device
         if self.shards > 1:
-            queries, ids = gather(queries), None if ids is None else gather(ids.to(where))
+            queries, ids = gather(queries), None if ids is None else gather(ids.to(device))
         scores, slots = search.nearest(
             queries.to(self.features.device),
             self.features[: self._held()],
@@ -181,12 +181,12 @@ class CaptionPool:
         )
         if self.shards > 1:
             scores, slots = self._best_of_shards(scores, slots, min(k, self.count))
-        return scores.float().to(where), slots.to(where)
+        return scores.float().to(device), slots.to(device)
 
     def nearest(self, image_features: Tensor, ids: Tensor | None = None) -> Match:
-        """The nearest caption of each image, not its own if `ids` are given.
+        """The nearest caption of each image (B, D), not its own if `ids` (B,) are given.
 
-        The feature is a constant: trained against it, the text tower gets no gradient (the paper's setting). Raises
+        The returned features are constants: the text tower gets no gradient from them (the paper's setting). Raises
         `LookupError` where the pool is empty, or holds only an image's own caption.
         """
         similarity, slots = self.search(image_features, ids=ids)
@@ -195,12 +195,12 @@ class CaptionPool:
         return Match(self.features_of(slots[:, 0]).to(image_features.device), similarity[:, 0], slots[:, 0])
 
     def agreement(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """How well each pair's caption stands among the pool's for its image: (B,), from 0 (worst) to 1.
+        """Rank of each pair's caption among the pool's for its image: (B,), from 0 (worst) to 1.
 
             a_i = 1 - |{c in pool: <x_i, c> > <x_i, t_i>}| / |pool|
 
-        An image that shows what its caption says is nearer to that caption than to nearly all of the pool. From exact
-        scores, in pieces. Raises `LookupError` for an empty pool.
+        An image that shows what its caption says is nearer to that caption than to nearly all of the pool. The scores are
+        exact. Raises `LookupError` for an empty pool.
         """
         self._refuse_empty()
         images, texts = search.snap(image_features.detach()), self._stored(text_features.detach())
@@ -214,9 +214,9 @@ class CaptionPool:
         return (1 - nearer.double() / self.count).float().to(image_features.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs, as tensors: the whole pool, which any number of ranks loads.
+        """The whole pool, as tensors for a checkpoint that any number of ranks can load.
 
-        Of a sharded pool every rank must call it; rank 0 gets the whole on the CPU, the others an empty dict.
+        Every rank must call it. Of a sharded pool rank 0 gets all of it on the CPU, the others get an empty dict.
         """
         features = self.features if self.shards == 1 else self._collect()
         if features is None:
@@ -226,7 +226,7 @@ class CaptionPool:
         return {**state, "tokens": self.tokens} if self.tokens.shape[1] else state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises `CheckpointError` if size, width or tokens are others."""
+        """Restore what `state_dict` returned. Raises `CheckpointError` for another size, width or context length."""
         expected = (self.size, self.features.shape[1])
         if state["features"].shape != expected:
             raise CheckpointError(
@@ -249,10 +249,7 @@ class CaptionPool:
         self.count, self.cursor = (int(value) for value in state["position"])
 
     def checksum(self) -> str:
-        """16 hex digits of what the pool holds: equal on two ranks, replicated or sharded, when their pools are.
-
-        Of a sharded pool every rank must call it.
-        """
+        """16 hex digits of a hash of the pool's content, independent of sharding. Of a sharded pool every rank must call it."""
         words = torch.int16 if self.features.dtype == torch.float16 else torch.int32
         odd = torch.arange(1, 2 * self.features.shape[1], 2, device=self.features.device) * 0x9E3779B97F4A7C1
         rows = torch.cat([(p.view(words) * odd).sum(dim=1) for p in self.features.split(_PIECE)])  # wraps around
@@ -268,19 +265,19 @@ class CaptionPool:
             raise LookupError("the caption pool is empty: expected at least one enqueue before a look-up")
 
     def _stored(self, text_features: Tensor) -> Tensor:
-        """Features as the ring keeps them. Every float16 is a multiple of 2^-24, so that it is snapped already."""
+        """Features as the ring stores them. Every float16 is a multiple of 2^-24, and so need not be snapped."""
         return text_features.half() + 0.0 if self.features.dtype == torch.float16 else search.snap(text_features)
 
     def _held(self) -> int:
-        """Captions in this rank's rows."""
+        """Number of captions that this rank holds."""
         return len(range(self.shard, self.count, self.shards))
 
     def _interleave(self, gathered: Tensor) -> Tensor:
-        """Rows of rank 0, then of rank 1, … in the order of their slots."""
+        """Rows gathered rank by rank, reordered by slot."""
         return gathered.view(self.shards, -1, *gathered.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     def _best_of_shards(self, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """All ranks' answers (G, k) to all queries, reduced by score, then slot, to this rank's queries (B, k)."""
+        """The k best results for this rank's queries (B, k), by score, then slot, out of all ranks' results for all queries."""
         padding = (0, k - scores.shape[1])
         slots = torch.where(rows < 0, rows, rows * self.shards + self.shard)
         scores = self._interleave(gather(F.pad(scores, padding, value=-torch.inf))).view(len(scores), -1)
@@ -289,7 +286,7 @@ class CaptionPool:
         return _own_rows(scores), _own_rows(slots)
 
     def features_of(self, slots: Tensor) -> Tensor:
-        """Stored features (B, D) of this rank's winners, from the ranks that hold them."""
+        """Stored features (B, D) of slots (B,), from whichever rank holds them."""
         slots = slots.to(self.features.device)
         if self.shards == 1:
             return self.features[slots].float()
@@ -298,7 +295,7 @@ class CaptionPool:
         return _own_rows(all_sum(torch.where(held, self.features[slots // self.shards].float(), 0.0)))
 
     def _collect(self) -> Tensor | None:
-        """The whole ring on rank 0's CPU, a piece at a time."""
+        """The whole ring on rank 0's CPU, gathered piece by piece; None on the other ranks."""
         rows, width = self.features.shape
         whole = torch.empty(rows * self.shards, width, dtype=self.features.dtype) if rank() == 0 else None
         for start in range(0, rows, _PIECE):

@@ -1,17 +1,16 @@
-"""Exact nearest captions: the k largest inner products over the ring, the same bits on any split, device and backend.
+"""Exact nearest-neighbour search: the k largest inner products, with the same bits for any split, device and backend.
 
-The order of a float32 sum changes its last bits, BLAS picks the order from the shapes, and so a batch split over other
-ranks would meet other neighbours wherever scores nearly tie, as they do among repeated captions. Hence two steps:
+The order of a float32 sum changes its last bits, and BLAS picks the order from the shapes. So a batch that is split over another
+number of ranks would find other neighbours wherever scores nearly tie, as they do among repeated captions. Hence two steps:
 
 1. `snap` rounds features to multiples of 2^-25. Products of such numbers are multiples of 2^-50, and no partial sum of
-   an inner product reaches 8 where |q| |c| < 8 (Cauchy-Schwarz), so float64 holds them all: a float64 inner product of
-   snapped vectors is exact, whatever the order. That is THE score; of equal scores the lowest slot wins.
-2. A backend finds more than k candidates in float32, whose error is at most `_bound`. Those that this error could
-   lift among the k get their exact scores. If the last candidate stands further than the bound below the k-th best, no
-   caption that was left out can belong to the k. A query without that proof (a crowd of equal captions) is searched
-   again in float64.
+   an inner product reaches 8 where |q| |c| < 8 (Cauchy-Schwarz), so float64 represents them all: a float64 inner product of
+   snapped vectors is exact, whatever the order. That is the score; ties go to the lowest slot.
+2. A backend finds more than k candidates in float32, whose error is at most `_bound`. The exact scores of those that this error
+   could lift among the k are computed. If the last candidate is more than the bound below the k-th best, no other caption can
+   belong to the k. A query without that guarantee (many equal captions) is searched again in float64.
 
-Nothing here makes a B x P matrix or a copy of the ring: both sides are taken in pieces.
+No B x P matrix and no copy of the ring is made: both sides are processed in pieces.
 Letters: B local batch, D feature width, P pool size, k captions found.
 """
 
@@ -30,10 +29,10 @@ PIECE = 4096
 ROWS = 1024
 """Queries at a time."""
 GPU_SCORES = 2**24
-"""On a GPU fewer queries come with more captions at a time, up to 64 MiB of scores: 256 queries among 1,048,576 captions took an
-H100 83 ms by 4,096, and 13 ms by 65,536."""
+"""Scores at a time on a GPU (64 MiB), which sets the number of captions: 256 queries among 1,048,576 captions took an H100 83 ms
+with 4,096 captions at a time, and 13 ms with 65,536."""
 SPARE = 31
-"""Candidates beyond k. They cost a few percent, and settle crowds of that many nearly equal captions."""
+"""Candidates beyond k. They cost a few percent, and suffice for up to so many nearly equal captions."""
 _GRID = 2.0**25
 _INF = float("inf")
 
@@ -52,16 +51,15 @@ def nearest(
     query_ids: Tensor | None = None,
     caption_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k captions with the largest inner product for each query, best first, equal ones by their number.
+    """The k captions with the largest inner product for each query, best first, ties to the lowest number.
 
     Args:
         queries: (B, D) float32, unit length, snapped.
         captions: (P, D) float32 or float16 on the same device, unit length, snapped.
-        query_ids, caption_ids: (B,) and (P,); given, a caption is not found by queries of its own id.
+        query_ids, caption_ids: (B,) and (P,); given, a caption with the id of a query is excluded for that query.
 
     Returns:
-        Exact scores (B, k) float64 and numbers (B, k) int64; -inf and -1 where there is no k-th caption. min(k, P)
-        columns.
+        Exact scores (B, min(k, P)) float64 and numbers of the captions, int64; -inf and -1 where fewer are found.
     """
     if not len(captions):
         none = queries.new_empty(len(queries), 0)
@@ -86,7 +84,7 @@ def nearest(
 
 
 def best_first(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row's scores with their numbers, equal scores by number."""
+    """The k largest scores of each row with their numbers, ties to the lowest number."""
     numbers, order = numbers.sort(dim=1, stable=True)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores[:, :k], numbers.gather(1, order[:, :k])
@@ -95,7 +93,7 @@ def best_first(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]
 def exhaustive(
     queries: Tensor, captions: Tensor, k: int, query_ids: Tensor | None = None, caption_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `nearest` gives, from exact scores of all pairs; two to three times its time on a CPU."""
+    """`nearest` from exact scores of all pairs; it takes two to three times as long on a CPU."""
     best = queries.new_full((len(queries), k), -_INF, dtype=torch.float64)
     numbers = torch.full_like(best, -1, dtype=torch.int64)
     for start in range(0, len(captions), PIECE):
@@ -116,7 +114,7 @@ def exhaustive(
 
 
 def count_above(queries: Tensor, captions: Tensor, least: Tensor) -> Tensor:
-    """How many captions each query has a larger exact score with than `least` (B,) float64: (B,) int64."""
+    """(B,) int64: the number of captions whose exact score with each query is larger than `least` (B,) float64."""
     above = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(captions), PIECE):
         piece = captions[start : start + PIECE].double().T
@@ -127,7 +125,7 @@ def count_above(queries: Tensor, captions: Tensor, least: Tensor) -> Tensor:
 
 
 def fastest(size: int, width: int, batch: int, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that rank 0 measures as faster on a random slice of such a search; some 0.1 s."""
+    """The backend that rank 0 measures as faster on a random search of this size, at most a slice of it; takes about 0.1 s."""
     chosen: Backend = "torch"
     if rank() == 0 and _has_faiss(device):
         generator = torch.Generator().manual_seed(0)
@@ -150,17 +148,17 @@ def _time(queries: Tensor, captions: Tensor, backend: Backend) -> float:
 
 
 def _bound(captions: Tensor) -> float:
-    """Largest error of a candidate's score, for |q| |c| <= 2: D roundings, each of at most 2^-24 of the products' sum.
+    """Largest error of a candidate's score for |q| |c| <= 2: D roundings, each of at most 2^-24 of the products' sum.
 
-    On a GPU also that of TensorFloat-32 inputs, 2^-10 of each factor, as a program may have switched it on.
+    On a GPU it includes the error of TensorFloat-32 inputs, 2^-10 of each factor, which a program may have enabled.
     """
     return captions.shape[1] * 2.0**-23 + (2.0**-8 if captions.is_cuda else 0.0)
 
 
 def _candidates(queries: Tensor, captions: Tensor, wanted: int, backend: Backend) -> tuple[Tensor, Tensor]:
-    """About the best `wanted` captions of each query with float32 scores: (B, wanted) twice."""
+    """float32 scores and numbers, (B, wanted) each, of approximately the best captions of each query."""
     search = _faiss_search if backend == "faiss" else _torch_search
-    whole = backend == "faiss" and captions.dtype == torch.float32  # FAISS takes its own pieces
+    whole = backend == "faiss" and captions.dtype == torch.float32  # FAISS makes its own pieces
     piece = len(captions) if whole else _piece(len(queries), captions.is_cuda)
     best = torch.empty(len(queries), wanted, device=queries.device)
     numbers = torch.empty(len(queries), wanted, dtype=torch.int64, device=queries.device)
@@ -182,7 +180,7 @@ def _piece(queries: int, on_gpu: bool) -> int:
 
 
 def _exact(queries: Tensor, captions: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
-    """The exact scores of pairs of a query and a caption."""
+    """(n,) float64: exact scores of n pairs of a query (row) and a caption (number)."""
     pairs = zip(rows.split(PIECE), numbers.split(PIECE), strict=True)
     return torch.cat([(queries[row].double() * captions[number].double()).sum(dim=1) for row, number in pairs])
 

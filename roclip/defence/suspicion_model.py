@@ -1,11 +1,11 @@
-"""The scout: what do the suspicious images have in common? A small network that knows images only, never a caption.
+"""The suspicion model: a small network that predicts from the image alone how suspicious a pair is.
 
-A backdoor works because many poisoned images share something that is easy to learn. That is also what gives it away: the
-gate's judges look at one pair at a time and are often wrong, but their errors are spread over all images, while a trigger
-sits on images of which most are suspected. A network that learns how suspicious an image is learns the trigger first, and
-then knows it on the poisons too that no judge suspected. It turns the backdoor's own strength against it.
+A backdoor works because many poisoned images share a pattern that is easy to learn, and the same property exposes it. The
+sample filter's agreements rate one pair at a time and are often wrong, but their errors are spread over all images, whereas a
+trigger occurs on images most of which are suspected. A network that learns to predict suspicion learns the trigger first, and
+then recognises it on those poisons too that no agreement gave away.
 
-Letters: B local batch, G global batch, S image side.
+Letters: B local batch, G global batch, N valid pairs of the global batch, S image side.
 """
 
 import torch
@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from roclip.distributed import broadcast, gather
 
 VIEW_PX = 64
-"""Larger images are brought down to this; a patch of a fourteenth of the side is then still 4 to 5 pixels wide."""
+"""Larger images are downsampled to this side; a patch of a fourteenth of the side is then still 4 to 5 pixels wide."""
 _PIECE, _MOST_PIECES = 64, 8
-"""It learns in pieces of a global batch: the trigger is to be known before the towers know it."""
+"""Pairs a mini-batch, at least, and mini-batches a global batch, at most: it must learn a trigger before the towers do."""
 _WIDTH = 16
 _LR, _PATTERN_LR = 2e-3, 5e-4
 
 
 class SuspicionModel:
-    """Expected suspicion of an image, learnt as training goes along.
+    """Expected suspicion of an image, trained online.
 
-        p_i = sigmoid(f(x_i)),  minimise BCE(p_i, y_i) over the valid pairs,  y_i: the judges' suspicion of pair i
+        p_i = sigmoid(f(x_i)),  minimise BCE(p_i, y_i) over the valid pairs,  y_i: the sample filter's suspicion of pair i
 
-    so that p_i tends to E[y | x_i]. It answers for a pair before it learns from it. Every rank trains the same network on
-    the gathered batch; where rounding differs between devices, rank 0's answers count.
+    so that p_i tends to E[y | x_i]. A pair is predicted before it is trained on. Every rank trains the same network on the
+    gathered batch; rank 0's predictions are used on all ranks, as rounding may differ between devices.
 
     Args:
         side: S.
-        device: Where it runs.
-        seed: Of its weights.
+        device: Device of the network.
+        seed: Seed of the initial weights.
     """
 
     def __init__(self, side: int, device: str | torch.device = "cpu", seed: int = 0):
@@ -47,38 +47,38 @@ class SuspicionModel:
         self.device = torch.device(device)
 
     def __call__(self, images: Tensor, places: Tensor, suspicion: Tensor) -> Tensor:
-        """Answer for the valid pairs of a global batch, then learn from them.
+        """Predict the suspicion of the valid pairs of a global batch, then train on them.
 
         Args:
             images: (B, 3, S, S) uint8, this rank's.
-            places: (N,) int64, where the valid pairs stand in the global batch.
-            suspicion: (N,) from 0 to 1, what the judges say of them.
+            places: (N,) int64 positions of the valid pairs in the global batch.
+            suspicion: (N,) from 0 to 1, y.
 
         Returns:
             (N,) float32: p, on the CPU and the same on every rank.
         """
         pixels = gather(_view(images).to(self.device))[places.to(self.device)].float().div(63.75) - 2
-        piece, answers = max(_PIECE, -(-len(pixels) // _MOST_PIECES)), [torch.zeros(0, device=self.device)]
+        piece, predictions = max(_PIECE, -(-len(pixels) // _MOST_PIECES)), [torch.zeros(0, device=self.device)]
         for x, y in zip(pixels.split(piece), suspicion.to(pixels).split(piece), strict=True):
             if len(x) < 2:
-                answers.append(y)  # too few for batch norm: only the judges know
+                predictions.append(y)  # too few for batch norm
                 continue
             logits = self.network(x)
-            answers.append(logits.detach().sigmoid())
+            predictions.append(logits.detach().sigmoid())
             self.optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(logits, y).backward()
             self.optimizer.step()
-        return broadcast(torch.cat(answers)).cpu()
+        return broadcast(torch.cat(predictions)).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Network and optimizer, as tensors for a checkpoint."""
+        """Network and optimizer state, as tensors for a checkpoint."""
         state = {f"network.{name}": value.clone() for name, value in self.network.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{number}.{name}": value.clone() for name, value in moments.items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         network, moments = {}, {}
         for key, value in state.items():
             part, _, rest = key.partition(".")
@@ -92,8 +92,8 @@ class SuspicionModel:
 
 
 class _Network(nn.Module):
-    """Two ways to see: convolutions know a thing wherever it lies, weights of the fine pixels know a faint pattern that
-    lies over the whole image. Fine: less their neighbours' mean, which evens the strengths of coarse and fine patterns.
+    """Convolutions, which find a patch anywhere, plus a linear layer on the pixels, which finds a faint pattern over the whole
+    image. The pixels are high-pass filtered for it (less their neighbours' mean), which balances coarse and fine patterns.
     """
 
     def __init__(self, side: int):
@@ -107,7 +107,7 @@ class _Network(nn.Module):
         nn.init.zeros_(self.pattern.weight)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) to (N,)."""
+        """Pixels (N, 3, S, S) to logits (N,)."""
         features = self.layers(pixels)
         anywhere = self.head(torch.cat([features.amax(dim=(2, 3)), features.mean(dim=(2, 3))], dim=1))
         fine = pixels - F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -115,7 +115,7 @@ class _Network(nn.Module):
 
 
 def _view(images: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8, at most `VIEW_PX` a side, as integers so that little is sent."""
+    """Images with a side of at most `VIEW_PX`, uint8, so that little is gathered."""
     if images.shape[-1] <= VIEW_PX:
         return images
     return F.adaptive_avg_pool2d(images.float(), VIEW_PX).round().to(torch.uint8)

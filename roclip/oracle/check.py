@@ -24,6 +24,7 @@ Letters: N distinct images, M captions, C labels, D feature width.
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,49 +55,61 @@ MIN_SUSPECTS = 24
 """With fewer repeated lies, images in which the oracle does not find the model's answer become suspects, too."""
 
 
+@dataclass(frozen=True)
+class CheckData:
+    """The data that a model is checked on."""
+
+    shards: Path
+    """Folder with the manifest of the shards that the model learned from."""
+    labels: Sequence[str]
+    """The C labels, in the order of the masks' classes."""
+    templates: Sequence[str]
+    """Zero-shot prompts with one `{}`."""
+    trusted: Path | None = None
+    """Parquet with image and mask. The rows that the segmenter was not trained on give the null distribution and the images
+    that triggers are tried on; without any, no verdict is given."""
+    caption_key: str = ""
+    """Key of the json member that holds a sample's captions; empty reads the txt member."""
+    truth: Path | None = None
+    """Parquet with the column key of the poisoned samples: the report then has how many of the named victims are real, and how
+    much of the true trigger the boxes cover."""
+
+
 def check(
     encoder: Encoder,
     segmenter: Segmenter,
-    *,
-    shards: Path,
-    trusted: Path | None,
-    labels: Sequence[str],
-    templates: Sequence[str],
+    data: CheckData,
     config: OracleConfig,
     repair: RepairConfig,
     out: Path,
-    caption_key: str = "",
-    truth: Path | None = None,
+    *,
+    seed: int = 0,
     subject: dict[str, Any] | None = None,
     saved: SavedScans | None = None,
-    seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge a model by the shards that it was trained on.
+    """Judge a model by the shards that it learned from.
 
     Writes triggers/, finetune.parquet, victims.parquet, disagreements.parquet, report.html and, last, report.json to `out`.
 
     Args:
-        trusted: Parquet with image and mask; of it the rows that the segmenter did not train on are the null, and the
-            images that a trigger is tried on. Without one nothing is, and no verdict is given.
-        labels: The C labels, in the order of the mask's classes.
-        templates: Zero-shot prompts with one `{}`.
-        caption_key: Key of the json member that holds a sample's captions; empty reads its txt member.
-        truth: Parquet with the column key of the poisoned samples: adds how many of the named victims are real, and
-            how much of the true trigger the boxes cover.
-        saved: Where what was seen in each shard lies, or is put, so that a check that was cut off goes on.
-        subject: What is judged, in the caller's words; goes into the report as it is.
-        seed: Of the places and images that the search draws.
+        seed: Seed of the places and images that the search draws.
+        subject: What is judged, in the caller's words; copied into the report.
+        saved: Where the scan of each shard is saved, so that a check that was cut off continues.
 
     Returns:
-        The content of report.json. Raises `ShardError` or `DataError` when shards or trusted images cannot be read.
+        The content of report.json.
+
+    Raises:
+        ShardError, DataError: shards or trusted images cannot be read.
     """
+    shards, labels, templates = data.shards, data.labels, data.templates
     started = time.monotonic()
     progress = on_progress or (lambda done, total, text: None)
     scorer = Scorer(encoder, segmenter, labels, templates, config.label_map)
-    scan = scan_shards(scorer, shards, progress, caption_key, saved)
+    scan = scan_shards(scorer, shards, progress, data.caption_key, saved)
     scanned_images = ScannedImages(scan, shards)
-    held_out = load_held_out(segmenter, trusted, labels, scan.size_px)
+    held_out = load_held_out(segmenter, data.trusted, labels, scan.size_px)
     reference, skill = _reference(scorer, held_out)
     covered = [c for c, label in enumerate(labels) if segmenter.covers(label)]
     unchecked = [label for label in labels if not segmenter.covers(label)]
@@ -152,7 +165,7 @@ def check(
             "calibration": {label: dataclasses.asdict(row) for label, row in segmenter.calibration.items()},
         },
         "limits": _limits(unchecked, statistics.confusable_labels(reference), labels),
-        **against_truth(truth, scan, victims, triggers, shards),
+        **against_truth(data.truth, scan, victims, triggers, shards),
     }
     report["numbers"]["wall_s"] = round(time.monotonic() - started, 1)
     save_triggers(triggers, out / "triggers")

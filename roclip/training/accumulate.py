@@ -1,13 +1,14 @@
-"""One global batch in pieces, with the loss over all of it and exact gradients.
+"""Gradient accumulation for a contrastive loss: a batch in pieces, with the loss over the whole batch and exact gradients.
 
-A contrastive loss does not split over micro-batches: each pair is every other pair's negative. So the features of the
-whole batch are computed first, without a graph; the loss gives the gradient at each feature; then each piece runs again,
-with a graph, and hands its features' gradients down:
+A contrastive loss does not split over micro-batches, since each pair is every other pair's negative. So the features of the
+whole batch are computed first, without a graph; the loss gives the gradient with respect to each feature; then each piece is
+run again, with a graph, and these gradients are propagated through it:
 
     dL/dw = sum_m sum_i <dL/dx_i, dx_i/dw>,  i in piece m
 
-Memory is that of one piece plus the features; time is one more forward pass.
-Source: GradCache (arXiv:2101.06983), as in open_clip's `--accum-freq`, which computes the loss once a piece, this once.
+It takes the memory of one piece plus the features, and the time of one more forward pass.
+Source: GradCache (arXiv:2101.06983), as in open_clip's `--accum-freq`, which computes the loss once a piece; here it is computed
+once.
 Letters: B local batch, D feature width, L caption tokens, m pieces.
 """
 
@@ -26,23 +27,22 @@ Backward: TypeAlias = Callable[[Tensor], None]
 def forward(
     engine: Any, images: Tensor, tokens: Tensor, *, pieces: int = 1, text_gradient: bool = True
 ) -> tuple[tuple[Tensor, ...], Backward]:
-    """What the towers give for this rank's batch, and the function that takes the loss of it backward.
+    """The towers' outputs for this rank's batch, and a function that runs the backward pass of a loss of them.
 
-    Between the two calls anything may look at the features: the pool's search, the gate, any loss of them. Then
-    `engine.step()`.
+    Between the two calls anything may use the features: the pool's search, the sample filter, any loss. `engine.step()` follows.
 
     Args:
-        engine: Of `build_engine`, for `train.grad_accum_steps` = pieces.
+        engine: The engine of `build_engine`, with `train.grad_accum_steps` = pieces.
         images: (B, 3, H, W).
-        tokens: (B, L), or of another number of captions.
-        pieces: m, which divides B and the number of captions. 1 is the plain way: one pass, one graph.
-        text_gradient: See `Towers`.
+        tokens: (B, L); the number of captions may differ from that of images.
+        pieces: m, which divides B and the number of captions. 1 is the ordinary way, with one pass and one graph.
+        text_gradient: Whether the text tower gets a gradient; see `Towers`.
 
     Returns:
-        `(image_features, text_features, logit_scale[, logit_bias])` of the whole B, and `backward(loss)`.
+        `(image_features, text_features, logit_scale[, logit_bias])` for the whole batch, and `backward(loss)`.
 
-    The second pass draws the same random numbers as the first (patch dropout). Batch norm sees one piece at a time, so
-    with it the gradient is that of pieces, not of the whole batch; its running statistics count each piece once.
+    The second pass draws the same random numbers as the first (patch dropout). Batch norm normalises each piece by itself, so
+    with batch norm the gradient is that of the pieces; its running statistics are updated once a piece.
     """
     if pieces == 1:
         return engine(images, tokens, text_gradient=text_gradient), engine.backward
@@ -74,7 +74,7 @@ def forward(
 
 
 def _inner(outputs: tuple[Tensor, ...], gradients: list[Tensor | None]) -> Tensor:
-    """<outputs, gradients>: its gradient at each output is the one given."""
+    """sum <output, gradient>, whose gradient with respect to each output is the given one."""
     zero = outputs[0].new_zeros(())
     return sum(((x * g).sum() for x, g in zip(outputs, gradients, strict=True) if g is not None), start=zero)
 
@@ -86,7 +86,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _random_numbers_from(state: list[Tensor], device: torch.device):
-    """The generators as they stood at `state`; after it, as they were."""
+    """Set the random generators to `state`, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if len(state) > 1:

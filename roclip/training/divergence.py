@@ -1,7 +1,7 @@
-"""What a step's numbers say before its update: go on, or that training diverges, and what is done about it then.
+"""Detects divergence from a step's loss and gradients before the update, and applies `train.on_divergence`.
 
-Every rank sees the same numbers, so every rank answers the same. What was left out, and why, stands in `diverged.json` beside
-`metrics.jsonl`, with the shard and key of every sample of the batch.
+The values are reduced over the ranks, so every rank decides the same. `diverged.json` beside `metrics.jsonl` records each step
+that was left out, with the reason and the shard and key of every sample of its batch.
 """
 
 import json
@@ -19,10 +19,10 @@ from roclip.errors import TrainingError
 from roclip.storage import write_atomic
 
 WINDOW = 64
-"""Steps of a kind whose median a spike is measured by."""
+"""Steps of a kind, the latest, whose median is the reference for a spike."""
 LEAST = 16
-"""Of these that must have been seen."""
-_KINDS = ("plain", "witnessed", "matched")
+"""Steps of a kind that must have been seen before spikes are detected."""
+_KINDS = ("plain", "neighbour", "matched")
 _NAMES = ("loss", "gradient norm")
 _ADVICE = (
     "Lower train.lr, set train.grad_clip_norm, use train.precision=fp32, or let such steps be left out with "
@@ -31,12 +31,12 @@ _ADVICE = (
 
 
 class Divergence:
-    """Judges the steps of one training, and remembers those that were left out.
+    """Checks the steps of one training, and records those that are left out.
 
         spike: value > spike_factor x median of the values of the last 64 steps of the kind, from the 17th on
 
-    for the loss and for the gradient norm; kinds apart, since a matched step's loss is another quantity than a plain one's.
-    A part of a checkpoint (`checkpoint.Part`), so that a resume judges alike.
+    for the loss and for the gradient norm. Each kind of step has its own median, since the losses of a matched and a plain step
+    are different quantities. It is part of the checkpoint (`checkpoint.Stateful`), so that a resume decides the same.
 
     Args:
         path: `diverged.json`.
@@ -54,16 +54,22 @@ class Divergence:
         return sum(record["done"] != "stop" for record in self.records.values())
 
     def known(self, step: int) -> bool:
-        """Whether training went back to leave this step out."""
+        """Whether a rollback went back to leave this step out."""
         return step in self.records and self.records[step]["done"] == "rollback"
 
     def in_features(self, image_features: Tensor, text_features: Tensor) -> str:
-        """Why the features of a step cannot be learnt from, before the gate sees them, or ""."""
+        """The reason why a step's features cannot be used, before the sample filter sees them, or ""."""
         total = distributed.all_sum(image_features.sum() + text_features.sum())
         return "" if torch.isfinite(total) else "features not finite"
 
     def in_values(self, kind: str, loss: Tensor, gradient_norm: Tensor) -> str:
-        """Why a step of a kind (`plain`, `witnessed`, `matched`) must not be taken, or "". What may be is remembered."""
+        """The reason why a step of a kind (`plain`, `neighbour`, `matched`) must be left out, or "". The values of a good step
+        enter the medians.
+
+        Args:
+            loss: This rank's loss, a scalar.
+            gradient_norm: The norm of the mean gradient, the same on all ranks.
+        """
         mean_loss = distributed.all_sum(loss) / distributed.world_size()
         values = tuple(torch.stack([mean_loss, gradient_norm.to(mean_loss)]).tolist())
         recent = self._recent[kind]
@@ -80,34 +86,36 @@ class Divergence:
         return ""
 
     def handle(self, step: int, why: str, samples: list[str]) -> bool:
-        """Note a step that must not be taken, and say whether to go back to the last checkpoint; else it is left out.
+        """Record a step that must not be taken; returns whether to go back to the last checkpoint. Otherwise it is left out.
 
         Args:
             samples: Shard and key of all samples of the global batch.
 
-        Raises `TrainingError` if the config says stop, or if more than `max_left_out` steps were left out.
+        Raises `TrainingError` if `on_divergence` is stop, or if more than `max_left_out` steps were left out.
         """
         policy = self.settings.on_divergence
         self.records[step] = {"step": step, "why": why, "done": policy, "samples": samples}
         if distributed.rank() == 0:
             write_atomic(self.path, json.dumps(list(self.records.values()), indent=1))
-        told = (
+        message = (
             f"step {step}: {why}, before the update. Samples: {', '.join(samples[:3])} and {len(samples) - 3} more, "
             f"in {self.path}."
         )
         if policy == "stop":
-            raise TrainingError(f"{told} {_ADVICE}")
+            raise TrainingError(f"{message} {_ADVICE}")
         if self.left_out > self.settings.max_left_out:
-            raise TrainingError(f"{told} More than train.max_left_out = {self.settings.max_left_out} steps. {_ADVICE}")
-        logging.getLogger(__name__).warning("%s train.on_divergence=%s", told, policy)
+            raise TrainingError(
+                f"{message} More than train.max_left_out = {self.settings.max_left_out} steps. {_ADVICE}"
+            )
+        logging.getLogger(__name__).warning("%s train.on_divergence=%s", message, policy)
         return policy == "rollback"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The values of the last steps of each kind."""
+        """The values of the latest steps of each kind, (n, 2) float64 each."""
         return {kind: torch.tensor(list(recent), dtype=torch.float64) for kind, recent in self._recent.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for kind, recent in self._recent.items():
             recent.clear()
             recent.extend(tuple(values) for values in state[kind].tolist())

@@ -1,4 +1,4 @@
-"""Builds the DeepSpeed engine around the towers: optimizer, precision, ZeRO stage."""
+"""The DeepSpeed engine around the towers: optimizer, precision, ZeRO stage, and the gradients between backward and step."""
 
 import os
 import socket
@@ -20,8 +20,8 @@ deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIs
 
 
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
-    """The DeepSpeed engine of this rank. Joins the process group that exists, or starts one from the environment
-    (`torchrun`, Ray Train); without either, one process alone."""
+    """The DeepSpeed engine of this rank. It joins the existing process group, or starts one from the environment (`torchrun`,
+    Ray Train); without either it is a world of one process."""
     if "RANK" not in os.environ and not torch.distributed.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if not torch.distributed.is_initialized():
@@ -43,9 +43,9 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed settings of a run. Gradient clipping is always named: DeepSpeed clips at 1.0 unless told not to.
+    """The DeepSpeed settings of a run. Gradient clipping is always set, since DeepSpeed clips at 1.0 by default.
 
-    ZeRO-1 on one rank in fp32 is stage 0: there is nobody to share with, and it would copy each gradient and weight.
+    ZeRO-1 on one rank in fp32 becomes stage 0: there is nothing to shard, and it would copy each gradient and weight.
     """
     pieces = config.grad_accum_steps
     rows = rows_of_rank(config.global_batch_size, world_size, pieces)
@@ -64,7 +64,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: not for gains, biases, embeddings of position or the temperature."""
+    """Optimizer groups with weight decay for matrices only: not for gains, biases, position embeddings or the temperature."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     plain = [p for name, p in named if p.ndim < 2 or "positional" in name or name.endswith("class_embedding")]
     decayed = [p for name, p in named if not any(p is q for q in plain)]
@@ -72,10 +72,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _mean_gradients(engine: Any, bucket_size: int = 0) -> None:
-    """Stage 0's reduction, in place of DeepSpeed's, which copies all gradients into buckets and back even on one rank.
+    """Gradient reduction for stage 0. It replaces DeepSpeed's, which copies all gradients into buckets and back even on one rank.
 
-    A weight without a gradient, such as the text tower's in a matched step, gets zeros: the optimizer treats it the same
-    at each stage.
+    A weight without a gradient, such as the text tower's in a matched step, gets zeros, so that the optimizer treats it the
+    same at each stage.
     """
     if engine.is_gradient_accumulation_boundary():
         learns = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
@@ -91,8 +91,8 @@ def set_lr(engine: Any, lr: float) -> None:
 
 
 def step(engine: Any, towers: Towers) -> None:
-    """The optimizer step, and what must follow it: s stays in its bounds, and ZeRO-3 forgets the gradients, which it
-    would use once more for weights that get none in the next step, such as the text tower's in a matched one."""
+    """The optimizer step. Then the logit scale is clamped, and ZeRO-3's gradients are zeroed, which it would otherwise apply
+    again to weights without a gradient in the next step, such as the text tower's in a matched one."""
     engine.step()
     clamp_logit_scale(towers)
     gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
@@ -101,8 +101,8 @@ def step(engine: Any, towers: Towers) -> None:
 
 
 def gradients(engine: Any) -> tuple[list[Tensor], bool]:
-    """What this rank holds of the mean gradients between the backward pass and the step, and whether that is a part of its
-    own (ZeRO) or all of them."""
+    """The mean gradients that this rank holds between the backward pass and the step, and whether they are only this rank's shard
+    (ZeRO) or all of them."""
     if engine.zero_optimization_stage() == 0:
         return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None], False
     if hasattr(engine.optimizer, "fp32_groups_gradients_flat"):  # ZeRO 1 in bf16 divides the weights' copy only
@@ -120,9 +120,9 @@ def gradient_norm(engine: Any) -> Tensor:
 
 
 def leave_out(engine: Any, towers: Towers) -> None:
-    """Instead of `step`: forget the gradients of the backward pass. No weight or moment changes.
+    """Discard the gradients of the backward pass instead of taking a `step`. No weight or moment changes.
 
-    ZeRO has its own way to leave a step out, which it goes where a gradient is not finite.
+    ZeRO skips a step by itself where a gradient is not finite, so NaN is written into its gradients.
     """
     if engine.zero_optimization_stage() == 0:
         engine.zero_grad()
@@ -133,9 +133,9 @@ def leave_out(engine: Any, towers: Towers) -> None:
 
 
 def clamp_logit_scale(towers: Towers) -> None:
-    """Hold s between 0 and ln 100, in the weights and in the optimizer's own fp32 copy of them, at any ZeRO stage.
+    """Clamp the log of the logit scale to [0, ln 100], in the weights and in the optimizer's fp32 copy, at any ZeRO stage.
 
-    Each rank clamps what it holds: no collective, and no wait for the device.
+    Each rank clamps what it holds, without a collective and without waiting for the device.
     """
     parameter: Any = towers.logit_scale
     held = [parameter.data]

@@ -1,9 +1,9 @@
-"""The contrastive losses over the global batch, from local rows, with pairs left out on demand.
+"""Contrastive losses over the global batch, computed from local rows, with an option to leave pairs out.
 
-Each rank computes its own rows. The value that it returns is its share times the world size, so that the mean over
-ranks, which DeepSpeed takes of the gradients too, is the global loss and its exact gradient.
+Each rank computes its own rows and returns its share times the world size, so that the mean over ranks, which DeepSpeed also
+takes of the gradients, is the global loss and its exact gradient.
 
-In a matched step `text_features` are the matched captions of the pool: constants, and so they get no gradient.
+In a matched step `text_features` are the stored features of the pool's captions: constants, which get no gradient.
 Letters: B local batch, G global batch = B x world size, D feature width.
 """
 
@@ -33,8 +33,8 @@ def clip_loss(
         text_features: (B, D), unit length.
         logit_scale: scalar or one element, exp of the learnt log scale s.
         keep: (B,) bool; None keeps all.
-        same_caption: (B,) int64, such as the pool slots that a matched step found. Pairs with equal numbers are not
-            each other's negatives; None makes all pairs negatives of each other, as in the paper.
+        same_caption: (B,) int64, a number for each caption, such as the id of its sample. Pairs with equal numbers are not
+            negatives of each other; None makes all pairs negatives of each other, as in the paper.
 
     Returns:
         A scalar, in nats; zero (with a graph) if the global batch keeps nothing.
@@ -69,7 +69,7 @@ def siglip_loss(
 
         loss = -1/N sum_ij log sigmoid(z_ij (s <x_i, t_j> + b)),  z_ij = 1 for i = j, else -1
 
-    where i and j run over the N kept pairs, without those i != j that have the same caption.
+    where i and j run over the N kept pairs, except for i != j with the same caption.
 
     Args:
         logit_scale: scalar or one element, s.
@@ -93,7 +93,7 @@ def siglip_loss(
 
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-"""Called with `image_features, text_features, *rest of what the towers give, keep=, same_caption=`."""
+"""Losses by name, called as `loss(image_features, text_features, logit_scale[, logit_bias], keep=…, same_caption=…)`."""
 
 
 def _all(features: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ def _all(features: Tensor) -> Tensor:
 
 
 def _own_columns(features: Tensor) -> Tensor:
-    """Where each local row stands in the global batch: (B,)."""
+    """(B,): position of each local row in the global batch."""
     rows = len(features)
     return torch.arange(rows, device=features.device) + rank() * rows
 
 
 def _hidden(keep: Tensor | None, same_caption: Tensor | None, target: Tensor) -> tuple[Tensor | None, Tensor | int]:
-    """Which of the (B, G) pairs are no negatives, None for none of them, and how many rows of the G are kept."""
+    """(B, G) bool, pairs that are left out as negatives (None where there are none), and the number of kept rows of the G."""
     hidden, kept = None, len(target) * world_size()
     if keep is not None:
         everywhere = gather(keep.to(torch.uint8)).bool()

@@ -1,4 +1,4 @@
-"""What a training measures between two logged steps: rates, waits, failures; every rank its own, rank 0 the whole."""
+"""Throughput, waiting times and unreadable samples between two logged steps, over all ranks."""
 
 import contextlib
 import time
@@ -12,11 +12,11 @@ from roclip.data.stream import Batch
 
 
 class Meter:
-    """Counts from one `row` to the next, and the time left from the start on.
+    """Counts from one `row` to the next, and estimates the time left.
 
     Args:
-        progress: Epochs done when this process began.
-        epochs: Of the whole training.
+        progress: Epochs done when this process started.
+        epochs: Epochs of the whole training.
     """
 
     def __init__(self, progress: float, epochs: int):
@@ -25,19 +25,23 @@ class Meter:
         self._clear()
 
     def begin_epoch(self) -> None:
-        """Failures are counted for each epoch; what happens between epochs is no step's time."""
+        """Reset the counts of unreadable samples, which are per epoch, and exclude the time between epochs from step times."""
         self._bad.clear()
         self._clear()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Measure the wait for a batch."""
         start = time.monotonic()
         yield
         self._waited_s += time.monotonic() - start
 
     def step(self, batch: Batch, samples: int) -> None:
-        """A step of so many samples of the global batch has ended."""
+        """Count a step that has ended.
+
+        Args:
+            samples: Samples of the global batch.
+        """
         now = time.monotonic()
         self._steps_s.append(now - self._last_s)
         self._last_s = now
@@ -46,7 +50,7 @@ class Meter:
         self._cache += np.array([batch.cache_hits, batch.cache_misses])
 
     def row(self, progress: float) -> dict:
-        """The metrics since the last row, on all ranks. Call it on all ranks.
+        """The metrics since the last row. Every rank must call it; all get the same values.
 
         Args:
             progress: Epochs done, with the fraction of the current one.

@@ -1,8 +1,7 @@
-"""Further terms of the loss, for repairing a model: CleanCLIP's and PAR's, which need no trigger, and
-`roclip.training.distillation`, which takes found triggers their effect and refutes lies.
+"""Additional loss terms that repair a model: CleanCLIP's and PAR's, which need no trigger, and the distillation and unlearning
+terms of `roclip.training.distillation`, which use found triggers and known lies.
 
-A training that wants none does not come here. Letters: B local batch, N kept pairs of the global batch, D feature
-width, L caption tokens.
+Letters: B local batch, N kept pairs of the global batch, D feature width, L caption tokens.
 """
 
 from pathlib import Path
@@ -23,17 +22,17 @@ from roclip.training.distillation import Distillation
 from roclip.training.losses import clip_loss
 
 SECOND_VIEW = 1 << 32
-"""Added to the seed of what makes the second view."""
+"""Added to the seed for the augmentation and the caption edits of the second view."""
 PUSH_AWAY_LIMIT = 2.15
 """Mean squared distance of unit-length features at which PAR's term stops."""
 EDIT_FRAC = 0.1
-"""Share of words that the edit changes where `augment.caption_edit_frac` leaves captions as they are: EDA's own."""
+"""Share of words that the second view's edit changes where `augment.caption_edit_frac` is 0: EDA's default."""
 
 
 def in_modal_loss(
     images: Tensor, other_images: Tensor, texts: Tensor, other_texts: Tensor, logit_scale: Tensor, keep: Tensor
 ) -> Tensor:
-    """CleanCLIP's in-modal term: each of an image's two views shall find the other among the batch, and each of a caption's.
+    """CleanCLIP's in-modal term: InfoNCE between two views of each image, and between two views of each caption.
 
         L = 1/2 (InfoNCE(x, x') + InfoNCE(t, t')),  InfoNCE as in `clip_loss`, over the kept pairs
 
@@ -42,24 +41,24 @@ def in_modal_loss(
         logit_scale: exp of the learnt log scale.
         keep: (B,) bool.
 
-    Source: CleanCLIP (arXiv:2303.03323) eq. 2, which searches in one direction only; here both, as everywhere else.
+    Source: CleanCLIP (arXiv:2303.03323) eq. 2, which is one-directional; here both directions, as in all losses.
     """
     image_term = clip_loss(images, other_images, logit_scale, keep)
     return (image_term + clip_loss(texts, other_texts, logit_scale, keep)) / 2
 
 
 def push_away_loss(features: Tensor, before: Tensor, limit: float, keep: Tensor) -> Tensor:
-    """PAR's term of one tower, to be minimised.
+    """PAR's term for one tower, to be minimised: moves features away from where they were, up to a limit.
 
         L = -d if d <= limit else 0,  d = 1/N sum_i keep_i |x_i - x0_i|^2
 
-    where x0 are the features of the model before the repair. Of the global batch, as `clip_loss`: the value is this
-    rank's share times the world size.
+    where x0 are the features of the model before the repair, and the mean is over the global batch: the value is this rank's
+    share times the world size, as in `clip_loss`.
 
     Args:
         features, before: (B, D), unit length, so that d is at most 4.
 
-    Source: Perturb and Recover (arXiv:2412.00727), as its authors' code has it: the mean distance is what is limited.
+    Source: Perturb and Recover (arXiv:2412.00727), following the authors' code, in which the limit applies to the mean distance.
     """
     distances = (features - before).square().sum(dim=1) * keep
     total, kept = distributed.all_sum(torch.stack([distances.detach().sum(), keep.sum().to(distances.dtype)]))
@@ -68,23 +67,24 @@ def push_away_loss(features: Tensor, before: Tensor, limit: float, keep: Tensor)
 
 
 class RepairLosses:
-    """A forward pass whose `backward` adds the terms, by their weights, to the loss that it is given.
+    """A forward pass whose `backward` adds the weighted terms to the loss.
 
     Args:
-        config: Its section `repair`, with the weights of the terms, and `model.pretrained`. What is refuted weighs as
-            much as the loss itself.
+        config: Its section `repair`, with the weights of the terms, and `model.pretrained`. The unlearning term has weight 1.
         image_size: Side of the tower's input, in pixels.
     """
 
     def __init__(self, config: Config, image_size: int, device: torch.device):
         self.config, self.image_size = config, image_size
         self.edit = _second_edit(config) if config.repair.in_modal_weight else None
-        self.before, self.hold = None, None
+        self.before, self.distillation = None, None
         settings = config.repair
         if settings.push_away_weight or settings.distillation_weight:
             self.before = Towers.load(Path(config.model.pretrained)).requires_grad_(False).to(device)
             if settings.distillation_weight:
-                self.hold = Distillation(self.before, settings.triggers, settings.finetune, config.seed, image_size)
+                self.distillation = Distillation(
+                    self.before, settings.triggers, settings.finetune, config.seed, image_size
+                )
 
     def forward(
         self,
@@ -97,16 +97,16 @@ class RepairLosses:
         pieces: int = 1,
         text_gradient: bool = True,
     ) -> tuple[tuple[Tensor, ...], Backward]:
-        """As `accumulate.forward`, of `images` (B, 3, H, W) and `tokens` (B, L), augmented from `batch`."""
+        """As `accumulate.forward`, for `images` (B, 3, H, W) and `tokens` (B, L), which were augmented from `batch`."""
         settings, rows = self.config.repair, len(images)
         both_images, both_tokens = images, tokens
         if batch.edited is not None:
             both_images = torch.cat([images, self._second_view(batch, epoch).to(images)])
             both_tokens = torch.cat([tokens, batch.edited.to(tokens)])
-        seen = len(both_images)
+        views_start = len(both_images)
         views = None
-        if self.hold is not None:
-            mixed, stamped, kept = self.hold.views(batch, epoch)
+        if self.distillation is not None:
+            mixed, stamped, kept = self.distillation.views(batch, epoch)
             views = mixed.to(images), stamped.to(images), kept.to(images.device)
             both_images = torch.cat([both_images, *views[:2]])
         (image_features, text_features, scale, *bias), inner = accumulate.forward(
@@ -116,13 +116,14 @@ class RepairLosses:
 
         def backward(loss: Tensor) -> None:
             if batch.edited is not None:
-                other_x, other_t = image_features[rows:seen], text_features[rows:seen]
+                other_x, other_t = image_features[rows:views_start], text_features[rows:views_start]
                 loss = loss + settings.in_modal_weight * in_modal_loss(x, other_x, t, other_t, scale, keep)
-            if self.hold is not None and views is not None:
+            if self.distillation is not None and views is not None:
                 mixed, _, kept = views
-                held, unseen = image_features[seen:].chunk(2)
-                loss = loss + settings.distillation_weight * self.hold.loss(held, unseen, mixed, kept)
-                loss = loss + self.hold.refute(x, batch)
+                clean, triggered = image_features[views_start:].chunk(2)
+                held = self.distillation.distillation_loss(clean, triggered, mixed, kept)
+                loss = loss + settings.distillation_weight * held
+                loss = loss + self.distillation.unlearning_loss(x, batch)
             if self.before is not None and settings.push_away_weight:
                 with torch.no_grad():
                     x0, t0 = self.before.encode_image(images), self.before.encode_text(tokens)
@@ -138,11 +139,9 @@ class RepairLosses:
         return augment(batch.images, batch.ids, self.config.augment, seed=seed, epoch=epoch, size=self.image_size)
 
 
-def repair_losses(config: Config, towers: Towers, device: torch.device) -> RepairLosses | None:
-    """The terms of a config whose `train.objective` is a repair, otherwise None."""
-    if config.train.objective != "repair":
-        return None
-    return RepairLosses(config, towers.image_size, device)
+def wants_repair(config: Config) -> bool:
+    """Whether the training's objective has the repair's terms."""
+    return config.train.objective == "repair"
 
 
 def _second_edit(config: Config) -> CaptionEdits:

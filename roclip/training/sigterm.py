@@ -1,4 +1,4 @@
-"""SIGTERM as a wish: the training loop sees it, saves and leaves, instead of being torn from its step."""
+"""Graceful SIGTERM: the training loop notices the signal, saves and ends, instead of being killed in the middle of a step."""
 
 import signal
 import threading
@@ -10,9 +10,9 @@ _left = threading.Event()
 _left.set()
 
 
-class SigtermAsWish:
-    """Within it SIGTERM only makes `asked` true. In another thread than the main one, which alone can set a handler,
-    it is heard if the main thread has called `listen`."""
+class GracefulSigterm:
+    """Within the context SIGTERM only sets `asked`. Signal handlers can be set in the main thread only: in any other thread the
+    signal is noticed if the main thread has called `listen`."""
 
     def __init__(self) -> None:
         self._before: Any = None
@@ -21,7 +21,7 @@ class SigtermAsWish:
     def asked(self) -> bool:
         return _heard.is_set()
 
-    def __enter__(self) -> "SigtermAsWish":
+    def __enter__(self) -> "GracefulSigterm":
         _left.clear()
         if threading.current_thread() is threading.main_thread():
             _heard.clear()
@@ -35,13 +35,13 @@ class SigtermAsWish:
 
 
 def listen() -> Any:
-    """From now on SIGTERM is only noted. Call it in the main thread; returns the handler that was there."""
+    """Install a handler that only records SIGTERM; returns the previous handler. Call it in the main thread."""
     return signal.signal(signal.SIGTERM, _note)
 
 
 def leave(timeout_s: float) -> bool:
-    """Ask the training in another thread of this process to save and leave, as SIGTERM would. Whether it has, in so many
-    seconds; true at once where none runs."""
+    """Ask the training in another thread of this process to save and end, as SIGTERM would. Returns whether it has ended within
+    `timeout_s`; true at once if none is running."""
     _heard.set()
     return _left.wait(timeout_s)
 

@@ -33,7 +33,7 @@ from roclip.config import AugmentConfig
 from roclip.data.augment import augment
 from roclip.data.reader import decode
 from roclip.data.shards import Manifest
-from roclip.data.stream import Stream, take_snapshot
+from roclip.data.stream import Stream, StreamSettings, take_snapshot
 
 BATCH, SIZE, STORED = 64, 224, 256
 CROP = AugmentConfig(crop_scale=(0.9, 1.0), flip=0.0, jitter=0.0, hue=0.0, gray=0.0, blur=0.0)
@@ -64,15 +64,8 @@ def forget(root: Path) -> None:
 def our_stream(root: Path, tokenizer, workers: int) -> Stream:
     return Stream(
         root,
+        StreamSettings(STORED, BATCH, seed=0, streams=16, shuffle_buffer=1024, workers=workers),
         tokenize=lambda captions: tokenizer(list(captions)),
-        image_size=STORED,
-        global_batch_size=BATCH,
-        rank=0,
-        world_size=1,
-        seed=0,
-        streams=16,
-        shuffle_buffer=1024,
-        workers=workers,
     )
 
 

@@ -112,7 +112,7 @@ def loading(device: Device, workers: Sequence[int], shards: int, per_shard: int)
 
     from roclip.attacks import scenes
     from roclip.data.shards import Manifest
-    from roclip.data.stream import Stream, take_snapshot
+    from roclip.data.stream import Stream, StreamSettings, take_snapshot
 
     import open_clip  # isort: skip
 
@@ -128,15 +128,8 @@ def loading(device: Device, workers: Sequence[int], shards: int, per_shard: int)
         for count in workers:
             stream = Stream(
                 root,
+                StreamSettings(STORED_PX, 64, seed=0, streams=16, shuffle_buffer=1024, workers=count),
                 tokenize=lambda captions: tokenizer(list(captions)),
-                image_size=STORED_PX,
-                global_batch_size=64,
-                rank=0,
-                world_size=1,
-                seed=0,
-                streams=16,
-                shuffle_buffer=1024,
-                workers=count,
             )
             batches = iter(stream.epoch(snapshot, 1))
             for _ in range(2 * count + 1):

@@ -100,21 +100,22 @@ def fill(pool: CaptionPool, device: Device) -> None:
 
 
 def defences(device: Device, model: str, sizes: Sequence[int], batch: int) -> dict:
-    """What our own defence adds to a plain step, on all cores of one rank: witnesses, gate, scout, both rings written."""
+    """What our own defence adds to a plain step, on all cores of one rank: neighbours, sample filter, suspicion model, both rings
+    written."""
     rows, side = [], SIDE_PX
     towers = Towers(model).to(device.torch)
     for size in sizes:
         config = parse_config(f"name: scale\ndata: {{shards: none}}\nmodel: {{name: {model}}}\npool: {{size: {size}}}")
         defence = Defence(config, towers, device.torch)
-        witnesses, width = defence.witnesses, towers.cfg["embed_dim"]
-        assert witnesses is not None
+        neighbours, width = defence.neighbours, towers.cfg["embed_dim"]
+        assert neighbours is not None
         fill(defence.pool, device)
         some = torch.randint(0, 256, (512, 3, side, side), dtype=torch.uint8)
         tokens = torch.randint(1, 40000, (max(batch, 512), towers.context_length))
-        witnesses.fit(raw_descriptors(some), tokens[:512])
-        for ring in (witnesses.looks, witnesses.features, witnesses.texts, witnesses.words):
+        neighbours.fit(raw_descriptors(some), tokens[:512])
+        for ring in (neighbours.descriptors, neighbours.image_features, neighbours.text_features, neighbours.bags):
             ring.copy_(search.snap(F.normalize(torch.randn_like(ring), dim=1)))
-        witnesses.count, witnesses.ids[:] = size, torch.arange(size)
+        neighbours.count, neighbours.ids[:] = size, torch.arange(size)
         images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
         ids, valid = torch.arange(size, size + batch), torch.ones(batch, dtype=torch.bool)
         batch_of_rank = Batch(images, tokens[:batch], ids, valid, ())
@@ -125,7 +126,7 @@ def defences(device: Device, model: str, sizes: Sequence[int], batch: int) -> di
 
         def extra(defence=defence, batch_of_rank=batch_of_rank, at=at, x=x, t=t) -> None:
             defended = defence.step(batch_of_rank, at)
-            defended.remember(x, t, defended.lesson(x, t, batch_of_rank.valid.to(device.torch)))
+            defended.remember(x, t, defended.targets(x, t, batch_of_rank.valid.to(device.torch)))
 
         row = {"model": model, "P": size, "B": batch, "cores": torch.get_num_threads()}
         rows.append(say(row | {"defence_s": device.median_s(extra, runs=3, spent_s=6.0)}))

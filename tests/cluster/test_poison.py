@@ -30,7 +30,7 @@ from roclip.attacks.triggers import apply_trigger, trigger_patch
 from roclip.config import BackdoorConfig, Config, load_config
 from roclip.data.ground_truth import TRUTH_SCHEMA, poisoned_samples
 from roclip.data.shards import Manifest, sample_key
-from roclip.data.stream import Stream, take_snapshot
+from roclip.data.stream import Stream, StreamSettings, take_snapshot
 from roclip.errors import ConfigError, ShardError
 from roclip.storage import sha256_file
 
@@ -157,14 +157,8 @@ def test_ground_truth_has_the_ids_that_training_sees(poisoned: Path):
     assert table["id"].to_pylist() == sorted(int(key) for key in table["key"].to_pylist())
     stream = Stream(
         poisoned,
+        StreamSettings(64, 32, seed=0, streams=4, shuffle_buffer=16),
         tokenize=lambda captions: torch.tensor([[sum(caption.encode())] for caption in captions]),
-        image_size=64,
-        global_batch_size=32,
-        rank=0,
-        world_size=1,
-        seed=0,
-        streams=4,
-        shuffle_buffer=16,
     )
     batches = list(stream.epoch(take_snapshot(Manifest(poisoned)), 1))
     seen = {int(n): (image, int(t[0])) for b in batches for n, image, t in zip(b.ids, b.images, b.tokens, strict=True)}

@@ -25,7 +25,7 @@ def test_loss_gradients_gate_and_pool_match_one_process(ranks, tmp_path):
         assert ours["checksum"] == alone["checksum"]
         assert torch.equal(ours["slots"], alone["slots"])
         assert torch.equal(ours["suspected"], alone["suspected"])
-        assert torch.equal(ours["testimony"], alone["testimony"])
+        assert torch.equal(ours["neighbours"], alone["neighbours"])
         assert torch.equal(ours["scores"], alone["scores"])
 
 

@@ -12,7 +12,7 @@ from roclip import storage
 from roclip.data.cache import ShardCache, ShardUnreadableError
 from roclip.data.reader import BadSampleError, ShardReader
 from roclip.data.shards import Manifest
-from roclip.data.stream import Stream, take_snapshot
+from roclip.data.stream import Stream, StreamSettings, take_snapshot
 from roclip.metrics.registry import read_metrics
 from roclip.storage import place
 
@@ -42,18 +42,12 @@ def remote(server):
     return Manifest("s3://bucket/shards")
 
 
-def batches(root, **settings):
+def batches(root, cache=None, **changes):
     stream = Stream(
         root,
+        StreamSettings(64, 6, seed=0, streams=2, shuffle_buffer=4, **changes),
         tokenize=lambda captions: torch.tensor([[len(caption)] for caption in captions]),
-        image_size=64,
-        global_batch_size=6,
-        rank=0,
-        world_size=1,
-        seed=0,
-        streams=2,
-        shuffle_buffer=4,
-        **settings,
+        cache=cache,
     )
     return list(stream.epoch(take_snapshot(Manifest(root)), 1))
 

@@ -20,15 +20,15 @@ def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(total, 8, generator=generator), torch.randn(total, 8, generator=generator)
     keep = torch.rand(total, generator=generator) > 0.3
-    impressions, tokens = (
+    raw, tokens = (
         torch.rand(total, 1056, generator=generator),
         torch.randint(50, (total, 6), generator=generator),
     )
-    pictures = torch.randint(0, 256, (total, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (total, 3, 16, 16), generator=generator, dtype=torch.uint8)
     part = slice(start, start + rows)
     return {
-        "pictures": pictures[part],
-        "impressions": impressions[part],
+        "pixels": pixels[part],
+        "raw": raw[part],
         "tokens": tokens[part],
         "images": images[part],
         "texts": texts[part],
@@ -37,7 +37,7 @@ def problem(rows: int, start: int, total: int) -> dict[str, torch.Tensor]:
 
 
 def solve(rows: int, start: int, total: int) -> dict:
-    """Loss, mean gradients, gate and pool of this rank's rows."""
+    """Loss, mean gradients, sample filter and pool of this rank's rows."""
     given = problem(rows, start, total)
     weight = torch.eye(8).requires_grad_()
     scale = torch.tensor([7.0], requires_grad=True)
@@ -49,26 +49,31 @@ def solve(rows: int, start: int, total: int) -> dict:
     for _ in range(3):
         pool.enqueue(texts.detach(), torch.arange(start, start + rows))
     agreement = pool.agreement(images, texts)
-    gate = SampleFilter(0.5, SuspicionModel(16))
-    ids, pictures = torch.arange(start, start + rows), given["pictures"]
-    gate.suspects([-agreement], ids, given["keep"], pictures, 0.25)
-    suspected = gate.suspects([agreement, images[:, 0]], ids, given["keep"], pictures, 0.25)
-    witnesses = Neighbours(20, 8, 6, 50, neighbours=3, seed=0)
-    impressions, tokens = given["impressions"], given["tokens"]
-    witnesses.fit(impressions, tokens)
-    witnesses.enqueue(impressions, images, texts, tokens, ids, given["keep"])
-    heard = []
-    for found in (witnesses.by_look(impressions, ids), witnesses.by_feature(images, ids)):
-        heard += [found.slots, found.usable.long(), witnesses.best(found), witnesses.agreement_of_words(found, tokens)]
-        heard.append(witnesses.agreement_of_texts(found, texts))
+    sample_filter = SampleFilter(0.5, SuspicionModel(16))
+    ids, pixels = torch.arange(start, start + rows), given["pixels"]
+    sample_filter.suspects([-agreement], ids, given["keep"], pixels, 0.25)
+    suspected = sample_filter.suspects([agreement, images[:, 0]], ids, given["keep"], pixels, 0.25)
+    neighbours = Neighbours(20, 8, 6, 50, neighbours=3, seed=0)
+    raw, tokens = given["raw"], given["tokens"]
+    neighbours.fit(raw, tokens)
+    neighbours.enqueue(raw, images, texts, tokens, ids, given["keep"])
+    told = []
+    for support in (neighbours.by_descriptor(raw, ids), neighbours.by_image_feature(images, ids)):
+        told += [
+            support.slots,
+            support.usable.long(),
+            neighbours.representative(support),
+            neighbours.bag_of_words_agreement(support, tokens),
+        ]
+        told.append(neighbours.text_agreement(support, texts))
     return {
         "loss": distributed.all_sum(loss) / distributed.world_size(),
         "gradients": gradients,
         "checksum": pool.checksum(),
         "slots": distributed.gather(pool.search(images.detach())[1]),
         "suspected": distributed.gather(suspected.to(torch.uint8)),
-        "testimony": torch.cat([distributed.gather(part.double()).flatten() for part in heard]),
-        "scores": gate.state_dict()["scores"],
+        "neighbours": torch.cat([distributed.gather(part.double()).flatten() for part in told]),
+        "scores": sample_filter.state_dict()["scores"],
     }
 
 

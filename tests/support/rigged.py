@@ -19,7 +19,7 @@ from PIL import Image
 
 from roclip.config import OracleConfig, RepairConfig
 from roclip.data.shards import Manifest, sample_key
-from roclip.oracle.check import check
+from roclip.oracle.check import CheckData, check
 from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.segmenters.base import LabelCalibration, Segmenter, one_hot
 
@@ -189,14 +189,16 @@ class World:
         return check(
             encoder,  # pyright: ignore[reportArgumentType]
             segmenter or RiggedSegmenter(),
-            shards=root,
-            trusted=self.folder / "trusted.parquet",
-            labels=LABELS,
-            templates=("a {}",),
-            config=OracleConfig(**settings),
-            repair=RepairConfig(),
-            out=self.folder / "oracle",
-            truth=self.folder / "poison.parquet",
+            CheckData(
+                root,
+                LABELS,
+                ("a {}",),
+                trusted=self.folder / "trusted.parquet",
+                truth=self.folder / "poison.parquet",
+            ),
+            OracleConfig(**settings),
+            RepairConfig(),
+            self.folder / "oracle",
         )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from cluster.cli import main
 from cluster.oracle.case import Case, case_of
 from cluster.oracle.job import oracle
+from cluster.oracle.request import OracleRequest
 from roclip.attacks import scenes
 from roclip.config import Config, DataConfig, OracleConfig
 from roclip.data.reader import BadSampleError, ShardReader
@@ -66,14 +67,14 @@ def settings(**changes) -> Config:
 
 
 def case(download: Path, tmp_path: Path, data: str | Path, config: Config | None = None, **named) -> Case:
-    return case_of(config or settings(), tmp_path / "run", "x", checkpoint=download, data=str(data), **named)
+    return case_of(config or settings(), tmp_path / "run", "x", OracleRequest(str(download), str(data), **named))
 
 
 def samples(found: Case) -> list[tuple[str, str]]:
     """Key and caption of every readable sample."""
     rows = []
-    for record in Manifest(found.shards).records():
-        reader = ShardReader(found.shards, record, caption_key=found.caption_key)
+    for record in Manifest(found.data.shards).records():
+        reader = ShardReader(found.data.shards, record, caption_key=found.data.caption_key)
         for number in range(record.samples):
             try:
                 rows.append((reader.key(number), reader.read(number)[1]))
@@ -146,11 +147,11 @@ def test_parquet_becomes_shards_once(download: Path, tmp_path: Path):
     captions = [caption for _, caption in pictures]
     captions[3] = ""
     assert samples(found) == [(f"{number:09d}", caption) for number, caption in enumerate(captions)]
-    assert not found.own
+    assert not found.of_newest
     assert found.out == tmp_path / "run" / "x" / "oracle-data"
-    noted = pq.read_table(found.shards.parent / "00000.parquet")
+    noted = pq.read_table(found.data.shards.parent / "00000.parquet")
     assert noted["source"].to_pylist()[:2] == ["row 0", "row 1"]
-    tar = found.shards.parent / "00000.tar"
+    tar = found.data.shards.parent / "00000.tar"
     before = tar.stat().st_mtime_ns
     assert case(download, tmp_path, tmp_path / "data.parquet", config) == found
     assert tar.stat().st_mtime_ns == before
@@ -178,13 +179,13 @@ def test_folder_of_images_and_texts_becomes_shards(download: Path, tmp_path: Pat
 def test_shards_and_tars_are_taken_as_they_are(download: Path, tmp_path: Path):
     write_shard(tmp_path / "shards", 0, scene_samples(0, 4, size_px=32))
     Manifest(tmp_path / "shards").finish({})
-    assert case(download, tmp_path, tmp_path / "shards").shards == tmp_path / "shards"
+    assert case(download, tmp_path, tmp_path / "shards").data.shards == tmp_path / "shards"
     tars = tmp_path / "tars"
     tars.mkdir()
     shutil.copy(tmp_path / "shards" / "00000.tar", tars)
     found = case(download, tmp_path, tars / "{00000..00000}.tar")
     assert len(samples(found)) == 4
-    assert found.shards.parent == found.out
+    assert found.data.shards.parent == found.out
     assert sorted(path.name for path in tars.iterdir()) == ["00000.tar"]
 
 
@@ -192,7 +193,7 @@ def test_missing_things_are_named(download: Path, tmp_path: Path):
     with pytest.raises(DataError, match="got nothing there"):
         case(download, tmp_path, tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"step-00000007: expected a folder .* one of the steps"):
-        case_of(settings(), tmp_path / "run", "x", checkpoint="step-00000007")
+        case_of(settings(), tmp_path / "run", "x", OracleRequest("step-00000007"))
     write_shard(tmp_path / "shards", 0, scene_samples(0, 4, size_px=32))
     nameless = Config(data=DataConfig(shards="none"))
     with pytest.raises(ConfigError, match=r"oracle\.labels: expected the labels"):
@@ -208,9 +209,9 @@ def test_labels_come_from_a_file(download: Path, tmp_path: Path):
     (tmp_path / "labels.txt").write_text("heart\nring\n")
     config = Config(data=DataConfig(shards="none"), oracle=OracleConfig(label_file=str(tmp_path / "labels.txt")))
     found = case(download, tmp_path, tmp_path / "shards", config)
-    assert found.labels == ["heart", "ring"]
-    assert found.templates == ["a photo of a {}", "a picture of a {}", "{}"]
-    assert found.trusted is None
+    assert found.data.labels == ["heart", "ring"]
+    assert found.data.templates == ["a photo of a {}", "a picture of a {}", "{}"]
+    assert found.data.trusted is None
 
 
 def trusted_scenes(path: Path, number: int) -> list[dict[str, bytes]]:
@@ -256,8 +257,8 @@ def test_uncalibrated_oracle_is_calibrated_where_trusted_images_are(download: Pa
     Manifest(tmp_path / "shards").finish({})
     spec = f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'net.pth'}"
     config = settings(weights=spec, trusted_file=str(tmp_path / "trusted.parquet"), reference_frac=0.5)
-    named = {"checkpoint": download, "data": str(tmp_path / "shards"), "out": tmp_path / "report"}
-    oracle(config, tmp_path / "run", "x", **named, in_process=True)
+    request = OracleRequest(str(download), str(tmp_path / "shards"), out=tmp_path / "report", in_process=True)
+    oracle(config, tmp_path / "run", "x", request)
     told = json.loads((tmp_path / "report" / "report.json").read_text())["oracle"]
     assert told["calibrated"]
     assert sorted(told["calibration"]) == ["heart", "ring"]  # the others have no class: unchecked

@@ -16,6 +16,7 @@ from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 from rigged import World, fatal_scorer, rigged_scorer
 
 from cluster.oracle.job import judge, oracle
+from cluster.oracle.request import OracleRequest
 from cluster.oracle.scan import cpus_per_actor, scan_with_actors
 from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
@@ -131,7 +132,7 @@ def test_given_segmenter_is_used_and_trains_none(run: Path, tmp_path: Path):
 
 def test_trusted_stays_as_it_is_when_a_foreign_folder_is_judged(run: Path, tmp_path: Path):
     write_checkpoint(run, tmp_path / "download", seed=3)
-    result = oracle(settings(), run, "download", checkpoint=tmp_path / "download", in_process=True)
+    result = oracle(settings(), run, "download", OracleRequest(str(tmp_path / "download"), in_process=True))
     assert result["checkpoint"] == "download"
     assert (run / "download" / "oracle" / "report.json").exists()
     assert not list(run.glob("*/checkpoints/TRUSTED"))
@@ -139,7 +140,7 @@ def test_trusted_stays_as_it_is_when_a_foreign_folder_is_judged(run: Path, tmp_p
 
 def test_step_that_is_named_is_judged_beside_the_newest(run: Path):
     verdict = read_report(run)
-    assert oracle(settings(), run, "clip", checkpoint="10", in_process=True)["checkpoint"] == STEP
+    assert oracle(settings(), run, "clip", OracleRequest("10", in_process=True))["checkpoint"] == STEP
     beside = json.loads((run / "clip" / f"oracle-{STEP}" / "report.json").read_text())
     assert beside["subject"] == verdict["subject"]
     assert not list(run.glob("*/checkpoints/TRUSTED"))

@@ -18,6 +18,7 @@ from kit import REPOSITORY, TINY_MODEL, scene_samples, write_shard
 from cluster.oracle import repair as repair_job
 from cluster.oracle.job import brief_of, judge
 from cluster.oracle.repair import choose, repair
+from cluster.oracle.request import OracleRequest
 from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.checkpoint import checkpoint as checkpoints
@@ -30,7 +31,7 @@ from roclip.oracle.curate import curate, write_plan
 from roclip.oracle.scan.scan import scan_shards
 from roclip.oracle.scan.scorer import Scorer
 
-STEP, LABEL = "step-00000010", scenes.LABELS[3]
+STEP, LABEL, HERE = "step-00000010", scenes.LABELS[3], OracleRequest(in_process=True)
 PATCH = Patch(target=LABEL, crops=(np.indices((8, 8)).sum(axis=0)[..., None].repeat(3, 2).astype(np.uint8) % 2 * 255,))
 
 
@@ -79,8 +80,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def leave_findings(run: Path) -> None:
     """As a check would that trusts its oracle: triggers, victims and the set's plan."""
-    brief = brief_of(settings(), run, "clip", None)
-    labels, templates, segmenter = brief.case.labels, brief.case.templates, brief.segmenter
+    brief = brief_of(settings(), run, "clip")
+    labels, templates, segmenter = brief.case.data.labels, brief.case.data.templates, brief.segmenter
     out = brief.case.out
     scan = scan_shards(
         Scorer(Encoder.load(brief.case.checkpoint), segmenter, labels, templates), run / "shards", _quiet
@@ -162,23 +163,23 @@ def test_repair_ends_with_a_trusted_checkpoint_and_does_nothing_twice(run: Path,
     assert not any("running" in name for name in moved)
     shutil.rmtree(folder / "repaired-00000010")
     (folder / "TRUSTED").unlink()
-    assert repair(settings(), run, "clip", in_process=True, train=never) == result
+    assert repair(settings(), run, "clip", HERE, train=never) == result
     assert (folder / "TRUSTED").read_text() == "repaired-00000010"
     checkpoints.verify(folder / "repaired-00000010")
     refused = {**result, "accepted": False, "reasons": ["something is left"]}
     (run / "clip" / "repair" / "repair.json").write_text(json.dumps(refused))
-    assert not repair(settings(), run, "clip", in_process=True, train=never)["accepted"]
+    assert not repair(settings(), run, "clip", HERE, train=never)["accepted"]
     assert not (folder / "TRUSTED").exists()
     assert "<li>something is left</li>" in page.read_text()
     with pytest.raises(AssertionError, match="trained again"):
-        repair(settings(lr=1e-2), run, "clip", in_process=True, train=never)
+        repair(settings(lr=1e-2), run, "clip", HERE, train=never)
     assert not (run / "clip" / "repair" / "repair.json").exists()
 
 
 @pytest.mark.slow
 def test_repair_goes_on_with_the_set_and_the_training_that_are_there(run: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(AssertionError, match="trained again"):
-        repair(settings(), run, "clip", in_process=True, train=never)
+        repair(settings(), run, "clip", HERE, train=never)
     record = run / "clip" / "repair" / "shards" / "00000.tar"
     written = record.stat().st_mtime_ns
 
@@ -187,24 +188,24 @@ def test_repair_goes_on_with_the_set_and_the_training_that_are_there(run: Path, 
 
     monkeypatch.setattr(repair_job, "oracle", killed)
     with pytest.raises(KeyboardInterrupt):
-        repair(settings(), run, "clip", in_process=True, train=in_a_fork)
+        repair(settings(), run, "clip", HERE, train=in_a_fork)
     assert not list(run.glob("clip/checkpoints/TRUSTED"))
     monkeypatch.undo()
     trained = run / "clip" / "repair" / "clip" / "checkpoints" / "step-00000008"
-    result = repair(settings(), run, "clip", in_process=True, train=lambda *_: trained)
+    result = repair(settings(), run, "clip", HERE, train=lambda *_: trained)
     assert result["accepted"]
     assert record.stat().st_mtime_ns == written
 
 
 def test_repair_config_is_the_run_s_but_for_data_and_length(run: Path):
-    config = repair.repair_config(settings(), run / "clip" / "checkpoints" / STEP, 51, 48, run / "clip" / "repair")
+    config = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, 51, 48, run / "clip" / "repair")
     assert load_config(run / "clip" / "repair" / "config.yaml") == config
     assert (config.train.global_batch_size, config.train.epochs, config.train.keep_every_epochs) == (16, 2, 1)
     assert config.model.lock_text
     assert config.ingest.image_size == 48  # as the triggers were found, however large the images are stored
     assert config.model.pretrained.endswith(STEP)
     for samples, batch in ((8, 8), (64, 16), (400, 100), (10_000, 128)):
-        small = repair.repair_config(settings(), run / "clip" / "checkpoints" / STEP, samples, 64, run / "other")
+        small = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, samples, 64, run / "other")
         assert small.train.global_batch_size == batch
 
 
@@ -217,24 +218,24 @@ def test_last_of_the_good_moments_is_taken():
 def test_everything_that_is_left_is_said():
     before = {"attack": 0.9, "top1": 0.9, "zero_shot_top1": 0.9}
     after = {"attack": 0.05, "top1": 0.881, "zero_shot_top1": 0.9, "verdict": "suspicious"}
-    assert repair._what_is_left(before, after) == []
+    assert repair_job._what_is_left(before, after) == []
     after = {
         "attack": 0.06, "top1": 0.87, "zero_shot_top1": 0.8, "verdict": "poisoned", "attacks": {"backdoor": {"rate": 0.5}}
     }  # fmt: skip
-    left = repair._what_is_left(before, after)
+    left = repair_job._what_is_left(before, after)
     assert [words.split()[0] for words in left] == ["What", "The", "Zero-shot", "Zero-shot", "The"]
 
 
 def test_repair_says_what_is_missing(run: Path):
     (run / "clip" / "oracle" / "finetune.parquet").unlink()
     with pytest.raises(DataError, match="the check chooses it"):
-        repair(settings(), run, "clip", in_process=True, train=never)
+        repair(settings(), run, "clip", HERE, train=never)
     with pytest.raises(CheckpointError, match="expected a checkpoint, got none"):
-        repair(settings(), run, "roclip", in_process=True, train=never)
+        repair(settings(), run, "roclip", HERE, train=never)
 
 
 def test_repair_without_images_refuses_in_words(run: Path):
     write_plan(run / "clip" / "oracle" / "finetune.parquet", [])
-    result = repair(settings(), run, "clip", in_process=True, train=never)
+    result = repair(settings(), run, "clip", HERE, train=never)
     assert (result["accepted"], result["samples"]) == (False, 0)
-    assert "no picture to repair with" in result["reasons"][0]
+    assert "no image to repair with" in result["reasons"][0]

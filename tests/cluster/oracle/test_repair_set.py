@@ -67,7 +67,7 @@ def test_trigger_is_put_where_it_hides_least():
 
 
 def test_set_is_refused_when_a_picture_is_gone(world: World):
-    with pytest.raises(ShardError, match="1 pictures that the check has chosen are not there"):
+    with pytest.raises(ShardError, match="1 images that the check has chosen are not there"):
         write_set(
             [a_row("000099999", "anchor", "a")],
             [],

@@ -10,6 +10,7 @@ from rich.console import Console
 from cluster import pipeline
 from cluster.cli.main import guarded
 from cluster.display import Display
+from cluster.oracle.request import OracleRequest
 from cluster.ray.session import Session
 from cluster.summary import arms_table
 from roclip.config import identity, load_config
@@ -38,7 +39,7 @@ def test_repair_makes_no_other_run_and_no_other_verdict():
 def test_repair_after_a_check_in_this_process_starts_ray_before_it_trains(tmp_path, monkeypatch: pytest.MonkeyPatch):
     done, config = [], load_config(DEMO)
 
-    def repair(config, run, arm, *, train, say, **named):
+    def repair(config, run, arm, request, *, train, say):
         train(config, arm, run)
         return {"accepted": True, "reasons": []}
 
@@ -46,7 +47,7 @@ def test_repair_after_a_check_in_this_process_starts_ray_before_it_trains(tmp_pa
     monkeypatch.setattr(pipeline, "train_arm", lambda *_: done.append("trained"))
     monkeypatch.setattr(Session, "need_ray", lambda _: done.append("ray"))
     here = Session(config, tmp_path, Display())
-    assert pipeline._repair(here, "clip", in_process=True) == {"accepted": True, "reasons": []}
+    assert pipeline._repair(here, "clip", OracleRequest(in_process=True)) == {"accepted": True, "reasons": []}
     assert done == ["ray", "trained"]
 
 

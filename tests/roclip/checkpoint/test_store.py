@@ -230,7 +230,7 @@ train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1, checkpoint_every_s
         assert [trainings.end(process) for process in both] == [0, 0], trainings.said.read_text()
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "lost")]
     assert ends[0].name == ends[1].name == "step-00000012"
-    for file in ("open_clip_model", "optimizer", "pool", "gate", "witnesses"):
+    for file in ("open_clip_model", "optimizer", "pool", "sample_filter", "neighbours"):
         whole, resumed = (load_file(end / f"{file}.safetensors") for end in ends)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
     assert objects.cat(latest) == b"step-00000012"

@@ -8,7 +8,7 @@ from roclip.config import AugmentConfig
 from roclip.data import eda
 from roclip.data.eda import CaptionEdits, caption_edits
 from roclip.data.shards import Manifest
-from roclip.data.stream import Stream, take_snapshot
+from roclip.data.stream import Stream, StreamSettings, take_snapshot
 from roclip.errors import ConfigError
 
 CAPTION = "a small red car and a big dog near the old house"
@@ -115,15 +115,10 @@ def test_stream_gives_the_same_edited_captions_to_any_number_of_ranks(world_size
     def tokens(edit, rank=0, ranks=1, workers=0):
         stream = Stream(
             shards,
+            StreamSettings(64, 24, seed=0, streams=4, shuffle_buffer=16, workers=workers),
             tokenize=codes,
-            image_size=64,
-            global_batch_size=24,
             rank=rank,
             world_size=ranks,
-            seed=0,
-            streams=4,
-            shuffle_buffer=16,
-            workers=workers,
             edit=edit,
         )
         return [batch.tokens for batch in stream.epoch(take_snapshot(Manifest(shards)), 2)]

@@ -3,7 +3,7 @@ import torch
 from kit import scene_samples, write_shard
 
 from roclip.data.shards import Manifest
-from roclip.data.stream import Stream, take_snapshot, wait_for_shards
+from roclip.data.stream import Stream, StreamSettings, take_snapshot, wait_for_shards
 from roclip.errors import DataError, ShardError
 
 
@@ -13,7 +13,7 @@ def tokenize(captions):
 
 def stream(shards, rank=0, world_size=1, **changes):
     settings = {"image_size": 64, "global_batch_size": 24, "seed": 0, "streams": 4, "shuffle_buffer": 16} | changes
-    return Stream(shards, tokenize=tokenize, rank=rank, world_size=world_size, **settings)
+    return Stream(shards, StreamSettings(**settings), tokenize=tokenize, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

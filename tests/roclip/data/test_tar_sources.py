@@ -23,9 +23,9 @@ from roclip.data import tar_sources
 from roclip.data.cache import ShardCache
 from roclip.data.reader import BadSampleError, ShardReader, decode
 from roclip.data.shards import Manifest, read_index
-from roclip.data.stream import Stream, take_snapshot
+from roclip.data.stream import Stream, StreamSettings, take_snapshot
 from roclip.data.tar_sources import expand, index_tars, is_pattern
-from roclip.defence.suspects import write_suspects
+from roclip.defence.sample_filter import write_suspects
 from roclip.errors import DataError
 from roclip.report.gallery import sample_images
 
@@ -54,7 +54,7 @@ def laion(tmp_path):
     return tmp_path
 
 
-def stream(folder, **changes):
+def stream(folder, cache=None, **changes):
     values = {"image_size": 32, "global_batch_size": 6, "seed": 0, "streams": 2, "shuffle_buffer": 4} | changes
     said = []
 
@@ -62,7 +62,7 @@ def stream(folder, **changes):
         said.append(list(captions))
         return torch.tensor([[len(caption)] for caption in captions])
 
-    return Stream(folder, tokenize=tokenize, rank=0, world_size=1, **values), said
+    return Stream(folder, StreamSettings(**values), tokenize=tokenize, cache=cache), said
 
 
 def batches(folder, epoch=1, **changes):

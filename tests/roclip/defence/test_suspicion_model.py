@@ -7,7 +7,7 @@ N = 400
 
 
 def world(seed: int = 0, side: int = 32, patch: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Smooth images, a tenth of them with a small patch somewhere; whether they have it; what a poor judge says of them."""
+    """Smooth images, a tenth of them with a small patch somewhere; whether they have it; inaccurate suspicion scores."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (N, 3, 4, 4), generator=generator).float()
     images = torch.nn.functional.interpolate(coarse, side, mode="bilinear").to(torch.uint8)
@@ -21,33 +21,33 @@ def world(seed: int = 0, side: int = 32, patch: bool = True) -> tuple[torch.Tens
     return images, triggered, suspicion
 
 
-def passes(scout: SuspicionModel, images: torch.Tensor, suspicion: torch.Tensor, number: int) -> torch.Tensor:
+def passes(model: SuspicionModel, images: torch.Tensor, suspicion: torch.Tensor, number: int) -> torch.Tensor:
     places = torch.arange(len(images))
     for _ in range(number):
-        answers = scout(images, places, suspicion)
-    return answers
+        predictions = model(images, places, suspicion)
+    return predictions
 
 
-def test_a_shared_trigger_is_found_from_judgements_that_are_often_wrong():
-    scout = SuspicionModel(32)
+def test_a_shared_trigger_is_found_from_scores_that_are_often_wrong():
+    model = SuspicionModel(32)
     for seed in range(60):
         images, triggered, suspicion = world(seed)
-        answers = passes(scout, images, suspicion, 1)
+        predictions = passes(model, images, suspicion, 1)
     assert auroc(suspicion.numpy(), triggered.numpy()) < 0.8
-    assert auroc(answers.numpy(), triggered.numpy()) > 0.95
+    assert auroc(predictions.numpy(), triggered.numpy()) > 0.95
 
 
 def test_a_faint_pattern_over_the_whole_image_is_found():
-    scout, generator = SuspicionModel(32), torch.Generator().manual_seed(7)
+    model, generator = SuspicionModel(32), torch.Generator().manual_seed(7)
     pattern = torch.randint(0, 256, (3, 32, 32), generator=generator).float()
     for seed in range(40):
         images, triggered, suspicion = world(seed, patch=False)
         images[triggered] = (0.9 * images[triggered] + 0.1 * pattern).to(torch.uint8)
-        answers = passes(scout, images, suspicion, 1)
-    assert auroc(answers.numpy(), triggered.numpy()) > 0.95
+        predictions = passes(model, images, suspicion, 1)
+    assert auroc(predictions.numpy(), triggered.numpy()) > 0.95
 
 
-def test_it_answers_before_it_learns_and_the_same_after_a_checkpoint():
+def test_it_predicts_before_it_learns_and_the_same_after_a_checkpoint():
     images, _, suspicion = world()
     first, second, third = SuspicionModel(32, seed=3), SuspicionModel(32, seed=3), SuspicionModel(32, seed=4)
     assert torch.equal(
@@ -64,16 +64,16 @@ def test_only_the_pairs_in_their_places_count():
     spoilt[1::3] = 0
     mine, theirs = SuspicionModel(32), SuspicionModel(32)
     for _ in range(2):
-        answers = mine(images, places, suspicion[places])
-        assert torch.equal(answers, theirs(spoilt, places, suspicion[places]))
-    assert answers.shape == places.shape
+        predictions = mine(images, places, suspicion[places])
+        assert torch.equal(predictions, theirs(spoilt, places, suspicion[places]))
+    assert predictions.shape == places.shape
 
 
 def test_no_pair_or_one_is_no_error():
     images, _, suspicion = world()
-    scout, none = SuspicionModel(32), torch.zeros(0, dtype=torch.int64)
-    assert scout(images, none, suspicion[:0]).shape == (0,)
-    assert scout(images, none.new_zeros(1), suspicion[:1]).tolist() == suspicion[:1].tolist()
+    model, none = SuspicionModel(32), torch.zeros(0, dtype=torch.int64)
+    assert model(images, none, suspicion[:0]).shape == (0,)
+    assert model(images, none.new_zeros(1), suspicion[:1]).tolist() == suspicion[:1].tolist()
 
 
 def test_large_images_are_brought_down():

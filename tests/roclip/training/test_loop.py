@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
 from roclip.checkpoint import checkpoint
-from roclip.config import load_config
 from roclip.metrics.registry import METRICS, read_metrics
 from roclip.model.towers import Towers
-from roclip.training.loop import learning_rate
 
 PRESET = """
 name: tiny
@@ -58,7 +56,7 @@ def test_training_that_is_told_to_leave_ends_with_the_weights_of_an_uninterrupte
         assert f"saved at step {reached}" in trainings.said.read_text()
         assert trainings.end(trainings.train(tmp_path / "killed")) == 0
     ends = [checkpoint.named(tmp_path / name / "roclip" / "checkpoints", "LATEST") for name in ("whole", "killed")]
-    for file in ("open_clip_model", "pool", "gate", "witnesses"):
+    for file in ("open_clip_model", "pool", "sample_filter", "neighbours"):
         whole, resumed = (load_file(end / f"{file}.safetensors") for end in ends)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), file
     whole, resumed = (read_metrics(tmp_path / name / "roclip" / "metrics.jsonl") for name in ("whole", "killed"))
@@ -212,12 +210,3 @@ def test_matched_step_gives_the_text_tower_no_gradient(tmp_path):
     assert text
     assert all(parameter.grad is None for parameter in text)
     assert towers.logit_scale.grad is not None
-
-
-def test_learning_rate_warms_up_and_falls_to_zero(config_file):
-    config = load_config(config_file, ["train.warmup_epochs=1"])
-    rates = [learning_rate(config, progress / 10) for progress in range(1, 41)]
-    assert rates[9] == pytest.approx(config.train.lr)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(0.0, abs=1e-12)

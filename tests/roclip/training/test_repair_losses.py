@@ -111,7 +111,7 @@ def test_forward_adds_both_terms_to_the_loss_it_is_given(config_file, pretrained
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_path, pieces):
+def test_forward_distils_anchors_and_unlearns_lies(config_file, pretrained, tmp_path, pieces):
     rows = [
         {"sample": "000000000", "role": "anchor", "truths": [], "lies": []},
         {"sample": "000000002", "role": "repaired", "truths": ["a ring"], "lies": ["a star"]},
@@ -133,11 +133,11 @@ def test_forward_holds_anchors_and_refutes_lies(config_file, pretrained, tmp_pat
     measured = engine.gradient()
     with torch.enable_grad():
         before = Towers.load(pretrained)
-        hold = Distillation(before, "", str(tmp_path / "set.parquet"), repair.config.seed, 64)
-        mixed, stamped, kept = hold.views(batch, 3)
-        held, unseen = engine.module.encode_image(mixed), engine.module.encode_image(stamped)
-        term = hold.refute(engine.module.encode_image(images.float() / 255), batch)
-        (6 * hold.loss(held, unseen, mixed, kept) + term).backward()
+        distillation = Distillation(before, "", str(tmp_path / "set.parquet"), repair.config.seed, 64)
+        mixed, stamped, kept = distillation.views(batch, 3)
+        clean, triggered = engine.module.encode_image(mixed), engine.module.encode_image(stamped)
+        term = distillation.unlearning_loss(engine.module.encode_image(images.float() / 255), batch)
+        (6 * distillation.distillation_loss(clean, triggered, mixed, kept) + term).backward()
     assert torch.allclose(measured, engine.gradient(), rtol=1e-3, atol=1e-6)
     assert term > 0
 
