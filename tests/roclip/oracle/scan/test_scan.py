@@ -1,4 +1,4 @@
-"""The pass: what is kept of a shard, what is done again, and that nothing depends on who looked."""
+"""The scan: what is saved per shard, what is redone, and that no result depends on the worker."""
 
 import dataclasses
 import signal
@@ -38,7 +38,7 @@ def saved_in(world: World, shards: Path, **changes) -> SavedScans:
 
 
 def count(scanned: list[str]):
-    """Says which shards are looked at."""
+    """Record which shards are scanned."""
 
     def counting(*arguments):
         scanned.append(arguments[2].name)
