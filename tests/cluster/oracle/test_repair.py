@@ -22,7 +22,16 @@ from cluster.oracle.request import OracleRequest
 from cluster.ray.connect import start_local_ray
 from roclip.attacks import scenes
 from roclip.checkpoint import checkpoint as checkpoints
-from roclip.config import Config, DataConfig, ModelConfig, OracleConfig, RepairConfig, TrainConfig, load_config
+from roclip.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OracleConfig,
+    RepairConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
 from roclip.data.shards import Manifest
 from roclip.errors import CheckpointError, DataError
 from roclip.found_triggers import Patch, save_triggers
@@ -199,7 +208,7 @@ def test_repair_goes_on_with_the_set_and_the_training_that_are_there(run: Path, 
 
 def test_repair_config_is_the_run_s_but_for_data_and_length(run: Path):
     config = repair_job.repair_config(settings(), run / "clip" / "checkpoints" / STEP, 51, 48, run / "clip" / "repair")
-    assert load_config(run / "clip" / "repair" / "config.yaml") == config
+    assert dump_config(load_config(run / "clip" / "repair" / "config.yaml")) == dump_config(config)
     assert (config.train.global_batch_size, config.train.epochs, config.train.keep_every_epochs) == (16, 2, 1)
     assert config.model.lock_text
     assert config.ingest.image_size == 48  # as the triggers were found, however large the images are stored
@@ -228,7 +237,7 @@ def test_everything_that_is_left_is_said():
 
 def test_repair_says_what_is_missing(run: Path):
     (run / "clip" / "oracle" / "finetune.parquet").unlink()
-    with pytest.raises(DataError, match="the check chooses it"):
+    with pytest.raises(DataError, match="the check selects it"):
         repair(settings(), run, "clip", HERE, train=never)
     with pytest.raises(CheckpointError, match="expected a checkpoint, got none"):
         repair(settings(), run, "roclip", HERE, train=never)
