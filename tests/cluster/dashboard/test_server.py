@@ -219,7 +219,7 @@ def test_many_browsers_share_one_reader_and_none_is_looked_for_without(run, monk
                 await asyncio.sleep(0.05)
             before = shown._version
             next_row(run, loss=11.5)
-            await asyncio.sleep(2.5 * server.READ_EVERY_S)
+            await asyncio.sleep(2.5 * dashboard.READ_EVERY_S)
             assert shown._version == before
 
     asyncio.run(watch())
