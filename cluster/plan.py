@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ingest.lists.configured import open_list
 from ingest.lists.files import ListFile, find_files, open_text
 from ingest.lists.formats import read_head
+from ingest.lists.sources import open_configured_list
 from roclip.config import Config, dump_config, model_file, run_directory
 from roclip.data.shards import Manifest
 from roclip.data.tar_sources import estimated_samples, is_pattern
@@ -292,7 +292,7 @@ def _list_rows(config: Config) -> tuple[int, bool]:
     """Number of rows of the list, and whether it is exact or extrapolated from the first rows."""
     if config.data.images:
         return _image_rows(config.data.images), True
-    source = open_list(config, config.data.urls)
+    source = open_configured_list(config, config.data.urls)
     if source.rows is not None:
         return source.rows, True
     counts = [_file_rows(file) for file in find_files(config.data.urls)]

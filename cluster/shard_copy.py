@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ingest.shard.fetch import Fetched
+from ingest.shard.fetch import FetchedShard
 from ingest.shard.publish import publish
 from ingest.shard.verify import verify
 from roclip.data.reader import BadSampleError, ShardReader
@@ -141,4 +141,4 @@ def write_shard(
                 "Check the disk, and the clean shard with `roclip ingest`."
             )
         report = dataclasses.replace(report, failed=record.failed)  # a copy does not have every reason
-        publish(root, Fetched(tar, parquet, record.urls), report)
+        publish(root, FetchedShard(tar, parquet, record.urls), report)

@@ -1,14 +1,14 @@
-"""A small server that plays the web, for the demo and the tests: `python -m ingest.origin CORPUS.parquet`.
+"""A small web server for the demo and the tests: `python -m ingest.origin CORPUS.parquet`.
 
 The corpus has one row per URL: `path` (`/0.jpg`), `image` (encoded bytes), `caption` and `behaviour`:
 
     ok         served                               missing    404
-    redirect   302 to another path that serves it   broken     200 with bytes that are no image
+    redirect   302 to another path that serves it   broken     200 with bytes that are not an image
     slow       served after a second                truncated  the connection closes after half of the image
     hang       never answers                        refused    the URL names a closed port
                                                     dead_host  the URL names a host that cannot exist
 
-It listens on 127.0.0.1 only, says its port on the first line of stdout, and ends when its stdin does.
+It listens on 127.0.0.1 only, prints its port as the first line of stdout, and ends when its stdin is closed.
 """
 
 import argparse
@@ -35,10 +35,10 @@ _ELSEWHERE = "/moved"
 
 
 class Origin:
-    """A running origin, in a process of its own that ends with the `with` block or with this process."""
+    """A running origin, in its own process, which ends with the `with` block or with this process."""
 
     def __init__(self, corpus: Path, port: int = 0):
-        """`port` is a wish: where it is taken, another is chosen."""
+        """`port` is preferred; if it is taken, another one is chosen."""
         self.corpus = corpus
         self._wish = port
         self.port = 0
@@ -53,15 +53,15 @@ class Origin:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the parent, which needs its origin while it ends
+            start_new_session=True,  # Ctrl-C must reach the parent only, which needs its origin while it shuts down
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.strip().isdigit():
             self._end()
-            raise DataError(f"{self.corpus}: the origin did not start; its last words stand above.")
+            raise DataError(f"{self.corpus}: the origin did not start; see its messages above.")
         self.port = int(line)
-        # A socket that is bound and does not listen refuses connections and keeps its port from others.
+        # A socket that is bound but does not listen refuses connections and keeps its port reserved.
         self._closed = socket.socket()
         self._closed.bind((HOST, 0))
         return self
@@ -93,7 +93,7 @@ class Origin:
 
 
 class _Pages:
-    """What the server answers."""
+    """The responses of the server."""
 
     def __init__(self, corpus: Path):
         names = pq.read_schema(corpus).names
@@ -109,7 +109,7 @@ class _Pages:
         self.rows = {path: row for row, path in enumerate(table.column("path").to_pylist())}
 
     async def answer(self, path: str) -> bytes | None:
-        """The whole answer to a GET; None to keep silent."""
+        """The complete response to a GET; None to never answer."""
         moved = path.startswith(_ELSEWHERE)
         row = self.rows.get(path.removeprefix(_ELSEWHERE))
         behaviour = "missing" if row is None else "ok" if moved else self.behaviours[row]
@@ -134,7 +134,7 @@ def _response(status: str, body: bytes, kind: str, more: str = "") -> bytes:
 
 
 async def serve(corpus: Path, port: int) -> None:
-    """Serve until stdin ends; the port is printed."""
+    """Serve until stdin is closed. Prints the port."""
     pages = _Pages(corpus)
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -161,14 +161,14 @@ async def serve(corpus: Path, port: int) -> None:
 
 def _end_with_stdin() -> None:
     sys.stdin.buffer.read()
-    os._exit(0)  # at once: connections that hang would hold an orderly end up
+    os._exit(0)  # at once: hanging connections would delay an orderly shutdown
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m ingest.origin", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--port", type=int, default=0, help="0, or taken: any free one")
+    parser.add_argument("--port", type=int, default=0, help="any free one if 0 or taken")
     options = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(options.corpus, options.port))

@@ -81,7 +81,7 @@ def status(name: Annotated[str, typer.Argument(metavar="[RUN|JOB]")] = "", addre
     for key in ("job_name", "identity", "job_submission_id"):
         rows.pop(key, None)
     rows["progress"] = last_progress(jobs.log(job))
-    if not job.alive and job.message:
+    if not job.is_alive and job.message:
         rows["said"] = " ".join(job.message.split())[:400]
     run = Path(job.metadata["run_dir"])
     if is_run(run):
@@ -117,7 +117,7 @@ def stop(name: JobName, address: Address = "") -> int:
 
     jobs = Jobs(address)
     job = jobs.find(name)
-    if not job.alive:
+    if not job.is_alive:
         _say(f"{job.id} has ended before: {_state(job)}")
         return 0
     _say(f"stopping {job.id} …")
@@ -136,7 +136,7 @@ def runs(address: Address = "") -> int:
         table.add_column(column, no_wrap=True)
     table.add_column("progress", overflow="ellipsis", no_wrap=True)
     for job in jobs.all():
-        progress = last_progress(jobs.log(job)) if job.alive else ""
+        progress = last_progress(jobs.log(job)) if job.is_alive else ""
         table.add_row(job.id, job.metadata.get("config", ""), _state(job), _since(job), Text(progress))
     Console(width=None if sys.stdout.isatty() else 160).print(
         table if table.row_count else f"no runs on {jobs.address}"
@@ -161,12 +161,12 @@ def _follow(jobs: Any, job: Any) -> int:
 
 
 def _state(job: Any) -> Text:
-    code = "" if job.alive or job.exit_code in (None, 0) else f", exit code {job.exit_code}"
+    code = "" if job.is_alive or job.exit_code in (None, 0) else f", exit code {job.exit_code}"
     return Text(job.status.value.lower() + code, _STYLES.get(job.status.value, ""))
 
 
 def _since(job: Any) -> str:
-    moment = job.started if job.alive else job.ended
+    moment = job.started if job.is_alive else job.ended
     if moment is None:
         return ""
     passed = datetime.timedelta(seconds=int((datetime.datetime.now() - moment).total_seconds()))

@@ -1,1 +1,1 @@
-"""Does this machine, or every node of a cluster, have what a config needs?"""
+"""`roclip doctor`: checks whether this machine, or every node of a cluster, has what a config needs."""

@@ -1,10 +1,10 @@
-"""The nodes of a cluster while `roclip doctor --cluster` looks at them: an actor on each, asked in parallel, in time."""
+"""An actor on each node for `roclip doctor --cluster`: called in parallel, with a timeout."""
 
 import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,10 @@ from cluster.doctor.checks import Check, judge
 from cluster.doctor.node import NodeExam
 from cluster.ray.connect import reach
 from roclip.errors import StageError
+from roclip.metrics.registry import Progress
 
-Say = Callable[[float, float, str], None]
-"""Told how far it is: done, total, words."""
 _WHAT_TO_DO = (
-    "Look at that node and at Ray's logs there (raylet.out and worker-*.err of the session): is it up, is roclip installed "
+    "Check that node and Ray's logs there (raylet.out and worker-*.err of the session): is it up, is roclip installed "
     "in the Python that Ray was started with, do head and node reach each other? Then start Ray there again."
 )
 
@@ -35,14 +34,14 @@ class Finding:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[str]:
-    """Be connected to a running Ray, and know its dashboard's `host:port`. Raises `StageError` where there is none."""
+    """Connect to a running Ray; yields its dashboard's `host:port`. Raises `StageError` if there is none."""
     try:
         reach(address)
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
             f"{address}: expected a running Ray, got: {_reason(error).rstrip('.')}. Name its head with --address HOST:6379 "
-            "(ray://HOST:10001 from outside); where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+            "(ray://HOST:10001 from outside); if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
         ) from error
     try:
         yield getattr(context, "dashboard_url", "") or ""
@@ -51,27 +50,27 @@ def connected(address: str) -> Iterator[str]:
 
 
 class NodeActors:
-    """An actor on each living node. Needs a Ray that is initialised.
+    """An actor on each living node. Ray must be initialised.
 
     Args:
-        say: Told how far a step is, as in `Display.show`.
-        timeout_s: For each answer. Who gives none is lost and not asked again.
+        on_progress: Called with the progress of a step.
+        timeout_s: For each answer. A node without an answer is lost and not called again.
 
     Attributes:
-        nodes: Ray's own description of each node, by a short name; the head is the first.
+        nodes: Ray's description of each node, by a short name; the head is the first.
         head: The head's name.
-        actors: By name of the node. They end with the block.
+        actors: By name of the node. They are killed at the end of the block.
     """
 
-    def __init__(self, say: Say, timeout_s: float):
+    def __init__(self, on_progress: Progress, timeout_s: float):
         self.timeout_s = timeout_s
         self.nodes = _living()
         self.head = next(iter(self.nodes))
         self.actors: dict[str, Any] = {}
-        self._say = say
+        self._on_progress = on_progress
         self._step = (0, 1, "")
         self._lost: dict[str, str] = {}
-        self._took_s: dict[str, float] = {}
+        self._first_answer_s: dict[str, float] = {}
         self._began_s = time.monotonic()
 
     def __enter__(self) -> "NodeActors":
@@ -87,63 +86,65 @@ class NodeActors:
         """Nodes that are not lost."""
         return [name for name in self.nodes if name in self.actors]
 
-    def begin(self, number: int, steps: int, words: str) -> None:
-        """Say that so many of the steps are done; questions from here on belong to the next one."""
-        self._step = (number, steps, words)
-        self._say(number, steps, words)
+    def begin_step(self, number: int, steps: int, title: str) -> None:
+        """Report that `number` of the steps are done; calls from here on belong to the next one."""
+        self._step = (number, steps, title)
+        self._on_progress(number, steps, title)
 
-    def enlist(self, name: str, index: int) -> str:
-        """One more actor on a node; its name."""
+    def add(self, name: str, index: int) -> str:
+        """Start one more actor on a node; returns its name."""
         extra = f"{name} #{index}"
         self.actors[extra] = self._actor(name)
         return extra
 
-    def ask(self, question: str, calls: Mapping[str, tuple]) -> dict[str, Any]:
-        """Each named actor's answer to a method of `NodeExam` with its arguments; without those that did not answer."""
-        number, steps, words = self._step
+    def call(self, method: str, calls: Mapping[str, tuple]) -> dict[str, Any]:
+        """Call a method of `NodeExam` on the named actors with their arguments. Returns the results, without actors that did
+        not answer.
+        """
+        number, steps, title = self._step
         until_s = time.monotonic() + self.timeout_s
-        pending = {getattr(self.actors[name], question).remote(*calls[name]): name for name in calls}
+        pending = {getattr(self.actors[name], method).remote(*calls[name]): name for name in calls}
         answers: dict[str, Any] = {}
         while pending and (left_s := until_s - time.monotonic()) > 0:
-            self._say(number, steps, f"{words}: {len(answers)} of {len(calls)} nodes")
+            self._on_progress(number, steps, f"{title}: {len(answers)} of {len(calls)} nodes")
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left_s, 1.0))
-            for reference in ready:
-                name = pending.pop(reference)
+            for ref in ready:
+                name = pending.pop(ref)
                 try:
-                    answers[name] = ray.get(reference)
-                    self._took_s.setdefault(name, time.monotonic() - self._began_s)
+                    answers[name] = ray.get(ref)
+                    self._first_answer_s.setdefault(name, time.monotonic() - self._began_s)
                 except RayError as error:
-                    self._lose(name, f"{words}: {_reason(error)}")
+                    self._mark_lost(name, f"{title}: {_reason(error)}")
         for name in pending.values():
-            self._lose(name, f"{words}: no answer within {self.timeout_s:g} s")
+            self._mark_lost(name, f"{title}: no answer within {self.timeout_s:g} s")
         return {name: answers[name] for name in calls if name in answers}
 
-    def ask_all(self, question: str, *arguments: Any) -> dict[str, Any]:
-        """The same question to all nodes that are present."""
-        return self.ask(question, dict.fromkeys(self.present, arguments))
+    def call_all(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method with the same arguments on all nodes that are present."""
+        return self.call(method, dict.fromkeys(self.present, arguments))
 
-    def attendance(self) -> list[Finding]:
-        """Who answered to all that was asked."""
+    def reachability(self) -> list[Finding]:
+        """Which nodes answered all calls."""
         need = f"answers within {self.timeout_s:g} s"
         return [
-            Finding(name, judge("nodes", name not in self._lost, self._standing(name), need, _WHAT_TO_DO))
+            Finding(name, judge("nodes", name not in self._lost, self._status(name), need, _WHAT_TO_DO))
             for name in self.nodes
         ]
 
-    def _standing(self, name: str) -> str:
-        return self._lost.get(name) or f"first answer after {self._took_s.get(name, 0.0):.1f} s"
+    def _status(self, name: str) -> str:
+        return self._lost.get(name) or f"first answer after {self._first_answer_s.get(name, 0.0):.1f} s"
 
     def _actor(self, name: str) -> Any:
         where = NodeAffinitySchedulingStrategy(self.nodes[name]["NodeID"], soft=False)
         return ray.remote(NodeExam).options(num_cpus=0, max_restarts=0, scheduling_strategy=where).remote()
 
-    def _lose(self, name: str, why: str) -> None:
+    def _mark_lost(self, name: str, why: str) -> None:
         self._lost.setdefault(name.partition(" #")[0], why)
         ray.kill(self.actors.pop(name))
 
 
 def _living() -> dict[str, dict]:
-    """Ray's nodes by name, with the beginning of their id where several have one name; the head, then the others."""
+    """Ray's nodes by name, with the beginning of their id if a name is not unique; the head first."""
     nodes = sorted(
         (node for node in ray.nodes() if node["Alive"]), key=lambda node: (not _is_head(node), node["NodeName"])
     )
@@ -157,6 +158,6 @@ def _is_head(node: dict) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something, shortened."""
+    """The last non-empty line, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:200]

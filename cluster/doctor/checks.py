@@ -1,4 +1,4 @@
-"""Does this machine have what a config needs? A check says what it found, what is needed, what to do."""
+"""Checks whether this machine has what a config needs. Each check says what it found, what is needed and what to do."""
 
 import importlib.metadata
 import os
@@ -32,9 +32,9 @@ _WORKER_BYTES = 1_200_000_000
 _RAY_BYTES = 1_000_000_000
 """Ray's own processes and its dashboard."""
 _TRAINING_BYTES = 24
-"""Bytes of a parameter in training: fp32 weight, gradient, two moments, and DeepSpeed's flat copies."""
+"""Bytes per parameter in training: fp32 weight, gradient, two moments, and DeepSpeed's flat copies."""
 _CHECKPOINT_BYTES = 12
-"""Of a parameter in the copy that rank 0 keeps to write checkpoints from: fp32 weight and two moments."""
+"""Bytes per parameter of the copy from which rank 0 writes checkpoints: fp32 weight and two moments."""
 _OUTSIDE = (
     "torch",
     "open_clip_torch",
@@ -49,18 +49,18 @@ _OUTSIDE = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a run needs."""
+    """The result of one check."""
 
     name: str
     status: Status
     got: str
     need: str
     what_to_do: str = ""
-    """Empty where nothing is to be done."""
+    """Empty if nothing is to be done."""
 
 
 def doctor(config: Config | None) -> list[Check]:
-    """Check this machine, against what `config` needs where one is given. Leaves nothing behind."""
+    """Check this machine, against the needs of `config` if given. Leaves nothing behind."""
     checks = [_python(), _packages(), _compiler(), _ninja(), _faiss(), _port()]
     if config is None:
         return [*checks, _cores(None), _memory(None, None), _store(Path("."))]
@@ -91,7 +91,7 @@ def _names(config: Config) -> Check:
 
 
 def names_check(hosts: HostSample, rules: FetchPolicy) -> Check:
-    """Whether this machine finds names as fast as its cores could fetch."""
+    """Whether this machine resolves names as fast as its cores could fetch."""
     per_s, needed, missing = measure_names(hosts, rules)
     got = f"{per_s:,.0f} names/s, {missing:.0%} not found"
     return judge(
@@ -105,7 +105,7 @@ def exit_code(checks: list[Check]) -> int:
 
 
 def show_checks(console: Console, checks: list[Check]) -> None:
-    """Print the checks as a table, what is to be done below it."""
+    """Print the checks as a table, with what to do below it."""
     table = Table(box=None, pad_edge=False)
     for name in ("", "check", "got", "needed"):
         table.add_column(name, overflow="fold")
@@ -135,7 +135,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    """Versions of what is installed against the distribution's own requirements."""
+    """Compare installed versions with the distribution's own requirements."""
     from packaging.requirements import Requirement
 
     try:
@@ -177,7 +177,7 @@ def _ninja() -> Check:
 
 
 def _faiss() -> Check:
-    """Import FAISS in a process of its own, where it may also crash, and find a vector among four."""
+    """Import FAISS in a process of its own, which may crash, and find a vector among four."""
     program = (
         "import faiss, numpy as np\n"
         "x = np.eye(4, 8, dtype='float32')\n"
@@ -188,7 +188,7 @@ def _faiss() -> Check:
     )
     code, output = _command([sys.executable, "-c", program])
     advice = "Reinstall faiss-gpu (Linux x86-64) or faiss-cpu, never both; or set pool.backend=torch."
-    return judge("faiss", code == 0, output, "a right search", advice)
+    return judge("faiss", code == 0, output, "a correct search", advice)
 
 
 def _port() -> Check:
@@ -251,14 +251,14 @@ def _shared_memory() -> Check:
 
 
 def _disk(config: Config, plan: RunPlan) -> Check:
-    free, need = shutil.disk_usage(existing(run_directory(config))).free, plan.disk_bytes
+    free, need = shutil.disk_usage(nearest_folder(run_directory(config))).free, plan.disk_bytes
     status: Status = "fail" if free < need else "warn" if free < 1.2 * need else "ok"
     advice = "Free some space, set `runs` to another disk, or lower train.keep_checkpoints."
     return Check("disk", status, f"{human_bytes(free)} free", f"about {human_bytes(need)}", advice)
 
 
 def _data(plan: RunPlan) -> Check:
-    """Whether the data makes at least one step an epoch."""
+    """Whether the data gives at least one step per epoch."""
     if plan.rows is None:
         return Check("data", "fail", plan.problem, "the list or the shards", "Correct the path in the config.")
     got, advice = f"{plan.rows:,} rows, {plan.steps_per_epoch:,} steps an epoch", "Lower train.global_batch_size."
@@ -278,8 +278,8 @@ def _gpus(config: Config) -> Check:
 
 
 def _store(folder: Path) -> Check:
-    """Write, replace and read back in the folder that will hold the runs."""
-    root = existing(folder)
+    """Write, replace and read a file in the folder of the runs."""
+    root = nearest_folder(folder)
     try:
         with tempfile.TemporaryDirectory(dir=root, prefix=".roclip-doctor-") as scratch:
             probe = Path(scratch, "probe")
@@ -293,20 +293,20 @@ def _store(folder: Path) -> Check:
 
 
 def _object_store(key: str, where: str) -> Check:
-    """Put, read and drop an object."""
+    """Put, read and delete an object."""
     try:
         probe = place(where) / f".roclip-doctor-{os.getpid()}"
         probe.write_bytes(b"one")
         good, got = probe.read_bytes() == b"one", f"{where} is"
         probe.unlink()
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # every store raises its own errors
         good, got = False, f"{where}: {type(error).__name__}: {error}"
     advice = f"Set {key} to a place that you may write to; fsspec's settings say with which key."
     return judge(key, good, got, "writable", advice)
 
 
 def usable_cores() -> float:
-    """Cores this process may use: affinity, and the control group's quota where there is one."""
+    """Cores that this process may use: CPU affinity, and the control group's quota if there is one."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -316,7 +316,7 @@ def usable_cores() -> float:
 
 
 def usable_memory_bytes() -> int:
-    """Memory this process may still take: what is available, and what the control group leaves."""
+    """Memory that this process may still use: what is available, and what the control group leaves."""
     available = psutil.virtual_memory().available
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -326,14 +326,14 @@ def usable_memory_bytes() -> int:
     return max(0, min(available, limit - used))
 
 
-def existing(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+def nearest_folder(path: Path) -> Path:
+    """The nearest existing folder at or above a path."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _command(arguments: list[str], text: str = "") -> tuple[int, str]:
-    """Run a program for a minute at most; its exit status and the last line it printed."""
+    """Run a program for at most a minute; returns its exit status and the last line it printed."""
     try:
         done = subprocess.run(arguments, input=text, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

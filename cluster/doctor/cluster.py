@@ -1,4 +1,6 @@
-"""Is this cluster fit for what a config needs? Each node looks at itself (`node.py`); here they are compared."""
+"""Checks whether a cluster is fit for what a config needs. Each node examines itself (`node.py`); the results are compared
+here.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.doctor.actors import Finding, NodeActors, Say
+from cluster.doctor.actors import Finding, NodeActors
 from cluster.doctor.checks import Check, Status, judge
 from cluster.doctor.dns import first_hosts
 from cluster.doctor.node import Node, NodeExam, Rank, is_loopback
@@ -21,44 +23,45 @@ from cluster.plan import RunPlan, human_bytes, make_plan
 from cluster.ray.network import network_environment, ring_bytes
 from roclip.config import ClusterConfig, Config, run_directory
 from roclip.errors import RoclipError
+from roclip.metrics.registry import Progress
 
-LARGEST_SKEW_S = 2.0
+MAX_CLOCK_SKEW_S = 2.0
 """Owners of an ingest's lease, which lasts a minute, compare clocks."""
-SLOWEST_STORE_S = 1.0
+MAX_STORE_STEP_S = 1.0
 """To write, rename or read a file of a few bytes."""
-SLOWEST_BYTES_PER_S = 1e8
-"""Of an all-reduce: about a link of 1 Gb/s."""
+MIN_REDUCE_BYTES_PER_S = 1e8
+"""Bandwidth of an all-reduce: about a link of 1 Gb/s."""
 REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 128 * 2**20}
 _VISIBLE_S = 15.0
-"""In which a node must see another's file."""
+"""Time in which a node must see another's file."""
 _CLOCK_READINGS = 5
 
 
-def examine(config: Config | None, dashboard_url: str, say: Say, timeout_s: float = 60.0) -> list[Finding]:
-    """Look at every node of the cluster that Ray is connected to, against what `config` needs where one is given.
+def examine(config: Config | None, dashboard_url: str, on_progress: Progress, timeout_s: float = 60.0) -> list[Finding]:
+    """Check every node of the cluster that Ray is connected to, against the needs of `config` if given.
 
-    A node that does not answer within `timeout_s` is a failed check, and is not asked again. Leaves nothing behind.
+    A node that does not answer within `timeout_s` is a failed check, and is not called again. Leaves nothing behind.
     """
     plan = None
     if config is not None:
-        with contextlib.suppress(RoclipError):  # `roclip doctor CONFIG` says what is wrong with it
+        with contextlib.suppress(RoclipError):  # `roclip doctor CONFIG` reports what is wrong with it
             plan = make_plan(config)
     steps: dict[str, Callable[[NodeActors], list[Finding]]] = {
         "versions": _versions,
-        "disks, memory, limits, GPUs": lambda ward: _looks(ward, config, plan),
+        "disks, memory, limits, GPUs": lambda node_actors: _inspections(node_actors, config, plan),
         "clocks": _clocks,
-        "dashboard": lambda ward: _dashboard(ward, dashboard_url),
-        "names": lambda ward: _names(ward, config),
-        "stores": lambda ward: _stores(ward, config),
-        "all-reduce": lambda ward: _all_reduce(ward, config, plan),
+        "dashboard": lambda node_actors: _dashboard(node_actors, dashboard_url),
+        "names": lambda node_actors: _names(node_actors, config),
+        "stores": lambda node_actors: _stores(node_actors, config),
+        "all-reduce": lambda node_actors: _all_reduce(node_actors, config, plan),
     }
     findings = []
-    with NodeActors(say, timeout_s) as ward:
-        for number, (words, step) in enumerate(steps.items()):
-            ward.begin(number, len(steps), words)
-            findings += step(ward)
-        ward.begin(len(steps), len(steps), f"{len(ward.nodes)} nodes")
-        return [*ward.attendance(), *_room(ward, config), *findings]
+    with NodeActors(on_progress, timeout_s) as node_actors:
+        for number, (title, step) in enumerate(steps.items()):
+            node_actors.begin_step(number, len(steps), title)
+            findings += step(node_actors)
+        node_actors.begin_step(len(steps), len(steps), f"{len(node_actors.nodes)} nodes")
+        return [*node_actors.reachability(), *_room(node_actors, config), *findings]
 
 
 def by_check(findings: Iterable[Finding]) -> list[Check]:
@@ -86,9 +89,9 @@ def _worst(group: list[Finding]) -> Check:
             having[0].check, got=f"all {len(group)}, such as {having[0].node}: {having[0].check.got}"
         )
     shown = list(nodes)[:3]
-    said = [f"{_some(nodes[got], len(group))}: {got}" for got in shown]
+    summary = [f"{_some(nodes[got], len(group))}: {got}" for got in shown]
     left = len(group) - sum(len(nodes[got]) for got in shown)
-    return dataclasses.replace(having[0].check, got="; ".join(said) + f"; {left} more" * bool(left))
+    return dataclasses.replace(having[0].check, got="; ".join(summary) + f"; {left} more" * bool(left))
 
 
 def _some(names: list[str], total: int) -> str:
@@ -98,9 +101,9 @@ def _some(names: list[str], total: int) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def _versions(ward: NodeActors) -> list[Finding]:
-    """Against what most have, this process included."""
-    found = {"this command": NodeExam().versions(), **ward.ask_all("versions")}
+def _versions(node_actors: NodeActors) -> list[Finding]:
+    """Compare each node's versions with those of the majority, this process included."""
+    found = {"this command": NodeExam().versions(), **node_actors.call_all("versions")}
     names = dict.fromkeys(name for versions in found.values() for name in versions)
     usual = {name: Counter(each.get(name, "none") for each in found.values()).most_common(1)[0][0] for name in names}
     advice = (
@@ -120,10 +123,10 @@ def _pairs(items: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in items.items())
 
 
-def _looks(ward: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
+def _inspections(node_actors: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
     calls = {}
-    for name in ward.present:
-        node, resources = ward.nodes[name], ward.nodes[name]["Resources"]
+    for name in node_actors.present:
+        node, resources = node_actors.nodes[name], node_actors.nodes[name]["Resources"]
         calls[name] = (
             Node(
                 address=node["NodeManagerAddress"],
@@ -134,57 +137,57 @@ def _looks(ward: NodeActors, config: Config | None, plan: RunPlan | None) -> lis
                 disk_bytes=plan.disk_bytes if plan else 0,
             ),
         )
-    return [Finding(name, check) for name, checks in ward.ask("look", calls).items() for check in checks]
+    return [Finding(name, check) for name, checks in node_actors.call("inspect", calls).items() for check in checks]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A remote clock against this one."""
+class ClockReading:
+    """The offset of a remote clock from this one."""
 
     ahead_s: float
     error_s: float
     """Half of the round trip."""
 
 
-def clock_reading(asked_s: float, said_s: float, answered_s: float) -> Reading:
-    """From when it was asked and when it answered, by this clock, and what it said."""
-    return Reading(said_s - (asked_s + answered_s) / 2, (answered_s - asked_s) / 2)
+def clock_reading(sent_s: float, remote_s: float, received_s: float) -> ClockReading:
+    """A reading from the local times of call and answer, and the remote time."""
+    return ClockReading(remote_s - (sent_s + received_s) / 2, (received_s - sent_s) / 2)
 
 
-def clock_check(head: Reading, node: Reading) -> Check:
-    """A node's clock against the head's. It fails only if it is wrong for sure."""
+def clock_check(head: ClockReading, node: ClockReading) -> Check:
+    """Compare a node's clock with the head's. It fails only if the skew is certain."""
     ahead_s, error_s = node.ahead_s - head.ahead_s, node.error_s + head.error_s
     got = f"{ahead_s * 1e3:+,.1f} ms to the head's, ± {error_s * 1e3:,.1f} ms"
     advice = "Run chrony or systemd-timesyncd there: an ingest's lease and signed requests to stores compare clocks."
-    return judge("clock", abs(ahead_s) - error_s <= LARGEST_SKEW_S, got, f"within {LARGEST_SKEW_S:g} s", advice)
+    return judge("clock", abs(ahead_s) - error_s <= MAX_CLOCK_SKEW_S, got, f"within {MAX_CLOCK_SKEW_S:g} s", advice)
 
 
-def _clocks(ward: NodeActors) -> list[Finding]:
-    """The quickest of a few readings of each node, one node after another: who waits for many reads late."""
+def _clocks(node_actors: NodeActors) -> list[Finding]:
+    """The quickest of a few readings of each node, one node after another: concurrent calls would delay each other's answers."""
     best = {}
-    for name in ward.ask_all("now"):
+    for name in node_actors.call_all("now"):
         readings = []
         for _ in range(_CLOCK_READINGS):
-            asked_s = time.time()
-            with contextlib.suppress(RayError):  # who is lost meanwhile is missed at the next question
-                said_s: Any = ray.get(ward.actors[name].now.remote(), timeout=ward.timeout_s)
-                readings.append(clock_reading(asked_s, said_s, time.time()))
+            sent_s = time.time()
+            with contextlib.suppress(RayError):  # a node that is lost meanwhile is noticed at the next call
+                remote_s: Any = ray.get(node_actors.actors[name].now.remote(), timeout=node_actors.timeout_s)
+                readings.append(clock_reading(sent_s, remote_s, time.time()))
         if readings:
             best[name] = min(readings, key=lambda reading: reading.error_s)
-    if ward.head not in best:
+    if node_actors.head not in best:
         return []
-    return [Finding(name, clock_check(best[ward.head], reading)) for name, reading in best.items()]
+    return [Finding(name, clock_check(best[node_actors.head], reading)) for name, reading in best.items()]
 
 
-def _dashboard(ward: NodeActors, url: str) -> list[Finding]:
-    if not url or ward.head not in ward.present:
+def _dashboard(node_actors: NodeActors, url: str) -> list[Finding]:
+    if not url or node_actors.head not in node_actors.present:
         return []
-    answers = ward.ask("dashboard", {ward.head: (url,)})
+    answers = node_actors.call("dashboard", {node_actors.head: (url,)})
     return [Finding(name, dashboard_check(url, *answer)) for name, answer in answers.items()]
 
 
 def dashboard_check(url: str, bound: list[str], asks: bool | None) -> Check:
-    """A dashboard that others reach must ask for a token."""
+    """A dashboard that other machines reach must ask for a token."""
     heard = "does not answer" if asks is None else f"asks for {'a' if asks else 'no'} token"
     got = f"{url} listens on {', '.join(bound) or 'an unknown address'}, {heard}"
     advice = (
@@ -195,11 +198,11 @@ def dashboard_check(url: str, bound: list[str], asks: bool | None) -> Check:
     return judge("dashboard", bool(asks), got, "loopback and a token", advice, otherwise="warn" if inside else "fail")
 
 
-def _room(ward: NodeActors, config: Config | None) -> list[Finding]:
-    """Whether all ranks fit at the same time, if nothing else runs, and somebody may ingest."""
+def _room(node_actors: NodeActors, config: Config | None) -> list[Finding]:
+    """Whether all ranks fit at the same time, if nothing else runs, and some node may ingest."""
     if config is None:
         return []
-    cluster, resources = config.cluster, [node["Resources"] for node in ward.nodes.values()]
+    cluster, resources = config.cluster, [node["Resources"] for node in node_actors.nodes.values()]
     ranks = sum(_ranks(cluster, each) for each in resources)
     got = f"{ranks} with {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs each"
     advice = "Add nodes, or lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker."
@@ -213,14 +216,14 @@ def _room(ward: NodeActors, config: Config | None) -> list[Finding]:
 
 
 def _ranks(cluster: ClusterConfig, resources: Mapping[str, float]) -> int:
-    """So many fit on a node with these resources."""
+    """Number of ranks that fit on a node with these resources."""
     room = resources.get("CPU", 0) // cluster.cpus_per_worker
     if cluster.gpus_per_worker:
         room = min(room, resources.get("GPU", 0) // cluster.gpus_per_worker)
     return int(room)
 
 
-def _names(ward: NodeActors, config: Config | None) -> list[Finding]:
+def _names(node_actors: NodeActors, config: Config | None) -> list[Finding]:
     if config is None or not config.data.urls:
         return []
     try:
@@ -228,49 +231,49 @@ def _names(ward: NodeActors, config: Config | None) -> list[Finding]:
     except RoclipError as error:
         return [Finding("this command", Check("names", "fail", str(error), "a URL list", "Correct data.urls."))]
     wanted = config.cluster.ingest_resource or "CPU"
-    fetching = [name for name in ward.present if wanted in ward.nodes[name]["Resources"]]
-    answers = ward.ask("names", dict.fromkeys(fetching, (hosts, config.ingest.policy)))
+    fetching = [name for name in node_actors.present if wanted in node_actors.nodes[name]["Resources"]]
+    answers = node_actors.call("names", dict.fromkeys(fetching, (hosts, config.ingest.policy)))
     return [Finding(name, check) for name, check in answers.items()]
 
 
-def _stores(ward: NodeActors, config: Config | None) -> list[Finding]:
-    if config is None or not ward.present:
+def _stores(node_actors: NodeActors, config: Config | None) -> list[Finding]:
+    if config is None or not node_actors.present:
         return []
-    first = ward.present[0]
+    first = node_actors.present[0]
     path = str(run_directory(config).resolve().parent)
-    folder = ward.ask("existing", {first: (path,)}).get(first, path)
+    folder = node_actors.call("nearest_folder", {first: (path,)}).get(first, path)
     stores = {
         "data.shards": config.data.shards if config.data.fetches else "",
         "train.checkpoint_store": config.train.checkpoint_store,
     }
-    findings = _store(ward, "run store", "`runs`", folder)
+    findings = _store(node_actors, "run store", "`runs`", folder)
     for key, where in stores.items():
-        findings += _store(ward, key, key, where) if "://" in where else []
+        findings += _store(node_actors, key, key, where) if "://" in where else []
     return findings
 
 
-def _store(ward: NodeActors, name: str, setting: str, where: str) -> list[Finding]:
-    """Each node writes a file. The first that could must see all, and all must see that one's."""
+def _store(node_actors: NodeActors, name: str, setting: str, where: str) -> list[Finding]:
+    """Each node writes a file. The first node that could must see all files, and all others must see its file."""
     mark = f".roclip-doctor-{secrets.token_hex(4)}"
-    files = {node: f"{mark}-{index}" for index, node in enumerate(ward.present)}
+    files = {node: f"{mark}-{index}" for index, node in enumerate(node_actors.present)}
     try:
-        written = ward.ask("write", {node: (where, file) for node, file in files.items()})
+        written = node_actors.call("write", {node: (where, file) for node, file in files.items()})
         good = [node for node in written if not isinstance(written[node], str)]
         wanted = {node: [files[good[0]]] if node != good[0] else [files[other] for other in good] for node in good}
-        seen = ward.ask("sees", {node: (where, names, _VISIBLE_S) for node, names in wanted.items()})
+        seen = node_actors.call("wait_for_files", {node: (where, names, _VISIBLE_S) for node, names in wanted.items()})
     finally:
-        here = [node for node in files if node in ward.present]
+        here = [node for node in files if node in node_actors.present]
         mine = {node: list(files.values()) if node == here[0] else [files[node]] for node in here}
-        ward.ask("clear", {node: (where, names) for node, names in mine.items()})
+        node_actors.call("clear", {node: (where, names) for node, names in mine.items()})
     owners = {file: node for node, file in files.items()}
     findings = []
-    for node, took in written.items():
-        if isinstance(took, str):
-            findings.append(Finding(node, _store_fails(name, setting, took)))
+    for node, durations in written.items():
+        if isinstance(durations, str):
+            findings.append(Finding(node, _store_fails(name, setting, durations)))
         elif node in seen:
             after_s, missing = seen[node]
             blind = f"{where}: what {', '.join(owners[file] for file in missing[:3])} wrote is not there"
-            fine = _store_answers(name, where, took, after_s)
+            fine = _store_answers(name, where, durations, after_s)
             findings.append(Finding(node, _store_fails(name, setting, blind) if missing else fine))
     return findings
 
@@ -280,42 +283,44 @@ def _store_fails(name: str, setting: str, got: str) -> Check:
     return Check(name, "fail", got, "one place for all nodes", advice)
 
 
-def _store_answers(name: str, where: str, took: Mapping[str, float], after_s: float) -> Check:
-    times = ", ".join(f"{step} {seconds * 1e3:.1f} ms" for step, seconds in took.items())
+def _store_answers(name: str, where: str, durations: Mapping[str, float], after_s: float) -> Check:
+    times = ", ".join(f"{step} {seconds * 1e3:.1f} ms" for step, seconds in durations.items())
     got = f"{where}: {times}, others' files after {after_s * 1e3:.1f} ms"
-    advice = "Look for a busy server or a mount with the wrong options: shards and checkpoints wait for it."
-    quick = max(took.values()) <= SLOWEST_STORE_S
-    return judge(name, quick, got, f"{SLOWEST_STORE_S:g} s a step", advice, otherwise="warn")
+    advice = "Check for a busy server or a mount with wrong options: shards and checkpoints wait for it."
+    quick = max(durations.values()) <= MAX_STORE_STEP_S
+    return judge(name, quick, got, f"{MAX_STORE_STEP_S:g} s a step", advice, otherwise="warn")
 
 
-def _all_reduce(ward: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
-    """A sum with NCCL over one rank a GPU, unless there are none or the config uses none; else with gloo, one rank a node."""
-    gpus = {name: int(ward.nodes[name]["Resources"].get("GPU", 0)) for name in ward.present}
+def _all_reduce(node_actors: NodeActors, config: Config | None, plan: RunPlan | None) -> list[Finding]:
+    """An all-reduce with NCCL, one rank per GPU, unless there are none or the config uses none; else with gloo, one rank per
+    node.
+    """
+    gpus = {name: int(node_actors.nodes[name]["Resources"].get("GPU", 0)) for name in node_actors.present}
     ranks: list[tuple[str, int | None]] = []
     if any(gpus.values()) and (config is None or config.cluster.gpus_per_worker):
         backend = "nccl"
         for name, count in gpus.items():
-            ranks += [(ward.enlist(name, gpu) if gpu else name, gpu) for gpu in range(count)]
+            ranks += [(node_actors.add(name, gpu) if gpu else name, gpu) for gpu in range(count)]
     else:
         backend = "gloo"
-        ranks += [(name, None) for name in ward.present if ward.nodes[name]["Resources"].get("CPU", 0)]
+        ranks += [(name, None) for name in node_actors.present if node_actors.nodes[name]["Resources"].get("CPU", 0)]
     if not ranks:
         return []
     first, size = ranks[0][0], REDUCED_BYTES[backend]
-    port = ward.ask("free_port", {first: ()}).get(first)
-    address = {name: ward.nodes[name.partition(" #")[0]]["NodeManagerAddress"] for name, _ in ranks}
+    port = node_actors.call("free_port", {first: ()}).get(first)
+    address = {name: node_actors.nodes[name.partition(" #")[0]]["NodeManagerAddress"] for name, _ in ranks}
     network = network_environment()
     calls = {
         name: (
             Rank(rank, len(ranks), f"{address[first]}:{port}", address[name], gpu, network),
             size,
-            ward.timeout_s / 2,
+            node_actors.timeout_s / 2,
         )
         for rank, (name, gpu) in enumerate(ranks)
     }
-    answers = ward.ask("all_reduce", calls)
+    answers = node_actors.call("all_reduce", calls)
     wrong = {name: str(answers.get(name, "no answer")) for name in calls if not isinstance(answers.get(name), float)}
-    need = f"a right sum over {len(ranks)} rank{'s' * (len(ranks) > 1)}"
+    need = f"a correct sum over {len(ranks)} rank{'s' * (len(ranks) > 1)}"
     advice = (
         "Open all ports between the nodes; name the interface that they share with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
         "(--verbose shows each node's). NCCL_DEBUG=INFO says more."
@@ -328,12 +333,12 @@ def _all_reduce(ward: NodeActors, config: Config | None, plan: RunPlan | None) -
         return [Finding(first, Check("all-reduce", "ok", f"{backend}: one rank, nothing to send", need))]
     rate = ring_bytes(size, len(ranks)) / max(answers.values())
     got = f"{backend}, {len(ranks)} ranks: {rate / 1e9:.2f} GB/s" + _expected(config, plan, rate)
-    check = judge("all-reduce", rate >= SLOWEST_BYTES_PER_S, got, need, advice, otherwise="warn")
+    check = judge("all-reduce", rate >= MIN_REDUCE_BYTES_PER_S, got, need, advice, otherwise="warn")
     return [Finding("the cluster", check)]
 
 
 def _expected(config: Config | None, plan: RunPlan | None, rate: float) -> str:
-    """What the gradients of the config's model will take at that rate."""
+    """How long the gradients of the config's model will take at that rate."""
     if config is None or plan is None or not plan.parameters or plan.ranks == 1:
         return ""
     size = plan.parameters * (2 if config.train.precision == "bf16" else 4)

@@ -1,4 +1,4 @@
-"""What one node of a cluster finds out about itself for `roclip doctor --cluster`. Knows no Ray: an actor is made of it."""
+"""The checks that one node of a cluster makes on itself for `roclip doctor --cluster`. Without Ray: an actor is made of it."""
 
 import contextlib
 import datetime
@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from cluster.doctor.checks import Check, existing, judge, names_check
+from cluster.doctor.checks import Check, judge, names_check, nearest_folder
 from cluster.doctor.dns import HostSample
 from cluster.plan import human_bytes
 from cluster.ray.connect import token_file
@@ -31,12 +31,12 @@ from roclip.config import FetchPolicy
 from roclip.storage import content_of, drop, place, write_atomic, written_beside
 
 PACKAGES = ("torch", "ray", "deepspeed", "open_clip_torch", "faiss-gpu", "faiss-cpu", "webdataset", "img2dataset")
-FEWEST_FILES, ENOUGH_FILES = 4096, 65536
-"""Open files: Ray warns under the first, and asks for about the second on nodes with many workers."""
-FULL_FRAC = 0.95
-"""Of a disk: Ray makes no objects on a fuller one."""
+MIN_OPEN_FILES, RECOMMENDED_OPEN_FILES = 4096, 65536
+"""Open files: Ray warns below the first, and recommends about the second on nodes with many workers."""
+MAX_DISK_USED_FRAC = 0.95
+"""Ray creates no objects on a fuller disk."""
 DOCKER_SHM_BYTES = 64 * 2**20
-"""What a container gets for /dev/shm if nobody asks for more; NCCL and data loaders fail in it."""
+"""Docker's default size of /dev/shm, too small for NCCL and data loaders."""
 _TIMED_RUNS = 5
 _GPU_PROBE_BYTES = 256 * 2**20
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -44,7 +44,7 @@ _LOOPBACK = ("127.", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Node:
-    """What the cluster says of a node, and what a config needs of it."""
+    """What the cluster reports of a node, and what a config needs of it."""
 
     address: str
     session: str
@@ -63,21 +63,21 @@ class Rank:
 
     rank: int
     world: int
-    meeting: str
+    init_address: str
     """`address:port` at rank 0."""
     address: str
-    """Of this rank's node: gloo takes the interface that has it, as in a training."""
+    """Address of this rank's node: gloo uses the interface that has it, as in training."""
     gpu: int | None
     """Its index on the node, for NCCL; None for gloo."""
     network: Mapping[str, str]
-    """Settings such as NCCL_SOCKET_IFNAME, which a training's driver passes on, too."""
+    """Settings such as NCCL_SOCKET_IFNAME, which training's driver passes on, too."""
 
 
 class NodeExam:
-    """Looks at the node that it runs on. What it writes it also takes away (`clear`)."""
+    """Examines the node that it runs on. Files that it writes are deleted by `clear`."""
 
     def versions(self) -> dict[str, str]:
-        """Of Python, of the packages whose results must agree, and a digest of roclip's own source."""
+        """Versions of Python and of the packages that must agree, and a digest of roclip's own source."""
         found = {"python": platform.python_version()}
         for name in PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -88,27 +88,27 @@ class NodeExam:
         """Seconds since 1970."""
         return time.time()
 
-    def look(self, node: Node) -> list[Check]:
-        """All that a node can tell without the others."""
+    def inspect(self, node: Node) -> list[Check]:
+        """All checks that need no other node."""
         return [_disk(node), _shared_memory(node), _open_files(), _interface(node), _token(), gpu_check(node.gpus)]
 
     def names(self, hosts: HostSample, rules: FetchPolicy) -> Check:
-        """Names found a second."""
+        """Check the rate of DNS lookups."""
         return names_check(hosts, rules)
 
-    def existing(self, folder: str) -> str:
-        """The nearest folder above a path that is there."""
-        return str(existing(Path(folder)))
+    def nearest_folder(self, folder: str) -> str:
+        """The nearest existing folder at or above a path."""
+        return str(nearest_folder(Path(folder)))
 
     def write(self, where: str, name: str) -> dict[str, float] | str:
-        """Seconds to write and rename a small file in a folder or store and to read it back; or what went wrong."""
+        """Seconds to write, rename and read a small file in a folder or store; or the error as text."""
         try:
             return _written(place(where) / name, name.encode())
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # every store raises its own errors
             return f"{where}: {type(error).__name__}: {error}"
 
-    def sees(self, where: str, names: Sequence[str], wait_s: float) -> tuple[float, list[str]]:
-        """Seconds until files of other nodes could be read here, at most `wait_s`; and those that could not."""
+    def wait_for_files(self, where: str, names: Sequence[str], wait_s: float) -> tuple[float, list[str]]:
+        """Wait for files of other nodes, at most `wait_s`. Returns the seconds it took, and the files that are missing."""
         start_s, missing = time.monotonic(), list(names)
         while True:
             missing = [name for name in missing if not _is_there(place(where) / name, name.encode())]
@@ -118,13 +118,13 @@ class NodeExam:
             time.sleep(0.1)
 
     def clear(self, where: str, names: Sequence[str]) -> None:
-        """Take away what `write` left."""
+        """Delete files of `write`."""
         for name in names:
-            with contextlib.suppress(Exception):  # it could not be written either
+            with contextlib.suppress(Exception):  # if the store fails, it has been reported before
                 drop(place(where) / name)
 
     def dashboard(self, url: str) -> tuple[list[str], bool | None]:
-        """Addresses that the dashboard of this node listens on, and whether it asks for a token; None: it does not answer."""
+        """Addresses that this node's dashboard listens on, and whether it asks for a token; None if it does not answer."""
         port = int(url.rsplit(":", 1)[1])
         connections = psutil.net_connections("tcp")
         listening: list[Any] = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
@@ -138,45 +138,45 @@ class NodeExam:
             return bound, None
 
     def free_port(self) -> int:
-        """A port that nobody listens on now."""
+        """A port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
-    def all_reduce(self, place: Rank, size: int, wait_s: float) -> float | str:
-        """Seconds that a sum of `size` bytes over all ranks takes (median), or what went wrong."""
+    def all_reduce(self, rank: Rank, size: int, wait_s: float) -> float | str:
+        """Median seconds of a sum of `size` bytes over all ranks, or the error as text."""
         import torch
         import torch.distributed as dist
 
-        os.environ.update(place.network)
-        if interface := interface_of(place.address):
+        os.environ.update(rank.network)
+        if interface := interface_of(rank.address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        device = torch.device("cpu" if place.gpu is None else f"cuda:{place.gpu}")
-        world = place.world
+        device = torch.device("cpu" if rank.gpu is None else f"cuda:{rank.gpu}")
+        world = rank.world
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
-                "gloo" if place.gpu is None else "nccl",
-                init_method=f"tcp://{place.meeting}",
-                rank=place.rank,
+                "gloo" if rank.gpu is None else "nccl",
+                init_method=f"tcp://{rank.init_address}",
+                rank=rank.rank,
                 world_size=world,
                 timeout=datetime.timedelta(seconds=wait_s),
                 device_id=device if device.type == "cuda" else None,
             )
-            took = []
+            durations = []
             for _ in range(1 + _TIMED_RUNS):  # the first makes the connections
-                value = torch.full((size // 4,), float(place.rank), device=device)
+                value = torch.full((size // 4,), float(rank.rank), device=device)
                 dist.barrier()
                 start_s = time.perf_counter()
                 dist.all_reduce(value)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                took.append(time.perf_counter() - start_s)
+                durations.append(time.perf_counter() - start_s)
                 total = value.amin().item(), value.amax().item()
                 if total != (want := (world * (world - 1) / 2,) * 2):
                     return f"a sum of {total}, not {want}"
-            return sorted(took[1:])[_TIMED_RUNS // 2]
+            return sorted(durations[1:])[_TIMED_RUNS // 2]
         except (RuntimeError, ValueError) as error:
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
@@ -185,7 +185,7 @@ class NodeExam:
 
 
 def source_digest() -> str:
-    """Of the Python files of this project, as they are imported here."""
+    """A digest of this project's Python files, as imported here."""
     total = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for package in ("cluster", "ingest", "roclip"):
@@ -195,7 +195,7 @@ def source_digest() -> str:
 
 
 def gpu_check(need: int) -> Check:
-    """Whether each GPU that Ray counts on has free memory, multiplies right and reports no memory error."""
+    """Whether each GPU that Ray counts on has free memory, multiplies correctly and reports no memory error."""
     if not need and shutil.which("nvidia-smi") is None:
         return Check("gpus", "ok", "none", "none")
     import torch
@@ -204,14 +204,12 @@ def gpu_check(need: int) -> Check:
     wrong = [] if seen >= need else [f"torch sees {seen}"]
     wrong += [f"GPU {index}: {what}" for index in range(seen) if (what := _gpu_fault(index))] + _memory_errors()
     got = "; ".join(wrong) or (f"{seen} of {torch.cuda.get_device_name(0)}" if seen else "none")
-    advice = (
-        "Look at `nvidia-smi -q`: end what holds the memory, reset or drain a GPU with errors, or correct the driver."
-    )
+    advice = "Check `nvidia-smi -q`: end what holds the memory, reset or drain a GPU with errors, or fix the driver."
     return judge("gpus", not wrong, got, f"{need} that work", advice)
 
 
 def _gpu_fault(index: int) -> str:
-    """Products of whole numbers are exact in every precision that a GPU multiplies in."""
+    """What is wrong with a GPU, or "". Products of small integers are exact in every precision that a GPU multiplies in."""
     import torch
 
     try:
@@ -248,10 +246,10 @@ def _lines(*program: str) -> list[str]:
 
 
 def _disk(node: Node) -> Check:
-    """Of Ray's folder, the one for temporary files and the one for runs: those that are too full, else the fullest."""
+    """Checks the disks of Ray's folder, temporary files and runs: reports those that are too full, else the fullest."""
     need = {node.session: 0, tempfile.gettempdir(): 0, node.run_directory: node.disk_bytes}
-    usage = {folder: shutil.disk_usage(existing(Path(folder))) for folder in need if folder}
-    full = [folder for folder, u in usage.items() if u.free < need[folder] or u.used > FULL_FRAC * u.total]
+    usage = {folder: shutil.disk_usage(nearest_folder(Path(folder))) for folder in need if folder}
+    full = [folder for folder, u in usage.items() if u.free < need[folder] or u.used > MAX_DISK_USED_FRAC * u.total]
     shown = full or [min(usage, key=lambda folder: usage[folder].free)]
     got = "; ".join(f"{human_bytes(usage[folder].free)} free in {folder}" for folder in shown)
     advice = "Free some space, or set `runs` or Ray's --temp-dir to another disk."
@@ -271,10 +269,10 @@ def _shared_memory(node: Node) -> Check:
 
 def _open_files() -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = soft == resource.RLIM_INFINITY or soft >= ENOUGH_FILES
-    advice = f"Run `ulimit -n {ENOUGH_FILES}` (systemd: LimitNOFILE=) before `ray start` on that node."
-    otherwise = "warn" if soft >= FEWEST_FILES else "fail"
-    return judge("open files", enough, f"{soft}", f"{ENOUGH_FILES}", advice, otherwise=otherwise)
+    enough = soft == resource.RLIM_INFINITY or soft >= RECOMMENDED_OPEN_FILES
+    advice = f"Run `ulimit -n {RECOMMENDED_OPEN_FILES}` (systemd: LimitNOFILE=) before `ray start` on that node."
+    otherwise = "warn" if soft >= MIN_OPEN_FILES else "fail"
+    return judge("open files", enough, f"{soft}", f"{RECOMMENDED_OPEN_FILES}", advice, otherwise=otherwise)
 
 
 def _interface(node: Node) -> Check:
@@ -311,12 +309,12 @@ def _token() -> Check:
 
 
 def _written(path: Path, content: bytes) -> dict[str, float]:
-    """Seconds of each step of what a checkpoint or a shard goes through."""
-    took, start_s = {}, time.perf_counter()
+    """Seconds of each step that a checkpoint or a shard goes through."""
+    durations, start_s = {}, time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal start_s
-        took[name] = time.perf_counter() - start_s
+        durations[name] = time.perf_counter() - start_s
         start_s = time.perf_counter()
 
     if isinstance(path, Path):
@@ -324,17 +322,17 @@ def _written(path: Path, content: bytes) -> dict[str, float]:
         lap("write")
         os.replace(temporary, path)
         lap("rename")
-    else:  # a store puts objects whole
+    else:  # a store writes objects atomically
         write_atomic(path, content)
         lap("write")
     if content_of(path) != content:
-        raise OSError("reads back as something else")
+        raise OSError("other content was read than was written")
     lap("read")
-    return took
+    return durations
 
 
 def _is_there(path: Path, content: bytes) -> bool:
     try:
         return content_of(path) == content
-    except Exception:  # each store has errors of its own
+    except Exception:  # every store raises its own errors
         return False

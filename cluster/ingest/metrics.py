@@ -1,6 +1,6 @@
-"""What an operator's Prometheus sees of an ingest.
+"""The Prometheus metrics of an ingest.
 
-The driver counts what is sealed, once each, and outlives the tasks; a task tells how long its phases took, on which node.
+The driver counts each sealed shard once, and outlives the tasks; tasks report how long their phases took, and on which node.
 """
 
 import time
@@ -16,10 +16,10 @@ MAX_HOSTS = 50
 """Hosts with a series of their own; the others are counted together."""
 
 
-def observe(run: str, phase: str, begun_s: float) -> float:
-    """Count the time since `begun_s`, on the monotonic clock, to a phase; gives the time now."""
+def observe(run: str, phase: str, start_s: float) -> float:
+    """Add the time since `start_s`, of the monotonic clock, to a phase. Returns the time now."""
     now_s = time.monotonic()
-    count("roclip_ingest_phase_seconds", now_s - begun_s, run=run, phase=phase)
+    count("roclip_ingest_phase_seconds", now_s - start_s, run=run, phase=phase)
     return now_s
 
 
@@ -36,14 +36,14 @@ def count_sealed(run: str, record: ShardRecord) -> None:
 
 
 class HostErrors:
-    """Counts failed rows by host, with a bounded number of series: the first hosts to stand out get one of their own."""
+    """Counts failed rows by host, with a bounded number of series: the first hosts to fail get one of their own."""
 
-    def __init__(self, run: str, most: int = MAX_HOSTS):
-        self.run, self.most = run, most
+    def __init__(self, run: str, max_hosts: int = MAX_HOSTS):
+        self.run, self.max_hosts = run, max_hosts
         self.rows: Counter[str] = Counter()
 
     def add(self, bad_hosts: Mapping[str, int]) -> None:
         for host, rows in sorted(bad_hosts.items(), key=lambda item: (-item[1], item[0])):
-            own = host in self.rows or len(self.rows) < self.most
-            self.rows[host if own else OTHER_HOSTS] += rows
-            count("roclip_ingest_host_errors", rows, run=self.run, host=host if own else OTHER_HOSTS)
+            has_own_series = host in self.rows or len(self.rows) < self.max_hosts
+            self.rows[host if has_own_series else OTHER_HOSTS] += rows
+            count("roclip_ingest_host_errors", rows, run=self.run, host=host if has_own_series else OTHER_HOSTS)

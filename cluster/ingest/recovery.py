@@ -17,15 +17,16 @@ MAX_PROBES = 200
 
 
 class Window:
-    """
+    """The number of tasks that may be in flight.
+
     Args:
-        most: Never more tasks than this.
+        max_size: Upper bound on the window.
     """
 
-    def __init__(self, most: int):
-        self.most = most
-        self._size = float(min(START, most))
-        self._calm = True
+    def __init__(self, max_size: int):
+        self.max_size = max_size
+        self._size = float(min(START, max_size))
+        self._slow_start = True
         self._round = 0
 
     @property
@@ -35,37 +36,37 @@ class Window:
 
     @property
     def round(self) -> int:
-        """To be noted with a task when it starts, and given back when it has failed."""
+        """To be noted with a task when it starts, and passed to `shrink` when it fails."""
         return self._round
 
     def succeeded(self) -> None:
-        """A task has ended well."""
-        self._size = min(self.most, self._size + (1 if self._calm else 1 / self._size))
+        """Record that a task succeeded."""
+        self._size = min(self.max_size, self._size + (1 if self._slow_start else 1 / self._size))
 
     def shrink(self, started_in: int) -> None:
-        """A task that was started in this round died, or said that memory is short."""
+        """Record that a task started in this round died, or reported low memory."""
         if started_in < self._round:
             return
         self._round += 1
-        self._calm = False
+        self._slow_start = False
         self._size = max(1.0, self._size / 2)
 
 
 @dataclass
 class Bisection:
-    """A search in the rows of one part, whose workers died each time. It hands out ranges to try, and is told.
+    """A bisection of one part, whose workers died each time. `next` gives ranges to probe, `record` takes the results.
 
-    A range that dies although neither of its halves does is set aside as `together`: its rows are too much for a worker at
-    the same time, and none of them alone. When the probes are used up, the ranges that still kill are given up whole.
+    A range that dies although neither of its halves does is set aside as `only_together`: its rows are too much for a worker at
+    the same time, but not alone. When the probes are used up, the ranges that still kill are given up as a whole.
     """
 
     rows: int
     max_probes: int = MAX_PROBES
     killers: list[int] = field(default_factory=list)
-    """Found so far, ascending once `done`."""
-    together: list[range] = field(default_factory=list)
+    """Rows found so far, sorted once `done`."""
+    only_together: list[range] = field(default_factory=list)
     given_up: list[range] = field(default_factory=list)
-    """Ranges in which killers are that the probes did not suffice to tell apart."""
+    """Ranges that contain killers which the probes did not suffice to isolate."""
     probes: int = 0
 
     def __post_init__(self) -> None:
@@ -79,38 +80,38 @@ class Bisection:
         return not self._open and not self._halves
 
     @property
-    def left_out(self) -> list[int]:
+    def excluded(self) -> list[int]:
         """All rows that must not be fetched with the others."""
         return sorted({*self.killers, *(row for given_up in self.given_up for row in given_up)})
 
     def next(self) -> range | None:
-        """A range to try now; None when all that can be tried is being tried."""
+        """A range to probe now; None if all remaining ones are being probed."""
         if not self._open:
             return None
         self.probes += 1
         return self._open.pop()
 
-    def tell(self, tried: range, died: bool) -> None:
-        """What became of a range that `next` gave."""
+    def record(self, tried: range, died: bool) -> None:
+        """Record the result of a range that `next` gave."""
         parent = next(known for known, halves in self._halves.items() if tried in halves)
         self._halves[parent].remove(tried)
         self._survived[parent] += not died
         if not self._halves[parent]:
             del self._halves[parent]
             if self._survived.pop(parent) == 2:
-                self.together.append(parent)
+                self.only_together.append(parent)
         if died:
             self._split(tried)
         self.killers.sort()
 
-    def _split(self, deadly: range) -> None:
-        if len(deadly) == 1:
-            self.killers.append(deadly[0])
+    def _split(self, killing: range) -> None:
+        if len(killing) == 1:
+            self.killers.append(killing[0])
         elif self.probes + len(self._open) + 2 > self.max_probes:
-            self.given_up.append(deadly)
+            self.given_up.append(killing)
         else:
-            middle = len(deadly) // 2
-            halves = [deadly[middle:], deadly[:middle]]
-            self._halves[deadly] = list(halves)
-            self._survived[deadly] = 0
+            middle = len(killing) // 2
+            halves = [killing[middle:], killing[:middle]]
+            self._halves[killing] = list(halves)
+            self._survived[killing] = 0
             self._open += halves

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.ingest.job import ended, ingest
+from cluster.ingest.job import finished_summary, ingest
 from cluster.ray.queueing import ingest_need, wait_for_room
 from cluster.ray.session import Session, session
-from ingest.lists.configured import open_list
+from ingest.lists.sources import open_configured_list
 from ingest.origin import Origin
 from roclip.config import Config
 from roclip.data.shards import Manifest
@@ -25,7 +25,7 @@ def ingest_only(config: Config) -> dict:
 
 
 def fill(here: Session) -> None:
-    """Ingest to its end, also what a list of the user's own has got since; nothing when all is sealed."""
+    """Ingest to the end, including rows that the user's list has got since; nothing if all is sealed."""
     with fetching(here, grown=True):
         pass
 
@@ -40,17 +40,19 @@ def index(here: Session) -> None:
 
 
 class Fetching(threading.Thread):
-    """Ingest beside the main thread, what it says of itself, and its page.
+    """Ingest in a thread beside the main thread, with its signals and its page.
 
     Args:
-        over: All is sealed, and only what it says of itself is missing.
+        here: The session of the run.
+        urls: The URL list.
+        is_sealed: All shards are sealed, and only the signals are missing.
     """
 
-    def __init__(self, here: Session, urls: str | Path, over: bool):
+    def __init__(self, here: Session, urls: str | Path, is_sealed: bool):
         from cluster.ingest.report import IngestPage  # loads matplotlib
 
         super().__init__(name="ingest")
-        self.over = over
+        self.is_sealed = is_sealed
         self.here, self.urls, self.halt = here, urls, threading.Event()
         self.sealed = 0
         self.problem: BaseException | None = None
@@ -66,26 +68,26 @@ class Fetching(threading.Thread):
             self.problem = error
 
     def _ingest(self) -> None:
-        from cluster.ingest.signals import look, release  # loads scipy and OpenCV
+        from cluster.ingest.signals import find_signals, release  # loads scipy and OpenCV
 
         config, shards = self.here.config, self.here.shards
-        if not self.over:
-            letting_go = release(config.ingest, self.folder, self._say)
+        if not self.is_sealed:
+            release_held = release(config.ingest, self.folder, self._say)
             ingest(
                 config,
                 self.urls,
                 shards,
                 on_progress=self._show,
                 stop=self.halt,
-                release=letting_go,
+                release=release_held,
                 run=self.here.path.resolve().name,
             )
         if Manifest(shards).summary is not None:
-            look(config.ingest, shards, self.folder, Manifest(shards).records(), self._say)
+            find_signals(config.ingest, shards, self.folder, Manifest(shards).records(), self._say)
         self.page.write()
 
     def wait_for(self, shards: int) -> None:
-        """Return when so many are sealed or ingest has ended; raise its error."""
+        """Return when `shards` are sealed or ingest has ended; raises its error."""
         while self.is_alive() and self.sealed < shards:
             time.sleep(0.2)
         self.check()
@@ -106,14 +108,16 @@ class Fetching(threading.Thread):
 
 
 class _HaltedError(Exception):
-    """The main thread does not wait for what the ingest says of itself."""
+    """The main thread does not wait for the signals."""
 
 
 @contextlib.contextmanager
 def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
-    """Ingest while the block runs; the end of the block waits for it. Does nothing when all is sealed, or when there is
-    nothing to fetch: `data.shards` is the only source. With `grown`, an ingest that has ended goes on with the rows that
-    the list has got since."""
+    """Ingest while the block runs; the end of the block waits for it.
+
+    Does nothing if all is sealed, or if there is nothing to fetch because `data.shards` is the only source. With `grown`, a
+    finished ingest continues with the rows that the list has got since.
+    """
     from cluster.ingest.signals import SIGNALS_FILE
     from ingest.signals.quarantine import check_signals
     from roclip.attacks import corpus
@@ -130,18 +134,18 @@ def fetching(here: Session, *, grown: bool = False) -> Iterator[Fetching]:
             corpus.prepare_held_out(config, origin_folder)
         check_signals(config.ingest.quarantine)  # now, and not when the list has ended
         index(here)
-        over = Manifest(here.shards).summary is not None
-        if over and grown and urls:
-            over = ended(config, open_list(config, urls), here.shards) is not None
-        thread = Fetching(here, urls, over)
-        if config.data.fetches and not over:
+        is_sealed = Manifest(here.shards).summary is not None
+        if is_sealed and grown and urls:
+            is_sealed = finished_summary(config, open_configured_list(config, urls), here.shards) is not None
+        thread = Fetching(here, urls, is_sealed)
+        if config.data.fetches and not is_sealed:
             here.need_ray()
             wait_for_room(ingest_need(config.cluster), config.cluster, here.display.say)
             if not urls:
                 origin = stack.enter_context(Origin(origin_folder / "corpus.parquet"))
                 thread.urls = origin_folder / "urls.parquet"
                 origin.url_list(thread.urls)
-        if config.data.fetches and not (over and (thread.folder / SIGNALS_FILE).exists()):
+        if config.data.fetches and not (is_sealed and (thread.folder / SIGNALS_FILE).exists()):
             thread.start()
         try:
             yield thread

@@ -1,1 +1,1 @@
-"""Runs as Ray Jobs on a cluster, from outside: send one, follow its log, stop it."""
+"""Runs as Ray Jobs on a cluster, from outside: submit one, follow its log, stop it."""

@@ -1,7 +1,7 @@
-"""Runs as Ray Jobs on a cluster: send one, find it again, follow, stop.
+"""Runs as Ray Jobs on a cluster: submit one, find it again, follow, stop.
 
-Talks to the job server of the cluster's dashboard, with Ray's token. Nothing secret goes into a job: Ray shows its entry
-point, metadata and environment to everybody who has the token.
+Talks to the job server of the cluster's dashboard, with Ray's token. A job contains no secrets: Ray shows its entry point,
+metadata and environment to everybody who has the token.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from ray.dashboard.utils import get_address_for_submission_client
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from cluster.jobs.log import LONGEST_WAIT_S, Log
+from cluster.jobs.log import MAX_BACKOFF_S, Log
 from cluster.jobs.runtime_env import for_cluster, identity_digest, pack
 from cluster.ray.connect import find_token
 from cluster.ray.session import commit
@@ -36,39 +36,39 @@ from roclip.errors import ConfigError, StageError
 
 ENTRYPOINT = "exec python -m cluster.cli run {config}"
 STOP_WAIT_S = 120
-"""After `stop`, a run has so long to end cleanly before Ray kills it."""
+"""Time that a run has after `stop` to end cleanly before Ray kills it."""
 INTERRUPTED = 130
-STARTING_S = 120.0
+START_TIMEOUT_S = 120.0
 TIMEOUT_S = 30.0
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-_LOST = (OSError, RuntimeError, aiohttp.ClientError)
+_CONNECTION_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One job of ours, as the cluster knows it."""
+    """One of our jobs, as the cluster reports it."""
 
     id: str
     status: JobStatus
     message: str
     exit_code: int | None
-    """Of the run, when it has ended by itself."""
+    """The run's own exit code, if it ended by itself."""
     started: datetime.datetime | None
     ended: datetime.datetime | None
     metadata: dict[str, str]
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return not self.status.is_terminal()
 
     @property
     def code(self) -> int:
-        """What following it to its end ends with: the run's own exit code, 130 if it was stopped, 7 if it was lost."""
+        """The exit code for following it: the run's own, 130 if it was stopped, 7 if it was lost."""
         if self.status is JobStatus.SUCCEEDED:
             return 0
         if self.status is JobStatus.STOPPED:
@@ -79,7 +79,7 @@ class Job:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's, but no request waits for ever for a network that swallows it."""
+    """Ray's client with a timeout, so that no request waits for ever in a network that drops packets."""
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
         return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S, **kwargs})
@@ -89,11 +89,11 @@ class Jobs:
     """The jobs of one cluster.
 
     Args:
-        address: Of the dashboard (`http://head:8265`), or what `ray.init` takes on a node of the cluster. Empty takes
+        address: Of the dashboard (`http://head:8265`), or what `ray.init` accepts on a node of the cluster. Empty takes
             RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
     Raises:
-        ConfigError: no address; the token is missing or wrong; or the cluster lets everybody in.
+        ConfigError: no address; the token is missing or wrong; or the cluster does not ask for one.
         StageError: nothing answers.
     """
 
@@ -104,39 +104,39 @@ class Jobs:
                 "--address: expected the cluster's dashboard, such as http://head:8265, got none. Name it, or set "
                 "RAY_API_SERVER_ADDRESS."
             )
-        for name in _TALKATIVE:
+        for name in _VERBOSE_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
-        with self._answered(address), _without_addresses():
+        with self._translated_errors(address), _without_address_variables():
             self.address = get_address_for_submission_client(address).rstrip("/")
-            refuse_open(self.address)
+            require_token_auth(self.address)
             token = find_token()
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             self._client = _Client(self.address, headers=headers)
 
     def submit(self, config: Config, *, run_id: str = "") -> tuple[Job, bool]:
-        """Send a run; the job, and whether it is new. A job that works in the same run directory is returned instead.
+        """Submit a run. Returns the job, and whether it is new: a running job with the same run directory is returned instead.
 
         Args:
             run_id: Name of the run directory, in `runs`; else the config's, or the one that an earlier job of the same
                 config had, or a dated one.
         """
-        known = self.all()
-        config = self.placed(config, run_id, known)
+        jobs = self.all()
+        config = self.resolve(config, run_id, jobs)
         run = Path(config.run_dir)
-        if living := [job for job in known if job.alive and job.metadata["run_dir"] == str(run)]:
-            return living[0], False
+        if running := [job for job in jobs if job.is_alive and job.metadata["run_dir"] == str(run)]:
+            return running[0], False
         request = self._request(config)
         run_id = request["metadata"]["run_id"]
-        job_id = f"{run_id}.{1 + sum(job.metadata['run_id'] == run_id for job in known)}"
-        with tempfile.TemporaryDirectory(prefix="roclip-job-") as folder, self._answered(self.address):
+        job_id = f"{run_id}.{1 + sum(job.metadata['run_id'] == run_id for job in jobs)}"
+        with tempfile.TemporaryDirectory(prefix="roclip-job-") as folder, self._translated_errors(self.address):
             pack(config, Path(folder))
             request["runtime_env"]["working_dir"] = folder
-            self._send(submission_id=job_id, **request)  # of two at the same time Ray refuses one
+            self._send(submission_id=job_id, **request)  # Ray refuses the second of two simultaneous jobs with one id
         return self.get(job_id), True
 
     def _send(self, **request: Any) -> None:
-        """A head that has just come up answers before it can start anything."""
-        deadline_s = time.monotonic() + STARTING_S
+        """Submit, with retries while a head that has just started cannot start jobs yet."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 self._client.submit_job(**request)
@@ -147,7 +147,7 @@ class Jobs:
             else:
                 return
 
-    def placed(self, config: Config, run_id: str, known: list[Job]) -> Config:
+    def resolve(self, config: Config, run_id: str, jobs: list[Job]) -> Config:
         """The config as the cluster will have it, with its run directory."""
         config = for_cluster(config)
         if run_id:
@@ -155,7 +155,7 @@ class Jobs:
         run = run_directory(config)
         if not config.run_dir and not (run / "config.yaml").exists():
             same = identity_digest(config)
-            run = next((Path(job.metadata["run_dir"]) for job in known if job.metadata["identity"] == same), run)
+            run = next((Path(job.metadata["run_dir"]) for job in jobs if job.metadata["identity"] == same), run)
         return dataclasses.replace(config, run_dir=str(run))
 
     def _request(self, config: Config) -> dict[str, Any]:
@@ -176,18 +176,18 @@ class Jobs:
         }
 
     def all(self) -> list[Job]:
-        """Those that `submit` sent, newest first."""
-        with self._answered(self.address):
+        """The jobs that `submit` sent, newest first."""
+        with self._translated_errors(self.address):
             jobs = [_job(details) for details in self._client.list_jobs() if _is_ours(details)]
-        return sorted(jobs, key=lambda job: (job.alive, job.started.timestamp() if job.started else 0), reverse=True)
+        return sorted(jobs, key=lambda job: (job.is_alive, job.started.timestamp() if job.started else 0), reverse=True)
 
     def get(self, job_id: str) -> Job:
-        """Raises `ConfigError` for a job that is not there."""
-        with self._answered(self.address, job_id):
+        """One job by its id. Raises `ConfigError` if it does not exist."""
+        with self._translated_errors(self.address, job_id):
             return _job(self._client.get_job_info(job_id))
 
     def find(self, name: str) -> Job:
-        """A job by its id, or the newest of a run by its id or directory; the newest of all without a name."""
+        """A job by its id, or the newest of a run by its id or directory; without a name, the newest of all."""
         for job in self.all():
             names = (job.id, job.metadata["run_id"], job.metadata["run_dir"])
             if not name or name in names or str(Path(name).absolute()) == job.metadata["run_dir"]:
@@ -195,19 +195,21 @@ class Jobs:
         raise ConfigError(f"{name or 'JOB'}: expected a job or a run of {self.address}, got none. See `roclip runs`.")
 
     def log(self, job: Job) -> str:
-        """All of a job's log so far."""
-        with self._answered(self.address, job.id):
+        """A job's complete log so far."""
+        with self._translated_errors(self.address, job.id):
             return self._client.get_job_logs(job.id)
 
-    def follow(self, job: Job, show: Callable[[str], None], say: Callable[[str], None]) -> Job:
-        """Show each line of a job's log once until it has ended, through lost connections; the job as it ended.
+    def follow(self, job: Job, show: Callable[[str], None], on_notice: Callable[[str], None]) -> Job:
+        """Show each line of a job's log once until it has ended, through lost connections. Returns the job as it ended.
 
         Args:
-            say: Gets what is to be said of the connection.
+            job: The job.
+            show: Called with each line.
+            on_notice: Called with messages about the connection.
         """
-        return asyncio.run(self._follow(job, Log(show), say))
+        return asyncio.run(self._follow(job, Log(show), on_notice))
 
-    async def _follow(self, job: Job, log: Log, say: Callable[[str], None]) -> Job:
+    async def _follow(self, job: Job, log: Log, on_notice: Callable[[str], None]) -> Job:
         wait_s = 0.0
         while True:
             before_chars = log.seen_chars
@@ -216,35 +218,35 @@ class Jobs:
                 async with contextlib.aclosing(tail):
                     await log.read(tail)
                 now = await asyncio.to_thread(self.get, job.id)
-                if not now.alive:
+                if not now.is_alive:
                     log.end(await asyncio.to_thread(self.log, job))
                     return now
                 wait_s = 0.0
-            except (*_LOST, StageError) as error:
+            except (*_CONNECTION_ERRORS, StageError) as error:
                 if log.seen_chars > before_chars:
                     wait_s = 0.0
                 if not wait_s:
-                    say(f"the connection to {self.address} is lost ({type(error).__name__}); the job goes on")
-                wait_s = min(LONGEST_WAIT_S, 2 * wait_s or 1.0)
+                    on_notice(f"the connection to {self.address} is lost ({type(error).__name__}); the job goes on")
+                wait_s = min(MAX_BACKOFF_S, 2 * wait_s or 1.0)
                 await asyncio.sleep(wait_s)
 
     def stop(self, job: Job) -> Job:
-        """Ask a run to stop as Ctrl-C would, and wait until it has; the job as it ended.
+        """Ask a run to stop as Ctrl-C would, and wait until it has. Returns the job as it ended.
 
         Raises `StageError` if it has not ended in time.
         """
-        with self._answered(self.address, job.id):
+        with self._translated_errors(self.address, job.id):
             self._client.stop_job(job.id)
         deadline_s = time.monotonic() + STOP_WAIT_S + TIMEOUT_S
-        while (now := self.get(job.id)).alive:
+        while (now := self.get(job.id)).is_alive:
             if time.monotonic() > deadline_s:
-                raise StageError(f"{job.id}: was asked to stop {STOP_WAIT_S} s ago and still runs. Ask again.")
+                raise StageError(f"{job.id}: was asked to stop {STOP_WAIT_S} s ago and still runs. Stop it again.")
             time.sleep(0.5)
         return now
 
     @contextlib.contextmanager
-    def _answered(self, address: str, job_id: str = "") -> Iterator[None]:
-        """What Ray's client raises, in our words."""
+    def _translated_errors(self, address: str, job_id: str = "") -> Iterator[None]:
+        """Translate the exceptions of Ray's client into ours."""
         try:
             yield
         except AuthenticationError as error:
@@ -261,12 +263,12 @@ class Jobs:
             ) from error
 
 
-def refuse_open(address: str) -> None:
+def require_token_auth(address: str) -> None:
     """Raises `ConfigError` for a dashboard that other machines can reach and that answers without a token."""
     if is_loopback(urlsplit(address).hostname or ""):
         return
-    said = requests.get(f"{address}/api/version", timeout=TIMEOUT_S, allow_redirects=False, auth=_nobody)
-    if said.ok:
+    response = requests.get(f"{address}/api/version", timeout=TIMEOUT_S, allow_redirects=False, auth=_no_netrc_auth)
+    if response.ok:
         raise ConfigError(
             f"{address}: expected a dashboard that asks for a token, got one that answers everybody, so everybody who "
             "reaches it can run code on the cluster. Start the head with RAY_AUTH_MODE=token, or bind its dashboard to "
@@ -275,7 +277,7 @@ def refuse_open(address: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's alone."""
+    """Whether a name or address belongs to this machine only."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except OSError:
@@ -283,14 +285,14 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
-def _nobody(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Without what `~/.netrc` has for the host."""
+def _no_netrc_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """An auth handler that keeps `requests` from using credentials of `~/.netrc`."""
     return request
 
 
 @contextlib.contextmanager
-def _without_addresses() -> Iterator[None]:
-    """Ray's client takes these even where an address is given."""
+def _without_address_variables() -> Iterator[None]:
+    """Hide the address variables, which Ray's client prefers over an explicit address."""
     taken = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
         yield
@@ -308,13 +310,13 @@ def _job(details: JobDetails) -> Job:
         status=JobStatus(details.status),
         message=details.message or "",
         exit_code=details.driver_exit_code,
-        started=_moment(details.start_time),
-        ended=_moment(details.end_time),
+        started=_local_time(details.start_time),
+        ended=_local_time(details.end_time),
         metadata=details.metadata or {},
     )
 
 
-def _moment(unix_ms: int | None) -> datetime.datetime | None:
+def _local_time(unix_ms: int | None) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(unix_ms / 1000) if unix_ms else None
 
 

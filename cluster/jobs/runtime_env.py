@@ -1,7 +1,7 @@
-"""What is sent to a cluster for a run: its resolved config and the JSON of its model.
+"""The runtime environment of a job: its resolved config and the JSON of its model.
 
-The config is sent with absolute paths: run directory and data must lie where every node sees them under the same name, or
-on a store. The nodes must have our packages installed.
+The config is sent with absolute paths: run directory and data must have the same path on every node, or be on a store. The nodes
+must have our packages installed.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ _PATHS = {
     "oracle": ("label_file", "trusted_file"),
 }
 _PATHS_OR_NAMES = {"model": ("pretrained",), "augment": ("synonyms",), "oracle": ("weights",)}
-"""What is there as a file or folder is one; anything else is a name."""
+"""Values that are paths if such a file or folder exists, and names otherwise."""
 
 
 def for_cluster(config: Config) -> Config:
-    """The same run as a job has it: absolute paths, on the Ray that the job runs on."""
+    """The config as a job has it: with absolute paths, on the Ray that the job runs on."""
     sections: dict[str, Any] = {}
     for keys, absolute in ((_PATHS, _absolute), (_PATHS_OR_NAMES, _absolute_if_there)):
         for section, names in keys.items():
@@ -40,7 +40,7 @@ def for_cluster(config: Config) -> Config:
 
 
 def identity_digest(config: Config) -> str:
-    """Names a run, whatever its directory: equal for two configs that are one run, 16 hex digits."""
+    """Identifies a run, whatever its directory: equal for two configs that are one run, 16 hex digits."""
     return hashlib.sha256(identity(config).encode()).hexdigest()[:16]
 
 
@@ -52,8 +52,8 @@ def pack(config: Config, folder: Path) -> None:
 
 
 def _absolute(where: str) -> str:
-    """Each of several paths with `::` between them; a URL stays as it is."""
-    return "::".join(one if not one or "://" in one else str(Path.cwd() / one) for one in where.split("::"))
+    """Make each of several paths, separated by `::`, absolute; a URL is kept."""
+    return "::".join(path if not path or "://" in path else str(Path.cwd() / path) for path in where.split("::"))
 
 
 def _absolute_if_there(value: str) -> str:

@@ -1,1 +1,1 @@
-"""The folder of shards: who fills it, which shard stands for which rows, and which rows deserve another pass."""
+"""The folder of shards: the lease of its one writer, the ledger of shard numbers and rows, retries, and reading sealed shards."""

@@ -1,14 +1,14 @@
-"""Which shard number stands for which rows: `ledger.json`, beside the manifest.
+"""The ledger of which shard number stands for which rows: `ledger.json`, beside the manifest.
 
-Shard numbers are given out in segments, one after another:
+Shard numbers are assigned in consecutive segments:
 
     list    shard `first_shard + k` has the k-th `samples_per_shard` rows of the list from row `first_row` on
-    pass    shard `first_shard + k` has the k-th `samples_per_shard` rows of those that failed in the segment before it,
-            for one of `reasons` (`ingest/folder/retries.py`); in the order of their shards and keys
+    pass    shard `first_shard + k` has the k-th `samples_per_shard` rows of those that failed in the segment before it
+            for one of `reasons` (`ingest/folder/retries.py`), in the order of their shards and keys
 
-A list that has grown begins a new segment, so a last short part stays as it is. A segment is written down before its
-first shard is begun, and its end as soon as that is known. What follows from it is a function of the sealed shards alone,
-so an ingest that is killed at any moment goes on with the very same parts.
+A list that has grown begins a new segment, so a short last part stays as it is. A segment is recorded before its first shard is
+begun, and its length as soon as that is known. Everything else is a function of the sealed shards alone, so an ingest that is
+killed at any moment continues with the same parts.
 """
 
 import json
@@ -34,47 +34,47 @@ class Segment:
     pass_number: int = 0
     """0 for the list itself, from 1 for its later passes."""
     reasons: tuple[str, ...] = ()
-    """For a pass: the reasons of the rows that it fetches again."""
+    """For a pass: the failure reasons of the rows that it retries."""
     rows: int | None = None
-    """None as long as the list has not been read to its end."""
+    """None until the list has been read to its end."""
     list_name: str = ""
     digest: str = ""
-    """Of the list as it was last seen."""
+    """Digest of the list as it was last seen."""
 
     @property
     def shards(self) -> int | None:
         return None if self.rows is None else -(-self.rows // self.samples_per_shard)
 
     def numbers(self, records: Mapping[int, ShardRecord]) -> list[int]:
-        """Those of its shards that are sealed, in order."""
+        """The numbers of its sealed shards, in order."""
         end = 10**SHARD_DIGITS if self.shards is None else self.first_shard + self.shards
         return sorted(number for number in records if self.first_shard <= number < end)
 
     def rows_of(self, number: int) -> int | None:
-        """How many rows one of its shards stands for, where that is known."""
+        """How many rows one of its shards stands for, or None if not known yet."""
         if self.rows is None:
             return None
         return min(self.samples_per_shard, self.rows - (number - self.first_shard) * self.samples_per_shard)
 
 
 class Ledger:
-    """The segments of a folder. Only who holds its lease may change it.
+    """The segments of a folder. Only the holder of its lease may change it.
 
     Args:
         root: The folder of the shards.
-        allowed: Called before each write; raises when the lease was lost.
+        check_lease: Called before each write; raises if the lease was lost.
     """
 
-    def __init__(self, root: Path, allowed: Callable[[], None] = lambda: None):
-        self._path, self._allowed = root / LEDGER, allowed
+    def __init__(self, root: Path, check_lease: Callable[[], None] = lambda: None):
+        self._path, self._check_lease = root / LEDGER, check_lease
         try:
-            told = json.loads(content_of(self._path))
-            self.segments = [Segment(**{**row, "reasons": tuple(row["reasons"])}) for row in told["segments"]]
+            saved = json.loads(content_of(self._path))
+            self.segments = [Segment(**{**row, "reasons": tuple(row["reasons"])}) for row in saved["segments"]]
         except FileNotFoundError:
             self.segments: list[Segment] = []
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{self._path}: expected the ledger of an ingest, got something else ({error}). Bring it back: it says "
+                f"{self._path}: expected the ledger of an ingest, got something else ({error}). Restore it: it says "
                 "which rows each shard number stands for."
             ) from error
 
@@ -85,7 +85,7 @@ class Ledger:
 
     @property
     def next_shard(self) -> int:
-        """The first number that no segment has; the last segment must have ended."""
+        """The first unassigned number. The length of the last segment must be known."""
         if not self.segments:
             return 0
         last = self.segments[-1]
@@ -93,7 +93,7 @@ class Ledger:
         return last.first_shard + last.shards
 
     def add(self, segment: Segment) -> Segment:
-        """Write down a new segment. Raises `DataError` where its numbers do not suffice."""
+        """Record a new segment. Raises `DataError` if the shard numbers do not suffice."""
         if segment.first_shard + (segment.shards or 1) > 10**SHARD_DIGITS:
             raise DataError(
                 f"{self._path}: expected at most {10**SHARD_DIGITS} shards, got more. Set ingest.samples_per_shard higher, "
@@ -103,11 +103,11 @@ class Ledger:
         return segment
 
     def end(self, segment: Segment, rows: int) -> Segment:
-        """Write down how many rows a segment has."""
+        """Record the number of rows of a segment."""
         return self._replace(segment, replace(segment, rows=rows))
 
-    def seen(self, segment: Segment, name: str, digest: str) -> Segment:
-        """Write down which list was found to have the rows of a segment."""
+    def set_list(self, segment: Segment, name: str, digest: str) -> Segment:
+        """Record which list was found to have the rows of a segment."""
         return self._replace(segment, replace(segment, list_name=name, digest=digest))
 
     def _replace(self, old: Segment, new: Segment) -> Segment:
@@ -116,6 +116,6 @@ class Ledger:
         return new
 
     def _write(self, segments: Iterable[Segment]) -> None:
-        self._allowed()
+        self._check_lease()
         self.segments = list(segments)
         write_atomic(self._path, json.dumps({"segments": [asdict(segment) for segment in self.segments]}, indent=1))

@@ -1,7 +1,7 @@
-"""The rows that failed and may do better now, out of the parquets of sealed shards: the parts of a later pass.
+"""The parts of a retry pass: the rows that failed for a transient reason, read from the parquets of sealed shards.
 
-How many rows each shard gives is what its record says, so that of all the parquets only those are read that a part
-needs. Memory: one part and one parquet.
+The number of such rows in each shard is taken from its record, so only the parquets that a part needs are read. Memory: one
+part and one parquet.
 """
 
 from bisect import bisect_right
@@ -14,41 +14,41 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roclip.data.outcomes import is_passing, reason_of
+from roclip.data.outcomes import is_transient, reason_of
 from roclip.data.shards import ShardRecord
 from roclip.errors import ShardError
 from roclip.storage import content_of
 
 RETRY_OF = "retry_of"
-"""Column of a later pass: the key under which the row stands in the shard where it failed first."""
-_MEASURED = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash", "flags")
-_FOUND = frozenset(("key", "status", "error_message", *_MEASURED))
-"""Columns of a shard's parquet that say what was found; the others are the list's."""
+"""Column of a retry pass: the key of the row in the shard where it failed first."""
+_MEASUREMENTS = ("width", "height", "original_width", "original_height", "exif", "sha256", "phash", "flags")
+_OUTCOME_COLUMNS = frozenset(("key", "status", "error_message", *_MEASUREMENTS))
+"""Columns of a shard's parquet that hold outcomes; the others are the list's."""
 
 
 @dataclass(frozen=True)
 class RetryPart:
-    """One part of a pass."""
+    """One part of a retry pass."""
 
     position: int
     """In the pass, from 0."""
     table: pa.Table
     """The list's columns and `retry_of`."""
     retried: dict[str, int]
-    """Rows by the reason for which they failed before."""
+    """Number of rows by the reason for which they failed before."""
 
 
-def passing_reasons(records: Sequence[ShardRecord]) -> tuple[str, ...]:
-    """Names of the reasons in these records after which a row may be tried again."""
-    return tuple(sorted({reason for record in records for reason in record.failed if is_passing(reason)}))
+def transient_reasons(records: Sequence[ShardRecord]) -> tuple[str, ...]:
+    """The reasons in these records for which a row is worth a retry."""
+    return tuple(sorted({reason for record in records for reason in record.failed if is_transient(reason)}))
 
 
-def rows_again(record: ShardRecord, reasons: Sequence[str]) -> int:
-    """Rows of a shard that failed for one of the reasons."""
+def retry_rows(record: ShardRecord, reasons: Sequence[str]) -> int:
+    """Number of rows of a shard that failed for one of the reasons."""
     return sum(record.failed.get(reason, 0) for reason in reasons)
 
 
-def parts_again(
+def retry_parts(
     root: Path,
     records: Sequence[ShardRecord],
     reasons: Sequence[str],
@@ -57,9 +57,16 @@ def parts_again(
 ) -> Iterator[RetryPart]:
     """The wanted parts of the rows that failed in these shards for one of the reasons, in order.
 
-    Raises `ShardError` for a parquet that cannot be read or has fewer such rows than its record says.
+    Args:
+        root: The folder of the shards.
+        records: The shards.
+        reasons: The failure reasons.
+        samples_per_shard: Rows per part.
+        wanted: Whether the part at a position is needed.
+
+    Raises `ShardError` for a parquet that cannot be read or whose number of such rows differs from its record.
     """
-    ends = list(accumulate(rows_again(record, reasons) for record in records))
+    ends = list(accumulate(retry_rows(record, reasons) for record in records))
     total, read = ends[-1] if ends else 0, _Reader(root, reasons)
     for position, start in enumerate(range(0, total, samples_per_shard)):
         if not wanted(position):
@@ -81,7 +88,7 @@ _REASON = "_reason"
 
 
 class _Reader:
-    """Reads the failed rows of a shard, and remembers those of the last one."""
+    """Reads the failed rows of a shard, and caches those of the last one."""
 
     def __init__(self, root: Path, reasons: Sequence[str]):
         self.root, self.reasons = root, frozenset(reasons)
@@ -96,27 +103,29 @@ class _Reader:
         path = self.root / f"{Path(record.name).stem}.parquet"
         try:
             table = pq.read_table(pa.BufferReader(content_of(path))).sort_by("key")
-            failed = zip(*(table.column(name).to_pylist() for name in _JUDGED), strict=True)
+            failed = zip(*(table.column(name).to_pylist() for name in _STATUS_COLUMNS), strict=True)
             rows = [(row, reason) for row, known in enumerate(failed) if (reason := _reason(*known)) in self.reasons]
         except (OSError, ValueError, KeyError) as error:
             raise ShardError(
-                f"{path}: expected the rows of {record.name} and what became of them, got {error}. Bring it back, or set "
+                f"{path}: expected the rows of {record.name} and their outcomes, got {error}. Restore it, or set "
                 "ingest.retry_passes=0."
             ) from error
-        if len(rows) != (told := rows_again(record, tuple(self.reasons))):
+        if len(rows) != (expected := retry_rows(record, tuple(self.reasons))):
             raise ShardError(
-                f"{path}: expected {told} rows that failed for a passing reason, as the record says, got {len(rows)}. "
-                "Bring the parquet back, or set ingest.retry_passes=0."
+                f"{path}: expected {expected} rows with a transient failure, as in the record, got {len(rows)}. "
+                "Restore the parquet, or set ingest.retry_passes=0."
             )
         failed = table.take(pa.array([row for row, _ in rows], pa.int64()))
         first = failed.column(RETRY_OF if RETRY_OF in failed.column_names else "key")
-        failed = failed.select([name for name in failed.column_names if name not in _FOUND and name != RETRY_OF])
+        failed = failed.select(
+            [name for name in failed.column_names if name not in _OUTCOME_COLUMNS and name != RETRY_OF]
+        )
         return failed.append_column(RETRY_OF, first).append_column(_REASON, pa.array([r for _, r in rows], pa.string()))
 
 
-_JUDGED = ("caption", "status", "error_message")
+_STATUS_COLUMNS = ("caption", "status", "error_message")
 
 
 def _reason(caption: str | None, status: str, message: str | None) -> str:
-    """As `ingest.shard.verify` counts it; empty for a row that did not fail or has no caption."""
+    """The reason as `ingest.shard.verify` counts it; empty for a row that did not fail or has no caption."""
     return "" if status == "success" or not (caption or "").strip() else reason_of(message or "")

@@ -1,4 +1,4 @@
-"""Reads the parquets of sealed shards, batch by batch, and writes parquets whole. What every look at a whole ingest shares."""
+"""Reads the parquets of sealed shards, batch by batch, and writes parquets atomically: shared by all signals."""
 
 import os
 import tempfile
@@ -27,15 +27,15 @@ COLUMNS = {
     "phash": pa.uint64(),
     "flags": pa.string(),
 }
-"""What may be asked for; a column that a parquet does not have is null."""
+"""The columns that can be read; one that a parquet does not have is null."""
 MAX_TEXT_CHARS = 2048
 """Longer texts are cut: training reads no more of a caption either."""
 _BATCH_ROWS = 512
-"""Read at once, so that long texts are cut before there are many."""
+"""Rows read at once; small, because long texts are cut only after reading."""
 
 
 def rows(root: Path, record: ShardRecord, columns: Sequence[str]) -> pa.Table:
-    """Every row of a shard's parquet: the columns, a null being "" or 0, and `sample`, whether training may read it.
+    """Read every row of a shard's parquet: the columns, with null as "" or 0, and `sample`, whether it is in the shard's index.
 
     Raises `ShardError` for a parquet or index that cannot be read.
     """
@@ -54,14 +54,14 @@ def rows(root: Path, record: ShardRecord, columns: Sequence[str]) -> pa.Table:
 
 
 def samples(root: Path, records: Sequence[ShardRecord], columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """The samples of each shard with the shard's place among the records: `key` and the columns, as `rows` gives them."""
+    """The samples of each shard, with the shard's position among the records: `key` and the columns, as in `rows`."""
     for shard, record in enumerate(records):
         table = rows(root, record, columns)
         yield shard, table.filter(table["sample"]).drop(["sample"]).combine_chunks()
 
 
-def numbers(record: ShardRecord, keys: pa.ChunkedArray) -> np.ndarray:
-    """Keys as numbers, uint64. Raises `ShardError` for keys that ingest does not give."""
+def key_numbers(record: ShardRecord, keys: pa.ChunkedArray) -> np.ndarray:
+    """Keys as numbers, uint64. Raises `ShardError` for keys that are not numbers."""
     try:
         return keys.cast(pa.uint64()).to_numpy()
     except pa.ArrowInvalid as error:
@@ -71,18 +71,18 @@ def numbers(record: ShardRecord, keys: pa.ChunkedArray) -> np.ndarray:
 
 
 class Keys:
-    """The shards' names and the width of their keys, to write down numbers as keys again."""
+    """The shards' names and the width of their keys, to format numbers as keys again."""
 
     def __init__(self, records: Sequence[ShardRecord]):
         self.names = pa.array([record.name for record in records], pa.string())
         self._width = np.zeros(len(records), np.int64)
 
-    def note(self, shard: int, keys: pa.ChunkedArray) -> None:
-        """Keep the width of a shard's keys: all have the same."""
+    def record_width(self, shard: int, keys: pa.ChunkedArray) -> None:
+        """Record the width of a shard's keys, which is the same for all of them."""
         self._width[shard] = len(keys[0].as_py()) if len(keys) else 0
 
     def text(self, shards: np.ndarray, keys: np.ndarray) -> pa.Array:
-        """The keys as they stand in tar and index."""
+        """The keys as in tar and index."""
         digits = pa.array(keys.astype(np.uint64)).cast(pa.string())
         widths = self._width[shards]
         for width in np.unique(widths).tolist():
@@ -92,7 +92,7 @@ class Keys:
 
 @contextmanager
 def scratch(work: Path) -> Iterator[Path]:
-    """A folder for files of the moment, on this machine: in `work`, or where temporary files go, if `work` is a store."""
+    """A temporary folder on this machine: in `work`, or in the system's folder for temporary files if `work` is on a store."""
     local = isinstance(work, Path)
     if local:
         work.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def scratch(work: Path) -> Iterator[Path]:
 
 @contextmanager
 def parquet_writer(target: Path, schema: pa.Schema, folder: Path) -> Iterator[pq.ParquetWriter]:
-    """Writes a parquet under `folder` and, when the block ends well, puts it whole under its name, here or on a store."""
+    """Write a parquet under `folder` and, if the block succeeds, move it atomically to its target, local or on a store."""
     temporary = folder / f"{target.name}.part"
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         yield writer

@@ -1,5 +1,5 @@
-"""May this URL be fetched, how politely, and by which bytes.
+"""HTTP fetching under a policy: whether a URL may be requested, at what rate, and how its body is read.
 
-`policy.py` judges a URL and every redirect, `resolver.py` finds the one address that is connected to, `robots.py` reads what
-a site forbids, `rate_limiter.py` keeps requests to a host apart, `connection.py` does the fetching.
+`policy.py` checks a URL and every redirect, `resolver.py` looks up its addresses, `robots.py` applies robots.txt,
+`rate_limiter.py` limits connections and requests per host, and `connection.py` makes the request.
 """

@@ -1,17 +1,17 @@
-"""Fetches a URL under the policy, in place of `urllib.request.urlopen`, so that nothing gets around it.
+"""Fetches a URL under the policy; replaces `urllib.request.urlopen` for the whole process, so that nothing gets around it.
 
-img2dataset asks `urlopen(request)`, which would also read `file://`, follow a redirect to the cloud's metadata address, and
-wait without end for a server that sends a byte now and then. `install` puts an opener of ours into the process. One URL:
+img2dataset calls `urlopen(request)`, which would also read `file://`, follow a redirect to the cloud's metadata address, and
+wait for ever for a server that sends a byte now and then. `install` puts our own opener into the process. The steps for one URL:
 
-    check     scheme, host lists, port; an address is judged at once            policy.py
-    robots    robots.txt of the site                                            `RobotsRules`
-    enter     the host's turn                                                   `HostPermits`
-    look up   all addresses of the name, once; those allowed are kept           resolver.py
-    connect   to such an address, and to nothing else; TLS for the URL's name   deadline_socket.py
-    ask       no cookies, no credentials, no referrer; head and body bounded    deadline_socket.py, body.py
-    redirect  from the top, like a first URL; https to http is followed: no secret is sent either way
+    check     scheme, host lists and port; an IP address is judged at once        policy.py
+    robots    apply the site's robots.txt                                         `RobotsRules`
+    acquire   wait for a permit from the host's rate limiter                      `HostLimiter`
+    look up   all addresses of the name, once; forbidden ones are dropped         resolver.py
+    connect   to one of the allowed addresses only; TLS for the URL's host name   deadline_socket.py
+    request   no cookies, credentials or referrer; head and body are bounded      deadline_socket.py, body.py
+    redirect  starts over like a first URL; https to http is followed, as no secret is sent either way
 
-Proxies of the environment are not used: they would connect in our place, unseen.
+Proxies from the environment are ignored: they would connect on our behalf, out of the policy's reach.
 """
 
 import datetime
@@ -34,50 +34,53 @@ from ingest.http.deadline_socket import Deadline, DeadlineSocket, connected
 from ingest.http.resolver import Resolver
 from ingest.http.urls import Target
 from roclip.config import FetchPolicy
-from roclip.data.outcomes import FetchError, is_passing, reason_of
+from roclip.data.outcomes import FetchError, is_transient, reason_of
 
 MAX_HEADER_BYTES = 64 * 2**10
-"""Largest headers of one answer."""
+"""Largest head of one response."""
 MAX_ROBOTS_BYTES = 2**19
-"""How much of a robots.txt is read; RFC 9309 asks for 500 KiB."""
+"""Bytes of a robots.txt that are read; RFC 9309 requires at least 500 KiB."""
 MAX_RETRY_AFTER_S = 86_400.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({429, 503})
 _HOST_FAILED = frozenset({"no_host", "timeout", "connection_refused", "connection_reset", "unreachable"})
 _NOT_AT_ONCE = frozenset({"no_host", "timeout", "too_slow", "host_busy", "host_down", "http_429", "http_503"})
-"""Failures that a second try right away would only repeat, or that ask for patience: a later pass is for them."""
+"""Transient failures that an immediate retry would only repeat, or that ask for a pause: a later pass retries them."""
 _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL})
-Taken = TypeVar("Taken")
+Result = TypeVar("Taken")
 
 
-class HostPermits(Protocol):
-    """Whose turn it is at a host, which is `name` or `name:port`."""
+class HostLimiter(Protocol):
+    """A rate limiter with one budget per host, which is `name` or `name:port`."""
 
-    def enter(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
-        """Wait for the turn, until a moment of the monotonic clock; raises `FetchError`: `host_busy` or `host_down`."""
+    def acquire(self, host: str, deadline_s: float, *, crawl_delay_s: float = 0.0) -> None:
+        """Wait for a permit, until `deadline_s` of the monotonic clock. Raises `FetchError`: `host_busy` or `host_down`."""
         ...
 
-    def leave(
+    def release(
         self, host: str, *, failed: bool = False, busy: bool = False, retry_after_s: float = 0.0, size_bytes: int = 0
     ) -> None:
-        """End the turn, and say how it went."""
+        """Return the permit and report the outcome of the request."""
         ...
 
 
 class RobotsRules(Protocol):
-    """What robots.txt says."""
+    """The rules of robots.txt files."""
 
     def allows(self, url: str, deadline_s: float) -> bool:
-        """Whether the site lets us fetch this URL. A `FetchError` becomes the URL's own."""
+        """Whether the site allows this URL to be fetched. A raised `FetchError` becomes the URL's outcome."""
         ...
 
     def crawl_delay_s(self, url: str, deadline_s: float) -> float:
-        """The time that the site wants between two requests."""
+        """Seconds that the site wants between two requests."""
         ...
 
 
-class Answer(io.BytesIO):
-    """The body of a 200, complete. Who reads it tells `Opener.handled` once the image is no longer in memory."""
+class FetchedBody(io.BytesIO):
+    """The complete body of a 200 response.
+
+    Whoever reads it calls `Opener.release_body` once the image is no longer in memory; closing it unread does the same.
+    """
 
     def __init__(self, content: bytes, url: str, headers: Message, opener: "Opener"):
         super().__init__(content)
@@ -97,20 +100,25 @@ class Answer(io.BytesIO):
 
     def close(self) -> None:
         if not (self.closed or self._is_read):
-            self._opener.handled(self._size)
+            self._opener.release_body(self._size)
         super().close()
 
 
-class _Moved(str):
-    """Where a redirect leads."""
+class _Redirect(str):
+    """The Location of a redirect."""
 
 
 class Opener(urllib.request.OpenerDirector):
-    """Opens URLs under a policy. Safe to use from many threads.
+    """Opens URLs under a policy. Thread-safe.
 
-    `timeout_s` is the longest wait for a server, unless `open` is told another; `retries` are further tries at once, within
-    the same deadline. Without `hosts` no turn is waited for; without `robots`, or where the policy says so, no robots.txt is
-    asked. Raises `ConfigError` where host lists, contact, proxy or nameservers cannot be used.
+    Args:
+        rules: The policy.
+        timeout_s: Longest silence of a server, unless `open` gets another one.
+        retries: Immediate further attempts, within the same deadline.
+        limiter: Rate limiter per host; without one, requests are not limited.
+        robots: robots.txt rules; without them, or if the policy turns them off, no robots.txt is read.
+
+    Raises `ConfigError` for unusable host lists, contact, proxy or nameservers.
     """
 
     def __init__(
@@ -119,17 +127,17 @@ class Opener(urllib.request.OpenerDirector):
         *,
         timeout_s: float,
         retries: int = 0,
-        hosts: HostPermits | None = None,
+        limiter: HostLimiter | None = None,
         robots: RobotsRules | None = None,
     ):
         super().__init__()
         self.rules = rules
         self.timeout_s = timeout_s
         self.retries = retries
-        self.hosts = hosts
+        self.limiter = limiter
         self.robots = robots if rules.robots else None
         self.resolver = _resolver(tuple(rules.nameservers))
-        self._memory = body.Memory(body.LARGE_BODIES * max(rules.max_bytes, body.SMALL_BYTES))
+        self._memory = body.MemoryBudget(body.LARGE_BODIES * max(rules.max_bytes, body.SMALL_BYTES))
         self._proxy = policy.proxy(rules)
         self._headers = (
             f"User-Agent: {policy.user_agent(rules)}\r\n"
@@ -139,119 +147,132 @@ class Opener(urllib.request.OpenerDirector):
         policy.host_list(tuple(rules.deny_hosts))
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
-        """GET a URL (text or `Request`, of which only the URL is used) and read its body: an `Answer`.
+        """GET a URL and read its body; returns a `FetchedBody`. Redirects are followed.
 
-        Raises `FetchError` with the reason, or `HTTPError` for a status other than 200, redirects followed. A numeric
-        `timeout` stands in for `timeout_s`.
+        Args:
+            fullurl: The URL, or a `Request`, of which only the URL is used.
+            data: Must be None.
+            timeout: Seconds, instead of `timeout_s`.
+
+        Raises `FetchError` with the reason, or `HTTPError` for a final status other than 200.
         """
         if data is not None:
-            raise ValueError("expected no data: only GET is done")
+            raise ValueError("expected data=None: only GET is supported")
         url = fullurl if isinstance(fullurl, str) else fullurl.full_url
         timeout_s = timeout if isinstance(timeout, (int, float)) else self.timeout_s
-        patience = Deadline(timeout_s, time.monotonic() + self.rules.deadline_s)
+        deadline = Deadline(timeout_s, time.monotonic() + self.rules.deadline_s)
         tries_left = self.retries
         while True:
             try:
-                return self._follow(url, patience, self._image, self.robots)
+                return self._follow_redirects(url, deadline, self._read_image, self.robots)
             except OSError as error:
                 reason = reason_of(str(error))
                 pause_s = random.uniform(0.1, 0.5)
-                if not tries_left or not is_passing(reason) or reason in _NOT_AT_ONCE or patience.left_s() < pause_s:
+                if (
+                    not tries_left
+                    or not is_transient(reason)
+                    or reason in _NOT_AT_ONCE
+                    or deadline.remaining_s() < pause_s
+                ):
                     raise
             tries_left -= 1
             time.sleep(pause_s)
 
     def fetch_robots(self, url: str) -> tuple[int, bytes]:
-        """Status and up to `MAX_ROBOTS_BYTES` of the body of a robots.txt, redirects followed; no robots.txt is asked for it.
+        """Fetch a robots.txt, redirects followed: its status and up to `MAX_ROBOTS_BYTES` of its body.
 
-        Same policy, same turns, a deadline of its own. Raises `FetchError`.
+        The policy and the rate limits hold for it too, but no robots.txt does; it has its own deadline. Raises `FetchError`.
         """
-        patience = Deadline(self.timeout_s, time.monotonic() + self.rules.deadline_s)
-        return self._follow(url, patience, self._robots_txt, None)
+        deadline = Deadline(self.timeout_s, time.monotonic() + self.rules.deadline_s)
+        return self._follow_redirects(url, deadline, self._read_robots_txt, None)
 
-    def handled(self, size_bytes: int) -> None:
-        """Say that a body that was read is no longer in memory. To be called once for each, whatever became of it."""
+    def release_body(self, size_bytes: int) -> None:
+        """Return the memory budget of a body that was read. To be called once for each body, whatever its outcome."""
         if size_bytes > body.SMALL_BYTES:
-            self._memory.give_back(size_bytes)
+            self._memory.release(size_bytes)
 
-    def _follow(self, url: str, patience: Deadline, take: Callable[..., Taken], robots: RobotsRules | None) -> Taken:
+    def _follow_redirects(
+        self, url: str, deadline: Deadline, read_response: Callable[..., Result], robots: RobotsRules | None
+    ) -> Result:
         seen: set[str] = set()
         for _ in range(self.rules.max_redirects + 1):
-            target = policy.check(self.rules, url)
+            target = policy.check_url(self.rules, url)
             url = target.url
             if url in seen:
                 raise FetchError("too_many_redirects", "a loop")
             seen.add(url)
             crawl_delay_s = 0.0
             if robots:
-                if not robots.allows(url, patience.ends_s):
+                if not robots.allows(url, deadline.at_s):
                     raise FetchError("robots_txt", f"{target.netloc} forbids it")
-                crawl_delay_s = robots.crawl_delay_s(url, patience.ends_s)
-                patience.wait_s()  # the site's first URL waits for robots.txt, which has a deadline of its own
-            got = self._visit(target, patience, take, crawl_delay_s)
-            if not isinstance(got, _Moved):
-                return got
-            url = urls.join(url, got)
+                crawl_delay_s = robots.crawl_delay_s(url, deadline.at_s)
+                deadline.next_timeout_s()  # raises if waiting for the site's robots.txt, with its own deadline, took too long
+            result = self._request_once(target, deadline, read_response, crawl_delay_s)
+            if not isinstance(result, _Redirect):
+                return result
+            url = urls.join(url, result)
         raise FetchError("too_many_redirects", f"more than {self.rules.max_redirects}")
 
-    def _visit(
-        self, target: Target, patience: Deadline, take: Callable[..., Taken], crawl_delay_s: float
-    ) -> Taken | _Moved:
-        """One request, within the host's turn."""
-        if self.hosts:
-            self.hosts.enter(target.netloc, patience.ends_s, crawl_delay_s=crawl_delay_s)
+    def _request_once(
+        self, target: Target, deadline: Deadline, read_response: Callable[..., Result], crawl_delay_s: float
+    ) -> Result | _Redirect:
+        """One request, under a permit of the host."""
+        if self.limiter:
+            self.limiter.acquire(target.netloc, deadline.at_s, crawl_delay_s=crawl_delay_s)
         began_s = time.monotonic()
         outcome: dict[str, Any] = {}
-        wire = None
+        sock = None
         try:
-            addresses = policy.vetted(self.rules, target.host, self._addresses(target, patience))
-            proxy = self._proxy and (self._addresses(self._proxy, patience), self._proxy.port)
-            with connected(target, addresses, patience, proxy) as sock:
-                wire = DeadlineSocket(sock, patience, MAX_HEADER_BYTES)
-                response = wire.ask(f"GET {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\n{self._headers}".encode())
+            addresses = policy.allowed_addresses(self.rules, target.host, self._addresses(target, deadline))
+            proxy = self._proxy and (self._addresses(self._proxy, deadline), self._proxy.port)
+            with connected(target, addresses, deadline, proxy) as raw_sock:
+                sock = DeadlineSocket(raw_sock, deadline, MAX_HEADER_BYTES)
+                response = sock.request(
+                    f"GET {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\n{self._headers}".encode()
+                )
                 if response.status in _BUSY:
                     outcome = {"busy": True, "retry_after_s": _retry_after_s(response.headers.get("Retry-After", ""))}
                 if response.status in _REDIRECTS and (location := response.headers.get("Location")):
-                    return _Moved(location.strip())
-                return take(target, response, wire, patience)
+                    return _Redirect(location.strip())
+                return read_response(target, response, sock, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            named = _named(error, patience)
-            reason = reason_of(str(named))
-            slow = reason == "too_slow" and not isinstance(error, body.NoRoomError)
-            # A host to which others left no time has not failed.
-            if reason in _HOST_FAILED or (slow and time.monotonic() - began_s > patience.timeout_s):
+            named_error = _as_named_error(error, deadline)
+            reason = reason_of(str(named_error))
+            slow = reason == "too_slow" and not isinstance(error, body.NoMemoryLeftError)
+            # A host that got less than one timeout, because earlier redirects used up the deadline, has not failed.
+            if reason in _HOST_FAILED or (slow and time.monotonic() - began_s > deadline.timeout_s):
                 outcome = {"failed": True}
-            if named is error:
+            if named_error is error:
                 raise
-            raise named from error
+            raise named_error from error
         finally:
-            if self.hosts:
-                self.hosts.leave(target.netloc, size_bytes=wire.received_bytes if wire else 0, **outcome)
+            if self.limiter:
+                self.limiter.release(target.netloc, size_bytes=sock.received_bytes if sock else 0, **outcome)
 
-    def _addresses(self, target: Target, patience: Deadline) -> tuple[str, ...]:
-        return (target.host,) if target.is_address else self.resolver.addresses(target.host, patience.ends_s)
+    def _addresses(self, target: Target, deadline: Deadline) -> tuple[str, ...]:
+        return (target.host,) if target.is_address else self.resolver.addresses(target.host, deadline.at_s)
 
-    def _image(
-        self, target: Target, response: http.client.HTTPResponse, wire: DeadlineSocket, patience: Deadline
-    ) -> Answer:
+    def _read_image(
+        self, target: Target, response: http.client.HTTPResponse, sock: DeadlineSocket, deadline: Deadline
+    ) -> FetchedBody:
         status, headers = response.status, response.headers
         if status != http.client.OK:
-            said = http.client.responses.get(status, "")  # not the server's own words: they may name another reason
-            raise urllib.error.HTTPError(target.url, status, said, headers, io.BytesIO())
+            phrase = http.client.responses.get(status, "")  # the server's own phrase could look like another reason
+            raise urllib.error.HTTPError(target.url, status, phrase, headers, io.BytesIO())
         if self.rules.opt_out:
-            objection = opt_out.objection(headers.get_all("X-Robots-Tag", ()), policy.AGENT)
-            if objection:
-                raise FetchError("opted_out", f"X-Robots-Tag: {objection}")
-        content = body.read(response, wire, self.rules.max_bytes, self._memory, patience)
+            directive = opt_out.opt_out_directive(headers.get_all("X-Robots-Tag", ()), policy.AGENT)
+            if directive:
+                raise FetchError("opted_out", f"X-Robots-Tag: {directive}")
+        content = body.read(response, sock, self.rules.max_bytes, self._memory, deadline)
         if not content:
-            raise FetchError("not_an_image", "an empty answer")
-        return Answer(content, target.url, headers, self)
+            raise FetchError("not_an_image", "an empty response")
+        return FetchedBody(content, target.url, headers, self)
 
-    def _robots_txt(
-        self, _: Target, response: http.client.HTTPResponse, wire: DeadlineSocket, __: Deadline
+    def _read_robots_txt(
+        self, _: Target, response: http.client.HTTPResponse, sock: DeadlineSocket, __: Deadline
     ) -> tuple[int, bytes]:
         content = b""
-        for piece in body.unpacked(response, wire, self.rules.max_bytes):
+        for piece in body.decompressed(response, sock, self.rules.max_bytes):
             content += piece
             if len(content) >= MAX_ROBOTS_BYTES:
                 break
@@ -263,32 +284,34 @@ def install(
     *,
     timeout_s: float,
     retries: int = 0,
-    hosts: HostPermits | None = None,
+    limiter: HostLimiter | None = None,
     robots: RobotsRules | None = None,
 ) -> Opener:
-    """Make `urllib.request.urlopen` obey the policy, in the whole of this process; the arguments are those of `Opener`.
+    """Make `urllib.request.urlopen` obey the policy in this whole process. The arguments are those of `Opener`.
 
-    `RobotsRules` needs a way to fetch: `Opener(rules, timeout_s=..., hosts=hosts).fetch_robots`.
+    An implementation of `RobotsRules` can fetch by `Opener(rules, timeout_s=..., limiter=limiter).fetch_robots`.
     """
-    opener = Opener(rules, timeout_s=timeout_s, retries=retries, hosts=hosts, robots=robots)
+    opener = Opener(rules, timeout_s=timeout_s, retries=retries, limiter=limiter, robots=robots)
     urllib.request.install_opener(opener)
     return opener
 
 
 @functools.lru_cache(maxsize=4)
 def _resolver(nameservers: tuple[str, ...]) -> Resolver:
-    """One for the process, so that the next shard finds what this one has looked up."""
+    """One resolver per process, so that the next shard reuses this one's lookups."""
     return Resolver(nameservers)
 
 
-def _named(error: Exception, patience: Deadline) -> Exception:
-    """The error under the name of its reason. What a server wrote is cut short, and stands behind the name."""
+def _as_named_error(error: Exception, deadline: Deadline) -> Exception:
+    """The error as a `FetchError` with its reason first. Text from the server is cut short and comes after the reason."""
     text = str(error)[:200]
     if isinstance(error, (FetchError, urllib.error.HTTPError)):
         return error
     if isinstance(error, TimeoutError):
         return (
-            patience.over() if patience.left_s() <= 0 else FetchError("timeout", f"silent for {patience.timeout_s} s")
+            deadline.error()
+            if deadline.remaining_s() <= 0
+            else FetchError("timeout", f"silent for {deadline.timeout_s} s")
         )
     if isinstance(error, ssl.SSLError):
         return FetchError("tls_error", text)
@@ -302,7 +325,7 @@ def _named(error: Exception, patience: Deadline) -> Exception:
 
 
 def _retry_after_s(value: str) -> float:
-    """Seconds that `Retry-After` asks for, given in seconds or as a date; 0 where it says nothing of use."""
+    """Seconds that `Retry-After` asks for, given as seconds or as a date; 0 if it cannot be parsed."""
     try:
         seconds = min(int(value), MAX_RETRY_AFTER_S)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Which hosts were asked how often, and what came of it: a bounded table that merges, over any number of shards and hosts.
+"""Requests and their outcomes per host, in a bounded table that can be merged over any number of shards and hosts.
 
-Space-saving (Metwally, Agrawal, El Abbadi 2005) in batches: beyond twice its capacity the table keeps the hosts most asked for.
-A host that comes (back) in later may have been dropped before, asked for at most `missed` times; a host that is not in the
-table, at most `floor` times. Tables merge (Agarwal et al. 2012) with the same promise. Totals over all hosts are exact.
+The Space-Saving algorithm (Metwally, Agrawal, El Abbadi 2005) in batches: beyond twice its capacity the table keeps the hosts
+with the most URLs. A host in the table may have been dropped earlier, with at most `missed` URLs; a host that is not in the
+table had at most `floor` URLs. Merged tables (Agarwal et al. 2012) keep these bounds. Totals over all hosts are exact.
 """
 
 import operator
@@ -12,25 +12,25 @@ CAPACITY = 4096
 
 
 class HostCount(NamedTuple):
-    """What is known of one host, or of all."""
+    """The counts of one host, or of all hosts together."""
 
     requests: int = 0
-    """Turns that were used, whatever came of them."""
+    """Requests made, whatever their outcome."""
     failures: int = 0
-    """Requests without any answer."""
+    """Requests without any response."""
     busy: int = 0
-    """Answers 429 and 503."""
+    """Responses 429 and 503."""
     refused: int = 0
-    """URLs that got no turn: host_busy, host_down."""
+    """URLs that got no permit: host_busy, host_down."""
     seconds: float = 0.0
-    """Time that the requests took, added up."""
+    """Total time of the requests."""
     bytes: int = 0
     missed: int = 0
-    """How often it may have been asked for beyond that, at most."""
+    """Upper bound on the URLs that are missing from these counts."""
 
     @property
-    def asked(self) -> int:
-        """URLs that wanted a turn."""
+    def urls(self) -> int:
+        """URLs that requested a permit."""
         return self.requests + self.refused
 
     def plus(self, other: "HostCount") -> "HostCount":
@@ -38,7 +38,7 @@ class HostCount(NamedTuple):
 
 
 class HostCounts:
-    """Counts by host. Not thread-safe; may be pickled."""
+    """Counts by host. Not thread-safe; can be pickled."""
 
     def __init__(self, capacity: int = CAPACITY):
         self.capacity = capacity
@@ -47,14 +47,14 @@ class HostCounts:
         self._hosts: dict[str, HostCount] = {}
 
     def add(self, host: str, count: HostCount) -> None:
-        """Count what happened at a host."""
+        """Add to the counts of a host."""
         self.total = self.total.plus(count)
         self._hosts[host] = self._hosts.get(host, HostCount(missed=self.floor)).plus(count)
         if len(self._hosts) > 2 * self.capacity:
             self._prune()
 
     def merge(self, other: "HostCounts") -> None:
-        """Count in what another table has counted."""
+        """Add the counts of another table."""
         for host in self._hosts.keys() | other._hosts.keys():
             here = self._hosts.get(host, HostCount(missed=self.floor))
             self._hosts[host] = here.plus(other._hosts.get(host, HostCount(missed=other.floor)))
@@ -63,13 +63,13 @@ class HostCounts:
         if len(self._hosts) > 2 * self.capacity:
             self._prune()
 
-    def top(self, number: int, by: str = "asked") -> dict[str, HostCount]:
-        """The hosts with the most of something (a field of `HostCount`, or `asked`), the greatest first."""
+    def top(self, number: int, by: str = "urls") -> dict[str, HostCount]:
+        """The `number` hosts with the highest value of `by`, a field of `HostCount` or `urls`, in descending order."""
         ranked = sorted(self._hosts.items(), key=lambda item: (-getattr(item[1], by), item[0]))
         return dict(ranked[:number])
 
     def as_dict(self) -> dict:
-        """For JSON: `from_dict` reads it."""
+        """As JSON values, which `from_dict` reads."""
         hosts = {host: count._asdict() for host, count in self._hosts.items()}
         return {"capacity": self.capacity, "total": self.total._asdict(), "floor": self.floor, "hosts": hosts}
 
@@ -84,6 +84,6 @@ class HostCounts:
         return len(self._hosts)
 
     def _prune(self) -> None:
-        ranked = sorted(self._hosts.items(), key=lambda item: (-item[1].asked - item[1].missed, item[0]))
-        self.floor = max(self.floor, *(count.asked + count.missed for _, count in ranked[self.capacity :]))
+        ranked = sorted(self._hosts.items(), key=lambda item: (-item[1].urls - item[1].missed, item[0]))
+        self.floor = max(self.floor, *(count.urls + count.missed for _, count in ranked[self.capacity :]))
         self._hosts = dict(ranked[: self.capacity])

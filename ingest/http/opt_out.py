@@ -1,14 +1,14 @@
-"""Reads X-Robots-Tag: does the site ask not to be in such a data set?
+"""Parses X-Robots-Tag headers: whether a site opts out of being in a training set.
 
-A value is a list of directives, with or without the crawler that they are for:
+A value is a list of directives, optionally preceded by the crawler that they apply to:
 
     noai, noimageai                       for everybody
     roclip: noindex                       for us
     otherbot: noai, noindex               not for us, up to the next name
     unavailable_after: Fri, 25 Jun 2027 15:00:00 GMT    a directive with a value, not a crawler
 
-Source: Google's "Robots meta tag, data-nosnippet, and X-Robots-Tag specifications"; `noai`, `noimageai` and `noml` are customs
-of DeviantArt and of Mojeek.
+Source: Google's "Robots meta tag, data-nosnippet, and X-Robots-Tag specifications"; `noai`, `noimageai` and `noml` are
+conventions of DeviantArt and Mojeek.
 """
 
 import re
@@ -20,12 +20,12 @@ _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview"
 _AGENT = re.compile(r"[a-z0-9*][a-z0-9_./*-]*")
 
 
-def objection(values: Iterable[str], agent: str) -> str:
-    """The first directive of these X-Robots-Tag headers by which `agent` is to stay away, or "". `agent` is lower case."""
-    return next((found for value in values if (found := _objection(value.lower(), agent))), "")
+def opt_out_directive(values: Iterable[str], agent: str) -> str:
+    """The first directive of these X-Robots-Tag headers that excludes `agent` (in lower case), or ""."""
+    return next((found for value in values if (found := _opt_out_directive(value.lower(), agent))), "")
 
 
-def _objection(value: str, agent: str) -> str:
+def _opt_out_directive(value: str, agent: str) -> str:
     ours = True
     for part in value.split(","):
         name, colon, directive = (text.strip() for text in part.partition(":"))

@@ -1,13 +1,13 @@
-"""May this URL be fetched? Pure functions over `FetchPolicy`; `connection.py` asks them where the connection is made.
+"""Which URLs and addresses the policy allows. Pure functions over `FetchPolicy`, called by `connection.py` at each connection.
 
-What counts as public:
+What counts as a public address:
 
     IPv4      what the IANA registries call globally reachable, without multicast
-    IPv6      the same within 2000::/3, the only space handed out; of forms that carry an IPv4 address (mapped, NAT64,
-              6to4, Teredo, ISATAP) that address must be public too
-    nothing   else: metadata services of clouds (169.254.169.254, fd00:ec2::254) fall under it as private addresses
+    IPv6      the same within 2000::/3, the only space handed out; if the address embeds an IPv4 address (mapped, NAT64,
+              6to4, Teredo, ISATAP), that one must be public too
 
-Only `allow_networks` opens more. A name with public and other addresses is reached at its public ones.
+Nothing else: the metadata services of clouds (169.254.169.254, fd00:ec2::254) are excluded as private addresses. Only
+`allow_networks` opens more. A name with public and other addresses is reached at its public ones.
 """
 
 import functools
@@ -23,7 +23,7 @@ from roclip.data.outcomes import FetchError
 from roclip.errors import ConfigError
 
 AGENT = "roclip"
-"""The name in User-Agent, robots.txt and X-Robots-Tag."""
+"""The crawler's name in User-Agent, robots.txt and X-Robots-Tag."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -32,38 +32,38 @@ _UNICAST = ipaddress.IPv6Network("2000::/3")
 _SPECIAL = tuple(
     map(
         ipaddress.ip_network,
-        # Not in the list of every Python: protocol assignments, the former 6to4 relays (RFC 7526), documentation (RFC 9637).
+        # Missing from `ipaddress` in some Pythons: protocol assignments, former 6to4 relays (RFC 7526), documentation (RFC 9637).
         ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20"),
     )
 )
 _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
-def allows(policy: FetchPolicy, address: str) -> bool:
-    """Whether a connection to this IP address (with or without a zone) may be made."""
+def is_allowed_address(policy: FetchPolicy, address: str) -> bool:
+    """Whether the policy allows a connection to this IP address, with or without a zone."""
     return _allowed(tuple(policy.allow_networks), address)
 
 
-def check(policy: FetchPolicy, url: str) -> Target:
-    """Take a URL apart and judge all that can be judged without looking its host up.
+def check_url(policy: FetchPolicy, url: str) -> Target:
+    """Parse a URL and check everything that needs no DNS lookup.
 
-    Raises `FetchError`: what `urls.parse` raises, `refused_host`, or `refused_address` where the host is an address.
+    Raises `FetchError`: those of `urls.parse`, `refused_host`, or `refused_address` if the host is an IP address.
     """
     target = urls.parse(url)
     host = target.host
-    if policy.allow_hosts and not _listed(host, host_list(tuple(policy.allow_hosts))):
+    if policy.allow_hosts and not _is_listed(host, host_list(tuple(policy.allow_hosts))):
         raise FetchError("refused_host", f"{host} is not in ingest.policy.allow_hosts")
-    if policy.deny_hosts and _listed(host, host_list(tuple(policy.deny_hosts))):
+    if policy.deny_hosts and _is_listed(host, host_list(tuple(policy.deny_hosts))):
         raise FetchError("refused_host", f"{host} is in ingest.policy.deny_hosts")
     if target.is_address:
-        vetted(policy, host, (host,))
+        allowed_addresses(policy, host, (host,))
     return target
 
 
-def vetted(policy: FetchPolicy, host: str, addresses: Iterable[str]) -> list[str]:
-    """Those of a host's addresses that may be connected to; raises `FetchError("refused_address")` if there are none."""
+def allowed_addresses(policy: FetchPolicy, host: str, addresses: Iterable[str]) -> list[str]:
+    """The addresses of a host that may be connected to. Raises `FetchError("refused_address")` if there are none."""
     addresses = list(addresses)
-    allowed = [address for address in addresses if allows(policy, address)]
+    allowed = [address for address in addresses if is_allowed_address(policy, address)]
     if not allowed:
         raise FetchError("refused_address", f"{host} is at {', '.join(addresses[:4])}, not a public address")
     return allowed
@@ -71,9 +71,9 @@ def vetted(policy: FetchPolicy, host: str, addresses: Iterable[str]) -> list[str
 
 @functools.lru_cache(maxsize=16)
 def host_list(entries: tuple[str, ...]) -> frozenset[str]:
-    """The domains of `allow_hosts` or `deny_hosts`; `@file` entries are read once.
+    """The domains of `allow_hosts` or `deny_hosts`. Cached, so an `@file` entry is read once.
 
-    Raises `ConfigError` for a file that cannot be read and for what is no host name.
+    Raises `ConfigError` for a file that cannot be read and for an invalid host name.
     """
     names: set[str] = set()
     for entry in entries:
@@ -89,7 +89,7 @@ def host_list(entries: tuple[str, ...]) -> frozenset[str]:
 
 
 def user_agent(policy: FetchPolicy) -> str:
-    """The User-Agent: who we are and how to reach us. Raises `ConfigError` for a contact that fits no header."""
+    """The User-Agent header: our name, version and contact. Raises `ConfigError` for a contact that is not printable ASCII."""
     contact = policy.contact
     if not (contact.isascii() and contact.isprintable()):
         raise ConfigError(
@@ -100,7 +100,7 @@ def user_agent(policy: FetchPolicy) -> str:
 
 
 def proxy(policy: FetchPolicy) -> Target | None:
-    """The proxy, or None. Raises `ConfigError` for anything but `http://host:port`."""
+    """The proxy, or None. Raises `ConfigError` unless it is `http://host:port`."""
     if not policy.proxy:
         return None
     try:
@@ -125,7 +125,7 @@ def _lines(path: str) -> list[str]:
     return [name for line in lines if (name := line.strip())]
 
 
-def _listed(host: str, domains: frozenset[str]) -> bool:
+def _is_listed(host: str, domains: frozenset[str]) -> bool:
     while host not in domains:
         host = host.partition(".")[2]
         if not host:
@@ -153,10 +153,10 @@ def _is_public(address: _Address) -> bool:
         return address.is_global and not address.is_multicast
     if address in _NAT64:
         return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return address in _UNICAST and address.is_global and all(map(_is_public, _inner(address)))
+    return address in _UNICAST and address.is_global and all(map(_is_public, _embedded_ipv4(address)))
 
 
-def _inner(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     """The IPv4 addresses that an IPv6 address may lead to."""
     inner = [*(address.teredo or ())]
     if address.sixtofour:

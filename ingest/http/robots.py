@@ -1,12 +1,13 @@
-"""robots.txt by RFC 9309: may this program fetch that URL?
+"""robots.txt by RFC 9309: whether this crawler may fetch a URL.
 
-Protego does the matching: longest pattern, `*` and `$`, percent-encoding. What RFC 9309 asks for beyond is done here: our group
-is found by the whole product token, groups of one token are merged, records of other protocols end no group, and `/` in a query
-is the same as `%2F` (2.2.2). Answers (2.3.1): 2xx is obeyed; 3xx that leads nowhere and 4xx allow all; 429, 5xx and no answer
-forbid all, for a minute, and then the site is asked again. Kept for a day (2.4), the first 500 KiB are read (2.5).
+Protego does the matching: longest pattern, `*` and `$`, percent-encoding. What RFC 9309 requires beyond that is done here: our
+group is found by the whole product token, groups of one token are merged, records of other protocols do not end a group, and
+`/` in a query equals `%2F` (2.2.2). Responses (2.3.1): 2xx is obeyed; a 3xx that leads nowhere and 4xx allow everything; 429,
+5xx and no response forbid everything for a minute, after which the site is asked again. Rules are cached for a day (2.4); the
+first 500 KiB are read (2.5).
 
-robots.txt is hostile too: more than `MAX_RULES` rules for us forbid all, so that no URL takes long to judge, and what is kept is
-bounded in bytes.
+A robots.txt can be hostile: more than `MAX_RULES` rules for us forbid everything, so that no URL takes long to check, and the
+cache is bounded in bytes.
 """
 
 import math
@@ -25,13 +26,13 @@ from protego import Protego
 from roclip.data.outcomes import REASONS, FetchError, reason_of
 
 MAX_BYTES = 500 * 2**10
-"""What is read of a robots.txt; `fetch` need not read more."""
+"""Bytes of a robots.txt that are used; `fetch` need not read more."""
 MAX_RULES = 5000
-KEPT_S, FAILED_KEPT_S = 24 * 3600.0, 60.0
+CACHE_S, FAILED_CACHE_S = 24 * 3600.0, 60.0
 MAX_CRAWL_DELAY_S = 10.0
 _CACHE_BYTES = 32 * 2**20
 _PARSED_BYTES = 2 * 2**20
-"""Of text; parsed, a rule takes some 30 times its text."""
+"""In bytes of source text; a parsed rule takes about 30 times its text."""
 _FORBIDS_ALL = "Disallow: /"
 _PORTS = {"http": 80, "https": 443}
 _LINE = re.compile(
@@ -41,12 +42,12 @@ _LINE = re.compile(
     re.IGNORECASE,
 )
 _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=[/?#]|$)", re.IGNORECASE)
-_LOCAL = ("host_busy", "host_down")
+_OUR_REASONS = ("host_busy", "host_down")
 T = TypeVar("T")
 
 
-class _Bounded(Generic[T]):
-    """A cache that forgets what was used least recently, by weight."""
+class _LruCache(Generic[T]):
+    """A least-recently-used cache, bounded by the total weight of its values."""
 
     def __init__(self, limit: int):
         self.limit, self.weight = limit, 0
@@ -66,10 +67,10 @@ class _Bounded(Generic[T]):
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a site said: the lines for us, or why there are none to be had. Good until `until_s`."""
+class _SiteRules:
+    """The rules of a site for us, or why they are not available. Valid until `expires_s`."""
 
-    until_s: float
+    expires_s: float
     text: str = ""
     reason: str = ""
     why: str = ""
@@ -81,13 +82,15 @@ class _Said:
 
 
 class Robots:
-    """What the robots.txt of all sites say about one program. Thread-safe: a site is asked once, whoever else asks waits.
+    """The robots.txt rules of all sites for one crawler. Thread-safe: a site's file is fetched once, and other callers wait for
+    it.
 
     Args:
-        fetch: URL of a robots.txt -> status and body, of which it need not read more than `MAX_BYTES`. It follows redirects, to
-            other hosts too, and asks no robots.txt about them. It may raise.
+        fetch: Maps the URL of a robots.txt to its status and body, of which it need not read more than `MAX_BYTES`. It follows
+            redirects,
+            to other hosts too, without checking robots.txt for them. It may raise.
         agent: Our product token, such as `roclip`.
-        clock: Seconds, for the age of what is kept.
+        clock: Seconds, for the age of cached rules.
     """
 
     def __init__(
@@ -97,27 +100,29 @@ class Robots:
             raise ValueError(f"agent: expected a product token of letters, _ and - (RFC 9309, 2.2.1), got {agent!r}.")
         self._fetch, self._agent, self._clock = fetch, agent.lower(), clock
         self._lock = threading.Lock()
-        self._asking: dict[str, Future[_Said]] = {}
-        self._said: _Bounded[_Said] = _Bounded(_CACHE_BYTES)
-        self._parsed: _Bounded[Protego] = _Bounded(_PARSED_BYTES)
+        self._pending: dict[str, Future[_SiteRules]] = {}
+        self._cached: _LruCache[_SiteRules] = _LruCache(_CACHE_BYTES)
+        self._parsed: _LruCache[Protego] = _LruCache(_PARSED_BYTES)
 
     def allows(self, url: str, deadline_s: float = math.inf) -> bool:
         """Whether the URL may be fetched.
 
-        Raises `FetchError` when robots.txt cannot be read now: with the reason why, such as `timeout` or `no_host`, or with
-        `robots_unreachable` for 429 and 5xx. RFC 9309 forbids all then; that it is no `robots_txt` has later passes try again.
-        `too_slow` when another thread still reads it at `deadline_s` (of `time.monotonic`).
+        Raises `FetchError` if robots.txt cannot be read now: with the reason, such as `timeout` or `no_host`, or with
+        `robots_unreachable` for 429 and 5xx. RFC 9309 then forbids everything; it is not counted as `robots_txt`, so that later
+        passes retry the URL. `too_slow` if another thread is still fetching the file at `deadline_s` (of `time.monotonic`).
         """
         rules = self._rules(url, deadline_s)
-        return rules is None or all(rules.can_fetch(form, self._agent) for form in _forms(url))
+        return rules is None or all(rules.can_fetch(form, self._agent) for form in _variants(url))
 
     def crawl_delay_s(self, url: str, deadline_s: float = math.inf) -> float:
-        """What the site asks for between two requests, at most `MAX_CRAWL_DELAY_S`; 0 if it does not say. Raises as `allows`."""
+        """Seconds between two requests that the site asks for, at most `MAX_CRAWL_DELAY_S`; 0 without a Crawl-delay. Raises as
+        `allows`.
+        """
         rules = self._rules(url, deadline_s)
         return min(rules.crawl_delay(self._agent) or 0.0, MAX_CRAWL_DELAY_S) if rules else 0.0
 
     def _rules(self, url: str, deadline_s: float) -> Protego | None:
-        text = self._text(_origin(url), deadline_s)
+        text = self._lines_for_us(_origin(url), deadline_s)
         if not text:
             return None
         with self._lock:
@@ -128,81 +133,83 @@ class Robots:
                 self._parsed.put(text, rules, len(text))
         return rules
 
-    def _text(self, origin: str, deadline_s: float) -> str:
-        """The lines of a site's robots.txt that are for us."""
+    def _lines_for_us(self, origin: str, deadline_s: float) -> str:
+        """The lines of a site's robots.txt that apply to us."""
         with self._lock:
-            said = self._said.get(origin)
-            if said is not None and self._clock() < said.until_s:
-                return said.text_or_raise()
-            answer = self._asking.get(origin)
-            if mine := answer is None:
-                answer = self._asking[origin] = Future()
-        if mine:
-            self._ask(origin, answer)
+            site_rules = self._cached.get(origin)
+            if site_rules is not None and self._clock() < site_rules.expires_s:
+                return site_rules.text_or_raise()
+            answer = self._pending.get(origin)
+            if is_first := answer is None:
+                answer = self._pending[origin] = Future()
+        if is_first:
+            self._fetch_and_cache(origin, answer)
         elif not wait([answer], None if math.isinf(deadline_s) else deadline_s - time.monotonic()).done:
             raise FetchError("too_slow", f"{origin}/robots.txt took longer than the deadline")
         return answer.result().text_or_raise()
 
-    def _ask(self, origin: str, answer: "Future[_Said]") -> None:
+    def _fetch_and_cache(self, origin: str, answer: "Future[_SiteRules]") -> None:
         try:
-            said = self._judge(origin)
+            site_rules = self._fetch_rules(origin)
         except BaseException as error:
             with self._lock:
-                del self._asking[origin]
+                del self._pending[origin]
             answer.set_exception(error)
             raise
         with self._lock:
-            del self._asking[origin]
-            if said.reason not in _LOCAL:  # these say nothing about the site: the next one may ask
-                self._said.put(origin, said, len(origin) + len(said.text) + 300)
-        answer.set_result(said)
+            del self._pending[origin]
+            if (
+                site_rules.reason not in _OUR_REASONS
+            ):  # our own limits say nothing about the site: the next caller retries
+                self._cached.put(origin, site_rules, len(origin) + len(site_rules.text) + 300)
+        answer.set_result(site_rules)
 
-    def _judge(self, origin: str) -> "_Said":
+    def _fetch_rules(self, origin: str) -> "_SiteRules":
         where = f"{origin}/robots.txt"
         try:
             status, body = self._fetch(where)
         except Exception as error:
             reason = reason_of(f"{error}")
-            if reason == "too_many_redirects":  # RFC 9309, 2.3.1.2: as if there were none
-                return _Said(self._clock() + KEPT_S)
+            if reason == "too_many_redirects":  # RFC 9309, 2.3.1.2: as if there were no file
+                return _SiteRules(self._clock() + CACHE_S)
             return self._unreachable(reason if reason in REASONS else "robots_unreachable", f"{where}: {error}")
         if 200 <= status < 300:
-            return _Said(self._clock() + KEPT_S, ours(body, self._agent))
+            return _SiteRules(self._clock() + CACHE_S, rules_for(body, self._agent))
         if 300 <= status < 500 and status != 429:
-            return _Said(self._clock() + KEPT_S)
+            return _SiteRules(self._clock() + CACHE_S)
         return self._unreachable("robots_unreachable", f"{where} answered {status}")
 
-    def _unreachable(self, reason: str, why: str) -> "_Said":
-        return _Said(self._clock() + FAILED_KEPT_S, reason=reason, why=why)
+    def _unreachable(self, reason: str, why: str) -> "_SiteRules":
+        return _SiteRules(self._clock() + FAILED_CACHE_S, reason=reason, why=why)
 
 
-def ours(body: bytes, token: str) -> str:
-    """The rules for a product token, a line each: those of all its groups, or of `*` where it has none (RFC 9309, 2.2.1).
+def rules_for(body: bytes, token: str) -> str:
+    """The rules for a product token, one per line: those of all its groups, or of `*` if it has none (RFC 9309, 2.2.1).
 
-    Linear in the first `MAX_BYTES` of the body. `Disallow: /` when there are more than `MAX_RULES`.
+    Linear in the first `MAX_BYTES` of the body. `Disallow: /` if there are more than `MAX_RULES`.
     """
     lines = body[:MAX_BYTES].decode("utf-8-sig", "replace").splitlines()
     if len(body) > MAX_BYTES:
-        del lines[-1]  # cut short, it might say something else
+        del lines[-1]  # a truncated rule could mean something else
     rules: dict[str, list[str]] = {}
     agents: set[str] = set()
     in_rules = False
     for line in lines:
-        said = _LINE.match(line.partition("#")[0].strip())
-        if said is None:
+        match = _LINE.match(line.partition("#")[0].strip())
+        if match is None:
             continue
-        if said["agent"]:
-            agent = (said["token"] or "").lower()
+        if match["agent"]:
+            agent = (match["token"] or "").lower()
             agents = {agent} if in_rules else agents | {agent}
             agents &= {token, "*"}
             in_rules = False
             rules.update({found: rules.get(found, []) for found in agents})
-        elif said["rule"]:
+        elif match["rule"]:
             in_rules = True
-            field = "Allow" if said["rule"].lower() == "allow" else "Disallow"
-            _extend(rules, agents, f"{field}: {_plain_query(said['path'])}")
+            field = "Allow" if match["rule"].lower() == "allow" else "Disallow"
+            _extend(rules, agents, f"{field}: {_plain_query(match['path'])}")
         else:
-            _extend(rules, agents, f"Crawl-delay: {said['delay']}")
+            _extend(rules, agents, f"Crawl-delay: {match['delay']}")
     found = rules.get(token, rules.get("*", []))
     return "\n".join(found) if len(found) <= MAX_RULES else _FORBIDS_ALL
 
@@ -213,7 +220,7 @@ def _extend(rules: dict[str, list[str]], agents: set[str], text: str) -> None:
 
 
 def _origin(url: str) -> str:
-    """Scheme, host and port, written in one way."""
+    """Scheme, host and port in canonical form."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").removesuffix("."), parts.port
@@ -227,8 +234,8 @@ def _origin(url: str) -> str:
     return f"{parts.scheme}://{host}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
 
 
-def _forms(url: str) -> list[str]:
-    """What is looked up for a URL: itself, and where `/../` would lead a server."""
+def _variants(url: str) -> list[str]:
+    """The URLs to check for a URL: itself, and with `/../` resolved as a server would."""
     plain = _plain_query(url)
     if not _DOTS.search(plain):
         return [plain]
@@ -238,6 +245,6 @@ def _forms(url: str) -> list[str]:
 
 
 def _plain_query(text: str) -> str:
-    """With `/` for `%2F` in the query of a URL or a pattern, where both mean the same."""
+    """Replaces `%2F` by `/` in the query of a URL or pattern, as both mean the same."""
     head, mark, query = text.partition("?")
     return head + mark + re.sub("%2f", "/", query, flags=re.IGNORECASE)

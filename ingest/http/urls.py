@@ -1,6 +1,6 @@
-"""Reads a URL as the socket will see it, so that what is judged is what is asked.
+"""Parses URLs as the socket will see them, so that what is checked is what is requested.
 
-The rules are those of browsers (WHATWG URL, UTS 46), where they leave no doubt: a host in any notation becomes one
+The rules are those of browsers (WHATWG URL, UTS 46) where they are unambiguous: a host in any notation becomes one
 lower-case ASCII name or one canonical address. Where parsers differ (backslashes, control characters, missing
 slashes), the URL is refused instead.
 """
@@ -49,12 +49,12 @@ class Target(NamedTuple):
 
     @property
     def is_address(self) -> bool:
-        """The host is an IP address."""
+        """Whether the host is an IP address."""
         return ":" in self.host or self.host.rpartition(".")[2].isdigit()  # no name ends in a number: `canonical_host`
 
     @property
     def netloc(self) -> str:
-        """Host and, unless it is the scheme's own, port: the value of the Host header."""
+        """Host and, unless it is the scheme's default, port: the value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -65,7 +65,7 @@ class Target(NamedTuple):
 
 
 def parse(url: str) -> Target:
-    """Take a URL apart. Its fragment is dropped.
+    """Parse a URL. Its fragment is dropped.
 
     Raises `FetchError`: `bad_url`, `refused_scheme`, `refused_credentials` or `refused_port`.
     """
@@ -85,20 +85,28 @@ def parse(url: str) -> Target:
     try:
         path = urllib.parse.quote(rest, safe=_KEPT)
     except UnicodeEncodeError as error:
-        raise _bad(url, "half of a surrogate pair") from error
+        raise _bad(url, "an unpaired surrogate") from error
     return Target(scheme, host, port, path if path[:1] == "/" else f"/{path}")
 
 
 def join(base: str, location: str) -> str:
-    """The URL that a `Location` header (decoded as latin-1) leads to; raises `FetchError("bad_url")`."""
+    """Resolve a `Location` header (decoded as latin-1) against a URL. Raises `FetchError("bad_url")`."""
     try:
         return urllib.parse.urljoin(base, urllib.parse.quote(location, safe=string.punctuation, encoding="latin-1"))
     except ValueError as error:
         raise _bad(location, str(error)) from error
 
 
+def host_of(url: str | None) -> str:
+    """The host of a URL as written, in lower case; "" if there is none. For statistics, not for connections."""
+    try:
+        return urllib.parse.urlsplit(url or "").hostname or ""
+    except ValueError:
+        return ""
+
+
 def canonical_host(host: str) -> str:
-    """One spelling for a host: IDNA (UTS 46), every notation of IPv4 and IPv6, no trailing dot.
+    """The canonical spelling of a host: IDNA (UTS 46), any notation of IPv4 and IPv6, no trailing dot.
 
     Raises `FetchError("bad_url")`.
     """
@@ -108,10 +116,10 @@ def canonical_host(host: str) -> str:
     if "%" in name:
         name = urllib.parse.unquote(name, errors="surrogateescape")
     if len(name) > 4 * _MAX_HOST_CHARS:
-        raise _bad(host, "a host of too many characters")
+        raise _bad(host, "the host name is too long")
     name = _ascii(name).removesuffix(".")
     if len(name) > _MAX_HOST_CHARS or not _NAME.fullmatch(name):
-        raise _bad(host, "no host name")
+        raise _bad(host, "not a host name")
     last = name.rpartition(".")[2]
     return _ipv4(name) if _NUMBER.fullmatch(last) else name
 
@@ -130,7 +138,7 @@ def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     if port > 65535:
         raise _bad(authority, "no such port")
     if port in BAD_PORTS:
-        raise FetchError("refused_port", f"port {port} is not of a web server")
+        raise FetchError("refused_port", f"port {port} is not a web server's")
     return host, port
 
 
@@ -141,7 +149,7 @@ def _ascii(name: str) -> str:
         labels = idna.uts46_remap(name, std3_rules=False).split(".")
         return ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
     except (idna.IDNAError, UnicodeError) as error:
-        raise _bad(name, "no international name") from error
+        raise _bad(name, "not a valid international name") from error
 
 
 def _ipv4(name: str) -> str:
@@ -149,16 +157,16 @@ def _ipv4(name: str) -> str:
     try:
         return socket.inet_ntoa(socket.inet_aton(name))
     except OSError as error:
-        raise _bad(name, "no IPv4 address") from error
+        raise _bad(name, "not an IPv4 address") from error
 
 
 def _ipv6(host: str) -> str:
     try:
-        if host[-1] != "]" or "%" in host:  # a zone is of this machine only
+        if host[-1] != "]" or "%" in host:  # a zone only makes sense on this machine
             raise ValueError("brackets or a zone")
         return ipaddress.IPv6Address(host[1:-1]).compressed
     except ValueError as error:
-        raise _bad(host, "no IPv6 address") from error
+        raise _bad(host, "not an IPv6 address") from error
 
 
 def _bad(what: str, why: str) -> FetchError:

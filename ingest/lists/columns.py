@@ -1,4 +1,4 @@
-"""Which columns of a list's files are its URLs, captions, further values and expected hashes, and what they are made into."""
+"""Chooses a list's columns (URLs, captions, extra values, expected hashes) and converts them to the types of the parts."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ from roclip.errors import UrlListError
 URL_COLUMNS = ("url", "URL", "image_url")
 CAPTION_COLUMNS = ("caption", "TEXT", "text")
 HASHES = ("md5", "sha256", "phash")
-"""Found in any case; column `md5` becomes `expected_md5`, and so on."""
+"""Matched in any case. Column `md5` becomes `expected_md5`, and so on."""
 TAKEN = frozenset(
     (
         *("url", "caption", "key", "status", "error_message", "width", "height", "original_width", "original_height"),
@@ -24,7 +24,7 @@ TAKEN = frozenset(
         *("expected_md5", "expected_sha256", "expected_phash"),
     )
 )
-"""What a shard's parquet calls its own columns. A column of the list with such a name is carried under `PREFIX` + name."""
+"""Column names that a shard's parquet uses itself. An extra column of the list with such a name is stored as `PREFIX` + name."""
 PREFIX = "list_"
 _HEX = re.compile(r"[0-9a-fA-F]{1,16}")
 
@@ -35,14 +35,14 @@ class Column:
 
     name: str
     source: str | None
-    """Its name in the files; None in a list of txt files, for the captions."""
+    """Its name in the files; None for the captions of a list of txt files."""
     type: pa.DataType
     convert: Callable[[pa.Array], pa.Array]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the parts: `url`, `caption`, then those that are carried, then expected hashes."""
+    """The columns of the parts: `url`, `caption`, then extra columns, then expected hashes."""
 
     columns: tuple[Column, ...]
 
@@ -52,15 +52,15 @@ class Columns:
 
     @property
     def sources(self) -> list[str]:
-        """What has to be read of a file; the first are the URLs."""
+        """The columns to read from a file, the URLs first."""
         return list(dict.fromkeys(column.source for column in self.columns if column.source is not None))
 
     def conform(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Rows as a file has them, as rows of a part. Missing URLs and captions are "", other missing values null."""
+        """Convert rows of a file to rows of a part. Missing URLs and captions become "", other missing values null."""
         arrays = []
         for column in self.columns:
             at = -1 if column.source is None else batch.schema.get_field_index(column.source)
-            found = batch.column(at) if at >= 0 else pa.nulls(len(batch))  # a txt has no other columns
+            found = batch.column(at) if at >= 0 else pa.nulls(len(batch))  # a txt has only URLs
             arrays.append(column.convert(found))
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
@@ -73,12 +73,20 @@ def choose_columns(
     carried: Sequence[str] = (),
     hashes: bool = True,
 ) -> Columns:
-    """The columns of a list whose files have these schemas; the first file's names hold for all. A txt has URLs only.
+    """Choose the columns of a list from the schemas of its files. The first file's column names hold for all. A txt has URLs
+    only.
 
-    A column whose type differs between files gets the type that holds all of them. What JSON has no word for (times,
-    decimals, bytes) is carried as text, and so are the lists and objects of json and jsonl.
+    A column whose type differs between files gets a type that can hold all of them. Values without a JSON type (times,
+    decimals, bytes) are stored as text, and so are the lists and objects of json and jsonl.
 
-    Raises `UrlListError` for a column that is missing, is there twice, or is of no use for what it is wanted for.
+    Args:
+        files: The files with their schemas.
+        url_col: Column of the URLs; "" takes the first of `URL_COLUMNS`.
+        caption_col: Column of the captions; if missing, the first of `CAPTION_COLUMNS`.
+        carried: Extra columns to keep.
+        hashes: Whether to keep the hash columns.
+
+    Raises `UrlListError` for a column that is missing, duplicated, or of an unusable type.
     """
     tables = [(file, schema) for file, schema in files if file.format != "txt"]
     if carried and len(tables) < len(files):
@@ -101,9 +109,9 @@ def choose_columns(
         found = {name.lower(): name for name in reversed(first.names)}
         columns += [_hash_column(name, found[name]) for name in HASHES if name in found]
     if len({column.name for column in columns}) < len(columns):
-        twice = next(name for name in carried if PREFIX + name in carried)
+        duplicate = next(name for name in carried if PREFIX + name in carried)
         raise UrlListError(
-            f"ingest.columns: {twice} is carried as {PREFIX}{twice}, which is a column too. Leave one out."
+            f"ingest.columns: {duplicate} would be stored as {PREFIX}{duplicate}, which is another column. Leave one out."
         )
     chosen = Columns(tuple(columns))
     for file, schema in tables:
@@ -116,9 +124,9 @@ def _find(file: ListFile, names: list[str], wanted: list[str], key: str) -> str:
         if name in names:
             return name
     close = difflib.get_close_matches(wanted[0].lower(), [name.lower() for name in names], 1)
-    meant = next((f" Did you mean {name}?" for name in names if name.lower() in close), "")
+    suggestion = next((f" Did you mean {name}?" for name in names if name.lower() in close), "")
     raise UrlListError(
-        f"{file}: expected a column {' or '.join(wanted)}, got {', '.join(names) or 'none'}.{meant} Set {key}."
+        f"{file}: expected a column {' or '.join(wanted)}, got {', '.join(names) or 'none'}.{suggestion} Set {key}."
     )
 
 
@@ -139,8 +147,8 @@ def _check(file: ListFile, schema: pa.Schema, chosen: Columns) -> None:
             column.convert(pa.nulls(0, pa.string() if carried and kind == NESTED else kind))
         except pa.ArrowException as error:
             raise UrlListError(
-                f"{file}: expected in the column {column.source} what can be made {column.type}, got "
-                f"{'lists or objects' if kind == NESTED else kind}. Name another column, or write this one otherwise."
+                f"{file}: expected values in the column {column.source} that convert to {column.type}, got "
+                f"{'lists or objects' if kind == NESTED else kind}. Choose another column, or convert this one."
             ) from error
 
 
@@ -156,37 +164,37 @@ def _hash_column(name: str, source: str) -> Column:
 
 
 def _common_type(tables: Sequence[tuple[ListFile, pa.Schema]], name: str) -> pa.DataType:
-    """The type that holds a column's values in all files."""
+    """The type that can hold a column's values in all files."""
     kind: pa.DataType = pa.null()
     for file, schema in tables:
-        here = _plain(schema.field(name).type) if name in schema.names else kind
+        file_type = _stored_type(schema.field(name).type) if name in schema.names else kind
         try:
             kind = pa.unify_schemas(
-                [pa.schema([(name, kind)]), pa.schema([(name, here)])], promote_options="permissive"
+                [pa.schema([(name, kind)]), pa.schema([(name, file_type)])], promote_options="permissive"
             ).types[0]
         except pa.ArrowException as error:
             raise UrlListError(
-                f"{file}: expected in the column {name} {kind}, as in the files before, got {here}. Write one of them "
-                "otherwise, or leave it out of ingest.columns."
+                f"{file}: expected {kind} in the column {name}, as in the files before, got {file_type}. Convert one of "
+                "them, or leave it out of ingest.columns."
             ) from error
     return pa.string() if types.is_null(kind) else kind
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type that a column is carried with."""
+def _stored_type(kind: pa.DataType) -> pa.DataType:
+    """The type that a column is stored with."""
     if types.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return _stored_type(kind.value_type)
     if types.is_null(kind):
         return kind
-    return kind if _in_json(kind) and kind != NESTED and not _is_text(kind) else pa.string()
+    return kind if _is_json_type(kind) and kind != NESTED and not _is_text(kind) else pa.string()
 
 
-def _in_json(kind: pa.DataType) -> bool:
-    """Whether JSON has a word for these values."""
+def _is_json_type(kind: pa.DataType) -> bool:
+    """Whether JSON can represent these values."""
     if types.is_struct(kind):
-        return all(_in_json(field.type) for field in kind)
+        return all(_is_json_type(field.type) for field in kind)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _in_json(kind.value_type)
+        return _is_json_type(kind.value_type)
     number = types.is_integer(kind) or types.is_floating(kind)
     return number or types.is_boolean(kind) or types.is_string(kind) or types.is_large_string(kind)
 
@@ -220,13 +228,13 @@ def _filled_text(array: pa.Array) -> pa.Array:
 
 
 def _text(array: pa.Array) -> pa.Array:
-    """Values as text; bytes that are no UTF-8, which a parquet may call a string, are replaced."""
+    """Values as text. Invalid UTF-8, which a parquet may label as a string, is replaced."""
     array = _decoded(array)
     if not _is_text(array.type):
         return array.cast(pa.string())
     try:
         if array.type == pa.string():
-            array.validate(full=True)  # whether it is UTF-8, too
+            array.validate(full=True)  # includes a check for UTF-8
             return array
         return array.cast(pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:
@@ -236,10 +244,10 @@ def _text(array: pa.Array) -> pa.Array:
 
 
 def _digest(array: pa.Array, size_bytes: int) -> pa.Array:
-    """Digests as small hex digits, from hex digits or bytes; null where there is none."""
+    """Digests as lower-case hex, from hex digits or bytes; null if missing."""
     array = _decoded(array)
     if not _is_text(array.type):
-        raise pa.ArrowTypeError(f"no digests: {array.type}")
+        raise pa.ArrowTypeError(f"not digests: {array.type}")
     if _is_bytes(array.type):
         values = array.to_pylist()
         array = pa.array([value.hex().encode() if value and len(value) == size_bytes else value for value in values])
@@ -248,12 +256,12 @@ def _digest(array: pa.Array, size_bytes: int) -> pa.Array:
 
 
 def _phash(array: pa.Array) -> pa.Array:
-    """64-bit perceptual hashes, from whole numbers or hex digits; null where there is none."""
+    """64-bit perceptual hashes, from integers or hex digits; null if missing."""
     array = _decoded(array)
     if types.is_integer(array.type):
         return array.cast(pa.uint64(), safe=False)
     if not _is_text(array.type):
-        raise pa.ArrowTypeError(f"no perceptual hashes: {array.type}")
+        raise pa.ArrowTypeError(f"not perceptual hashes: {array.type}")
     return pa.array(
         [int(text, 16) if text and _HEX.fullmatch(text) else None for text in _text(array).to_pylist()], pa.uint64()
     )

@@ -1,6 +1,6 @@
-"""Finds the files of a URL list, and opens them: the same files in the same order, whatever the store.
+"""Finds and opens the files of a URL list: the same files in the same order on any store.
 
-A file that changes while it is read is an error, not another list.
+A file that changes while it is read is an error, so that it cannot become a different list.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from roclip.errors import UrlListError
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "txt")
 CODECS = {"gz": "gzip", "zst": "zstd"}
-"""Compression by ending, for all formats but parquet."""
+"""Compression by file name extension, for all formats except parquet."""
 SEPARATOR = "::"
 ROW_BYTES = 16 * 2**20
 """Longest row of a text format."""
@@ -36,7 +36,7 @@ class ListFile:
     name: str
     """Relative to what `data.urls` names, so that a list that was moved as a whole is the same list."""
     size_bytes: int
-    """As the store lists it; 0 where it does not say."""
+    """As the store lists it; 0 if unknown."""
     format: str
     codec: str | None
 
@@ -45,14 +45,14 @@ class ListFile:
 
 
 def find_files(urls: str) -> tuple[ListFile, ...]:
-    """The files of a list: a file, a folder or a glob on any fsspec store, or several of these with `::` between them.
+    """The files of a list: a file, a folder or a glob on any fsspec store, or several of these separated by `::`.
 
-    The files of one folder or glob come in the order of their paths. Of a folder, those whose names end as a format's do
-    and begin with neither `.` nor `_` are taken; what lies in its subfolders is not (a glob with `**` takes that).
+    The files of one folder or glob are sorted by path. Of a folder, the files with a known extension whose names begin with
+    neither `.` nor `_` are taken, without its subfolders (use a glob with `**` for these).
 
-    Raises `UrlListError` when there is nothing, nothing of a known format, or a file twice.
+    Raises `UrlListError` if nothing is found, nothing has a known format, or a file is found twice.
     """
-    files = [file for pattern in urls.split(SEPARATOR) for file in _of_pattern(pattern)]
+    files = [file for pattern in urls.split(SEPARATOR) for file in _match_pattern(pattern)]
     seen: set[tuple[str, str]] = set()
     for file in files:
         key = str(file.fs.protocol), file.path
@@ -63,7 +63,7 @@ def find_files(urls: str) -> tuple[ListFile, ...]:
 
 
 def open_bytes(file: ListFile) -> BinaryIO:
-    """The file as it lies on the store. Raises `UrlListError` when its size is not what the store listed."""
+    """Open the file as stored. Raises `UrlListError` if its size differs from the one that the store listed."""
     stream = file.fs.open(file.path, "rb")
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
@@ -74,18 +74,18 @@ def open_bytes(file: ListFile) -> BinaryIO:
 
 
 def open_text(file: ListFile, count: Callable[[int], None] | None = None) -> BinaryIO:
-    """The file, decompressed, as UTF-8 without a byte order mark; bytes that are no UTF-8 are replaced.
+    """Open the file, decompressed, as UTF-8 without a byte order mark; invalid bytes are replaced.
 
-    `count` is told of the bytes that are taken from the store. Reading raises `UrlListError` when the file ends
-    elsewhere than the store listed or is UTF-16, `OSError` when it is cut short or damaged.
+    `count` is called with the number of bytes read from the store. Reading raises `UrlListError` if the file is UTF-16 or its
+    length differs from the one that the store listed, and `OSError` if it is truncated or damaged.
     """
-    raw = io.BufferedReader(_Watched(file, count), _BUFFER_BYTES)
+    raw = io.BufferedReader(_SizeCheckedFile(file, count), _BUFFER_BYTES)
     whole: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), file.codec) if file.codec else raw
     return cast(BinaryIO, io.BufferedReader(_Utf8(file, whole, raw), _BUFFER_BYTES))
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """The lines that are not blank, without their ends; None for one of more than `ROW_BYTES`."""
+    """The non-blank lines, without line ends; None for a line of more than `ROW_BYTES`."""
     while line := stream.readline(ROW_BYTES):
         if len(line) == ROW_BYTES and not line.endswith(b"\n"):
             while (rest := stream.readline(ROW_BYTES)) and not rest.endswith(b"\n"):
@@ -95,11 +95,11 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
             yield line
 
 
-class _Watched(io.RawIOBase):
-    """A stored file that counts what is read and, at its end, compares that with its size."""
+class _SizeCheckedFile(io.RawIOBase):
+    """A stored file that counts the bytes read and, at its end, compares them with its size."""
 
     def __init__(self, file: ListFile, count: Callable[[int], None] | None):
-        self._file, self._count, self._done = file, count, 0
+        self._file, self._count, self._bytes_read = file, count, 0
         self._stream = file.fs.open(file.path, "rb")
 
     def readable(self) -> bool:
@@ -108,11 +108,11 @@ class _Watched(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
-        self._done += len(data)
+        self._bytes_read += len(data)
         if data and self._count is not None:
             self._count(len(data))
-        if not data and self._file.size_bytes and self._done != self._file.size_bytes:
-            raise _changed(self._file, self._done)
+        if not data and self._file.size_bytes and self._bytes_read != self._file.size_bytes:
+            raise _changed(self._file, self._bytes_read)
         return len(data)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class _Utf8(io.RawIOBase):
         super().close()
 
 
-def _of_pattern(pattern: str) -> list[ListFile]:
+def _match_pattern(pattern: str) -> list[ListFile]:
     try:
         fs, root = fsspec.core.url_to_fs(pattern)
         base, found = _listing(fs, str(root))
@@ -158,7 +158,7 @@ def _of_pattern(pattern: str) -> list[ListFile]:
         raise UrlListError(f"{pattern}: no such URL list. Check data.urls; a file, a folder or a glob is expected.")
     files = []
     for path in sorted(found):
-        if kind := _kind(path):
+        if kind := _format_and_codec(path):
             name = path.removeprefix(base).lstrip("/")
             files.append(ListFile(fs, path, name, int(found[path].get("size") or 0), *kind))
     if not files:
@@ -170,7 +170,7 @@ def _of_pattern(pattern: str) -> list[ListFile]:
 
 
 def _listing(fs: Any, root: str) -> tuple[str, dict[str, dict]]:
-    """What the names are relative to, and the files by path."""
+    """The folder that names are relative to, and the files by path."""
     if fsspec.core.has_magic(root):
         fixed = root[: min(at for mark in "*?[" if (at := root.find(mark)) >= 0)]
         found = fs.glob(root, detail=True)
@@ -186,8 +186,8 @@ def _listing(fs: Any, root: str) -> tuple[str, dict[str, dict]]:
     return root, visible
 
 
-def _kind(path: str) -> tuple[str, str | None] | None:
-    """Format and compression by the file's name; None for another name."""
+def _format_and_codec(path: str) -> tuple[str, str | None] | None:
+    """Format and compression by the file's name; None for an unknown extension."""
     parts = posixpath.basename(path).lower().split(".")[1:]
     if parts and parts[-1] in FORMATS:
         return parts[-1], None
@@ -199,5 +199,5 @@ def _kind(path: str) -> tuple[str, str | None] | None:
 def _changed(file: ListFile, size: int) -> UrlListError:
     return UrlListError(
         f"{file}: expected {file.size_bytes} bytes, as listed when ingest began, got {size}: it changed in the meantime. "
-        "Run ingest again when nobody writes it."
+        "Run ingest again when no other process writes to it."
     )

@@ -1,9 +1,9 @@
-"""Reads one file of a URL list: first its head (columns, and rows where that is known), then its rows in batches.
+"""Reads one file of a URL list: first its head (columns, and the number of rows if known), then its rows in batches.
 
-Every row of a file is a row of the list. One that cannot be understood comes as a row of nulls, which has no URL and fails as
-`bad_url`: a csv or tsv row of too few or too many fields, a jsonl line or an element of a json array that is no object, a
-line of jsonl or txt of more than `ROW_BYTES`. Where a row's end cannot be told, the file is an error. Blank lines are no
-rows. A tsv may quote as a csv does, and quoted fields of both may hold line ends.
+Every row of a file is a row of the list. A malformed row becomes a row of nulls, which has no URL and fails as `bad_url`: a csv
+or tsv row with a wrong number of fields, a jsonl line or an element of a json array that is not an object, a line of jsonl or
+txt of more than `ROW_BYTES`. If the end of a row cannot be found, the file is an error. Blank lines are not rows. A tsv may
+quote as a csv does, and quoted fields of both may contain line ends.
 """
 
 import csv
@@ -24,32 +24,32 @@ from roclip.errors import UrlListError
 
 BATCH_ROWS = 4096
 BLOCK_BYTES = ROW_BYTES
-"""What the csv reader takes at a time: a row must fit."""
+"""Block size of the csv reader: a row must fit into a block."""
 _HEADER_BYTES = 2**20
 _PAGE_BYTES = 2**20
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, csv.Error)
 Count = Callable[[int], None]
-"""Is told of bytes that were read."""
+"""Called with the number of bytes read."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a file says of itself before its rows are read."""
+    """The facts about a file that are known before its rows are read."""
 
     schema: pa.Schema
-    """Its columns; those of csv and tsv are text. A txt has none: its lines are URLs."""
+    """Its columns; csv and tsv columns are text. A txt has none: its lines are URLs."""
     rows: int | None = None
-    """None where only reading tells; that there are none is always known."""
+    """None if the file has to be read to count them; an empty file is always known."""
     groups: tuple[int, ...] = ()
-    """Rows of each row group, of a parquet."""
+    """Rows of each row group of a parquet."""
 
     def groups_before(self, row: int) -> int:
-        """Row groups that lie before a row as a whole."""
+        """Number of row groups that lie completely before a row."""
         return sum(end <= row for end in itertools.accumulate(self.groups))
 
 
 def read_head(file: ListFile) -> Head:
-    """Raises `UrlListError` for a file that cannot be read."""
+    """Read a file's head. Raises `UrlListError` for a file that cannot be read."""
     try:
         if file.format == "parquet":
             with open_bytes(file) as stream:
@@ -71,10 +71,10 @@ def read_head(file: ListFile) -> Head:
 def read_rows(
     file: ListFile, head: Head, columns: list[str], count: Count, groups: int = 0
 ) -> Iterator[pa.RecordBatch]:
-    """The rows with these columns, in batches of any size; of a parquet without its first row groups, if so told.
+    """Read rows with these columns, in batches of any size. Of a parquet, the first `groups` row groups are skipped.
 
-    A txt has but one column, whose name is the first of `columns`. Raises `UrlListError` that names the row from which on
-    the file cannot be read.
+    A txt has a single column, named by the first of `columns`. Raises `UrlListError`, which names the row from which on the
+    file cannot be read.
     """
     rows = sum(head.groups[:groups])
     try:
@@ -105,7 +105,8 @@ def _batches(file: ListFile, head: Head, columns: list[str], count: Count, group
 
 def _read_parquet(file: ListFile, head: Head, columns: list[str], groups: int) -> Iterator[pa.RecordBatch]:
     with open_bytes(file) as stream:
-        parquet = pq.ParquetFile(stream, buffer_size=_PAGE_BYTES, pre_buffer=False)  # not a whole row group in memory
+        # Streams pages instead of loading whole row groups.
+        parquet = pq.ParquetFile(stream, buffer_size=_PAGE_BYTES, pre_buffer=False)
         if parquet.metadata.num_rows != head.rows:
             raise OSError(f"it had {head.rows} rows when ingest began and has {parquet.metadata.num_rows} now")
         left = list(range(groups, len(head.groups)))
@@ -131,7 +132,7 @@ def _read_csv(stream: BinaryIO, delimiter: str, columns: list[str]) -> Iterator[
 
     reader = arrow_csv.open_csv(
         stream,
-        arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),  # with threads, rows have no numbers
+        arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),  # with threads, invalid rows have no number
         arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep),
         arrow_csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
     )
@@ -139,22 +140,22 @@ def _read_csv(stream: BinaryIO, delimiter: str, columns: list[str]) -> Iterator[
     with reader:
         for batch in reader:
             if malformed:
-                batch = batch.take(pa.array(_places(row, len(batch), malformed), pa.int64()))
+                batch = batch.take(pa.array(_row_positions(row, len(batch), malformed), pa.int64()))
             row += len(batch)
             yield batch
     if malformed:
         yield pa.RecordBatch.from_arrays([pa.nulls(len(malformed), pa.string())] * len(columns), names=columns)
 
 
-def _places(row: int, rows: int, malformed: deque[int]) -> list[int | None]:
-    """Good rows by number, and None for malformed ones, in the order of the file; the first of them is its row `row`."""
-    places: list[int | None] = []
+def _row_positions(row: int, rows: int, malformed: deque[int]) -> list[int | None]:
+    """Indices of good rows, and None for malformed ones, in the order of the file; the first of them is its row `row`."""
+    positions: list[int | None] = []
     good = 0
-    while malformed and malformed[0] <= row + len(places) + rows - good:
-        before = malformed.popleft() - row - len(places)
-        places += [*range(good, good + before), None]
+    while malformed and malformed[0] <= row + len(positions) + rows - good:
+        before = malformed.popleft() - row - len(positions)
+        positions += [*range(good, good + before), None]
         good += before
-    return [*places, *range(good, rows)]
+    return [*positions, *range(good, rows)]
 
 
 def _read_txt(stream: BinaryIO, column: str) -> Iterator[pa.RecordBatch]:
@@ -166,4 +167,4 @@ def _read_txt(stream: BinaryIO, column: str) -> Iterator[pa.RecordBatch]:
 
 def _unreadable(file: ListFile, error: Exception, where: str) -> UrlListError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UrlListError(f"{file}: this {file.format} file cannot be read{where} ({reason}). Write it again.")
+    return UrlListError(f"{file}: this {file.format} file cannot be read{where} ({reason}). Write this file again.")

@@ -1,8 +1,8 @@
-"""Reads the rows of jsonl files (one object a line) and json files (one array of objects, or an object of columns as
-pandas writes it), holding no more than one value of the file at a time.
+"""Reads the rows of jsonl files (one object per line) and json files (one array of objects, or one object of columns as pandas
+writes it), with at most one value of the file in memory.
 
-What is no object is a row of nulls. A value that does not fit its column's type, which the first rows give, is null, except
-in a column of text: there it is its JSON.
+An element that is not an object becomes a row of nulls. A value that does not fit its column's type, which the first rows
+determine, becomes null, except in a text column, where it is stored as JSON.
 """
 
 import io
@@ -17,30 +17,30 @@ from ingest.lists.files import ROW_BYTES, lines_of
 
 HEAD_ROWS = 1000
 HEAD_BYTES = 2**20
-"""Columns and types are those of the first rows: so many, or as many as lie in so many bytes."""
+"""Columns and types come from the first rows: at most `HEAD_ROWS`, or this many bytes."""
 BATCH_ROWS = 1024
 BATCH_BYTES = 16 * 2**20
 _CHUNK = 2**16
-_DECODER = json.JSONDecoder(strict=False)  # line ends and NUL within a string do no harm
+_DECODER = json.JSONDecoder(strict=False)  # allow line ends and NUL within strings
 _INT64 = range(-(2**63), 2**63)
-_EXPECTED = "A json holds one array of objects or one object of columns, a jsonl one object a line"
+_EXPECTED = "A json holds one array of objects or one object of columns, a jsonl one object per line"
 NESTED = pa.struct([])
-"""Stands for the type of a column of lists or objects; it is read as text, their JSON."""
+"""Marks a column of lists or objects, which is read as text: their JSON."""
 Row = dict[str, Any]
 
 
 def lines_head(stream: BinaryIO) -> tuple[pa.Schema, int | None]:
-    """Columns and, if there are none, rows of a jsonl."""
-    rows = list(_head((_line(line), len(line or b"")) for line in lines_of(stream)))
+    """The columns of a jsonl, and its number of rows if that is zero."""
+    rows = list(_head((_parse_line(line), len(line or b"")) for line in lines_of(stream)))
     return _schema(rows), None if rows else 0
 
 
 def read_lines(stream: BinaryIO, schema: pa.Schema, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    return _batches(((_line(line), len(line or b"")) for line in lines_of(stream)), schema, columns)
+    return _batches(((_parse_line(line), len(line or b"")) for line in lines_of(stream)), schema, columns)
 
 
 def values_head(stream: BinaryIO) -> tuple[pa.Schema, int | None]:
-    """Columns and, if known, rows of a json; one of columns is read to its end for that. Raises `ValueError`."""
+    """The columns of a json, and its number of rows if known; an object of columns is read completely. Raises `ValueError`."""
     values = _Values(stream)
     if not values.peek():
         return pa.schema([]), 0
@@ -64,8 +64,10 @@ def values_head(stream: BinaryIO) -> tuple[pa.Schema, int | None]:
 def read_values(
     open_stream: Callable[[bool], BinaryIO], schema: pa.Schema, columns: list[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a json. `open_stream` is told whether to count: one of columns is opened once for each of them, and read
-    side by side. Raises `ValueError`."""
+    """The rows of a json. An object of columns is opened once per column, and the columns are read side by side.
+
+    `open_stream(counted)` opens the file; `counted` says whether its bytes count as progress. Raises `ValueError`.
+    """
     with open_stream(True) as stream:
         values = _Values(stream)
         if values.peek() == "[":
@@ -81,7 +83,7 @@ def read_values(
 
 
 class _Values:
-    """Takes a JSON text apart, value by value."""
+    """A streaming JSON parser that returns one value at a time."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = io.TextIOWrapper(stream, "utf-8", newline="")
@@ -100,39 +102,39 @@ class _Values:
             self._fill(_CHUNK)
 
     def take(self) -> Any:
-        """The next value. Raises `ValueError` for what is none, or longer than a row may be."""
+        """The next value. Raises `ValueError` for invalid JSON and for a value longer than `ROW_BYTES`."""
         self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # a number may go on in what was not read
+                if end < len(self._text) or self._ended:  # a number may continue in the next chunk
                     self._at = end
                     return value
             except RecursionError:
-                raise ValueError(f"values nested too deeply, {self._where()}") from None
+                raise ValueError(f"values nested too deeply, {self._position()}") from None
             except ValueError as error:
                 if self._ended or len(self._text) - self._at > ROW_BYTES:
-                    raise ValueError(f"no JSON value {self._where()} ({error.args[0].split(':')[0]})") from None
+                    raise ValueError(f"no JSON value {self._position()} ({error.args[0].split(':')[0]})") from None
             self._fill(max(_CHUNK, len(self._text) - self._at))
 
     def members(self) -> Iterator[str | int]:
-        """Key or number of each member of the array or object that comes next. The caller takes the value."""
-        close = {"[": "]", "{": "}"}[self._expect("[{")]
+        """Key or index of each member of the next array or object. The caller takes the value."""
+        close = {"[": "]", "{": "}"}[self._expect_mark("[{")]
         if self.peek() == close:
-            self._expect(close)
+            self._expect_mark(close)
             return
         for number in itertools.count():
             if close == "]":
                 yield number
             else:
                 key = self.take()
-                self._expect(":")
+                self._expect_mark(":")
                 yield str(key)
-            if self._expect("," + close) == close:
+            if self._expect_mark("," + close) == close:
                 return
 
     def rows(self) -> Iterator[tuple[Row | None, int]]:
-        """The elements of an array, with their lengths."""
+        """The elements of an array, with their lengths in characters."""
         for _ in self.members():
             start = self._read - len(self._text) + self._at
             row = self.take()
@@ -140,7 +142,7 @@ class _Values:
         self.end()
 
     def column(self, name: str) -> Iterator[tuple[str | int, Any]]:
-        """Key and value of each row of one column, of an object of columns."""
+        """Key and value of each row of one column, in an object of columns."""
         for column in self.members():
             for key in self.members():
                 value = self.take()
@@ -150,12 +152,12 @@ class _Values:
 
     def end(self) -> None:
         if self.peek():
-            raise ValueError(f"more than one value {self._where()}. {_EXPECTED}")
+            raise ValueError(f"more than one value {self._position()}. {_EXPECTED}")
 
-    def _expect(self, marks: str) -> str:
+    def _expect_mark(self, marks: str) -> str:
         mark = self.peek()
         if not mark or mark not in marks:
-            raise ValueError(f"no {' or '.join(marks)} {self._where()} but {mark or 'the end'}. {_EXPECTED}")
+            raise ValueError(f"no {' or '.join(marks)} {self._position()} but {mark or 'the end'}. {_EXPECTED}")
         self._at += 1
         return mark
 
@@ -165,11 +167,11 @@ class _Values:
         self._text, self._at = self._text[self._at :] + text, 0
         self._read += len(text)
 
-    def _where(self) -> str:
+    def _position(self) -> str:
         return f"at character {self._read - len(self._text) + self._at}"
 
 
-def _line(line: bytes | None) -> Row | None:
+def _parse_line(line: bytes | None) -> Row | None:
     text = (line or b"").decode()
     try:
         row, end = _DECODER.raw_decode(text)
@@ -245,5 +247,5 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     try:
         return pa.array(texts, pa.string())
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can escape
         return pa.array([text and text.encode("utf-8", "replace").decode() for text in texts], pa.string())

@@ -1,4 +1,4 @@
-"""Whether a list begins with the rows that were ingested before: each sealed shard notes what its rows were."""
+"""Checks that a list begins with the rows that were ingested before, by the hash of its rows in each shard's record."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ class _List(Protocol):
 
 
 def rows_sha256(table: pa.Table, columns: Sequence[str]) -> str:
-    """Names the rows of a table by what these columns of text hold; None is as the empty text."""
+    """A hash of the rows of a table over these text columns; null counts as the empty text."""
     state = hashlib.sha256()
     for row in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
         for value in row:
@@ -30,11 +30,14 @@ def rows_sha256(table: pa.Table, columns: Sequence[str]) -> str:
 def check_same(
     source: _List, segment: Segment, sealed: Mapping[int, ShardRecord], columns: Sequence[str], root: Path
 ) -> None:
-    """Read the list as far as it was ingested, and raise `DataError` for the first sealed shard that it does not have.
+    """Read the list as far as it was ingested, and raise `DataError` for the first sealed shard whose rows it does not have.
 
     Args:
-        sealed: Records by number; those of the segment are looked at.
-        columns: What makes two rows the same.
+        source: The list.
+        segment: The shard numbers to check.
+        sealed: Records by shard number.
+        columns: The columns that identify a row.
+        root: The folder of the shards, for the error.
     """
     missing = segment.numbers(sealed)
     if not missing:

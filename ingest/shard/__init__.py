@@ -1,4 +1,4 @@
-"""Bytes to images to a tar, read back, verified and published.
+"""One part of a URL list becomes one shard: fetched, decoded, resized, written to a tar, verified and published.
 
-In: one part of a URL list. Out: a sealed shard with its parquet, index and record in the manifest.
+In: a `Part`. Out: a sealed shard with its parquet, its index and its record in the manifest.
 """

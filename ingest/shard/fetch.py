@@ -1,6 +1,6 @@
-"""Fetches one part into one tar: img2dataset downloads, resizes and encodes, and `ingest.shard.sample_sink` stands in the way.
+"""Fetches one part into one tar: img2dataset downloads, resizes and encodes, through `ingest.shard.sample_sink`.
 
-Only img2dataset's `Downloader` is used, which does one shard: its own Ray distributor drops failed shards.
+Only img2dataset's `Downloader` is used, which processes one shard: its own Ray distributor drops failed shards.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from roclip.errors import ShardError
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """What was stored of one part; not read back yet."""
+class FetchedShard:
+    """The files of a fetched part, not yet verified."""
 
     tar: Path
     parquet: Path
@@ -35,39 +35,38 @@ def fetch(
     part: Part,
     work: Path,
     config: IngestConfig,
-    hosts: connection.HostPermits | None = None,
+    limiter: connection.HostLimiter | None = None,
     robots: connection.RobotsRules | None = None,
-    left_out: Mapping[int, str] | None = None,
-) -> Fetched:
+    excluded: Mapping[int, str] | None = None,
+) -> FetchedShard:
     """Download, decode, resize and store the images of a part under `work`, an existing empty folder.
 
     The tar holds `<key>.<encode_format>`, `<key>.txt` and `<key>.json` in the order of the keys, which are those of
-    `roclip.data.shards.sample_key`; the parquet holds the fate of every row. The same answers give the same bytes of
-    both, whenever
-    and in whichever order they come. From now on this process opens URLs by `ingest.http.connection` only, and while
-    this function runs, what it writes to stderr is lost: decoders written in C comment on every other image there.
+    `roclip.data.shards.sample_key`; the parquet holds the outcome of every row. The same responses give the same bytes of both
+    files, whenever and in whichever order they arrive. From now on this process opens URLs through `ingest.http.connection`
+    only, and while this function runs, its stderr is discarded: decoders written in C write warnings about many images there.
 
     Args:
-        hosts: Turns at hosts; without, no turn is waited for.
-        robots: What sites allow; without, no robots.txt is asked.
-        left_out: Row -> why it is not fetched, a text that begins with a name of `roclip.data.outcomes`.
+        limiter: Rate limiter per host; without one, requests are not limited.
+        robots: robots.txt rules; without them, no robots.txt is read.
+        excluded: Maps rows that are not fetched to the reason, a text that begins with a name of `roclip.data.outcomes`.
 
-    Raises `ShardError` when img2dataset gives the shard up; a URL that fails is no error.
+    Raises `ShardError` if img2dataset gives up on the shard; a URL that fails is not an error.
     """
     img2dataset_shim.bound_decoders(config.policy.max_pixels)
-    from ingest.shard.sample_sink import SampleSink  # imports OpenCV, which asks for that bound at once
+    from ingest.shard.sample_sink import SampleSink  # imports OpenCV, which reads that limit at import
 
-    rows = Rows(part, config.samples_per_shard, left_out)
+    rows = Rows(part, config.samples_per_shard, excluded)
     opener = connection.install(
-        config.policy, timeout_s=config.timeout_s, retries=config.retries, hosts=hosts, robots=robots
+        config.policy, timeout_s=config.timeout_s, retries=config.retries, limiter=limiter, robots=robots
     )
-    door = SampleSink(rows, work, config, opener.handled)
+    sink = SampleSink(rows, work, config, opener.release_body)
     downloader = img2dataset_shim.downloader().Downloader(
-        sample_writer_class=lambda *_: door,
-        resizer=door,
+        sample_writer_class=lambda *_: sink,
+        resizer=sink,
         thread_count=config.threads,
         save_caption=True,
-        extract_exif=False,  # the door does this and the next
+        extract_exif=False,  # the sink does EXIF and hashes
         compute_hash=None,
         verify_hash_type=None,
         output_folder=str(work),
@@ -76,9 +75,9 @@ def fetch(
         number_sample_per_shard=config.samples_per_shard,
         oom_shard_count=SHARD_DIGITS,
         encode_format=config.encode_format,
-        retries=0,  # the opener tries again, and it knows when that is of use
+        retries=0,  # the opener retries, and knows which failures are worth it
         user_agent_token=None,
-        disallowed_header_directives=None,  # the opener judges before the body is read
+        disallowed_header_directives=None,  # the opener checks them before it reads the body
     )
     feather = work / "urls.feather"
     pyarrow.feather.write_feather(rows.urls(), str(feather), compression="uncompressed")
@@ -86,17 +85,17 @@ def fetch(
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _silent_decoders():
         done, _ = downloader((part.number, str(feather)))
     if not done:
-        said = printed.getvalue().strip().splitlines()
+        lines = printed.getvalue().strip().splitlines()
         raise ShardError(
-            f"shard {part.number}: img2dataset gave up ({said[-1] if said else 'it said nothing'}). "
-            "Look at free disk space and memory; running ingest again redoes this shard."
+            f"shard {part.number}: img2dataset gave up ({lines[-1] if lines else 'without a message'}). "
+            "Check free disk space and memory; running ingest again redoes this shard."
         )
-    return Fetched(door.tar, door.parquet, len(rows))
+    return FetchedShard(sink.tar, sink.parquet, len(rows))
 
 
 @contextlib.contextmanager
 def _silent_decoders() -> Iterator[None]:
-    """Inside, file descriptor 2 leads nowhere: libpng and libjpeg write there and cannot be told not to."""
+    """Redirect file descriptor 2 to nowhere: libpng and libjpeg write there and cannot be configured otherwise."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

@@ -1,18 +1,21 @@
-"""What the bytes of an answer are, told from their header; and the pixels of those that are welcome.
+"""Checks fetched images by their headers, and decodes those that pass.
 
-Nothing is decoded before the header has been judged. What OpenCV gets wrong, or leaves as training cannot use it, is put right
-here: 16 bits become 8, what a camera noted as turned is turned upright, and what is transparent is laid on white in pieces,
-because img2dataset's way takes 75 bytes a pixel. Where there is nothing to put right, the pixels are those of img2dataset.
+Nothing is decoded before the header has been checked. What OpenCV gets wrong, or leaves as training cannot use it, is corrected
+here: 16 bits become 8, images are turned upright by their EXIF orientation, and transparency is blended onto white block by
+block, because img2dataset's way takes 75 bytes per pixel. If there is nothing to correct, the pixels equal img2dataset's.
 
-TIFF is refused, which img2dataset takes: no browser but one shows it, and a TIFF of one pixel can demand a gigabyte.
+TIFF, which img2dataset accepts, is refused: hardly any browser shows it, and a TIFF of one pixel can demand a gigabyte.
 """
 
 import io
+import json
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
+import exifread
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
@@ -20,22 +23,24 @@ from roclip.config import IngestConfig
 from roclip.data.outcomes import FetchError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
-"""Those of Pillow's that are read."""
+"""Pillow's formats that are accepted."""
 ENCODED = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""`ingest.encode_format` -> Pillow's name."""
-USUAL_SCANS = 16
-"""So many times a JPEG of the largest size may go over its pixels; a smaller one more often."""
+"""`ingest.encode_format` -> Pillow's format name."""
+MAX_SCANS = 16
+"""Most passes of a JPEG over its pixels at the largest allowed size; a smaller image may have more."""
 FLAGS = {
     "first_frame": "an image of several frames, of which the first is stored",
     "turned": "turned upright, as its EXIF says",
     "sixteen_bit": "stored with 8 bits of its 16",
 }
-"""What may be said of an image that was taken all the same."""
-_HEADER_READS = 500_000
+"""Flags of images that were accepted with corrections."""
+MAX_EXIF_CHARS = 16 * 2**10
+"""A longer EXIF text is dropped."""
+_HEADER_READS, _EXIF_READS = 500_000, 20_000
 _READ_BYTES = 256
 _BLOCK_PX = 1 << 20
 _IEND = b"\0\0\0\0IEND\xaeB`\x82"
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+_TO_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
     4: lambda pixels: cv2.flip(pixels, 0),
@@ -44,29 +49,32 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
     8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-"""EXIF orientation -> what makes it 1."""
+"""EXIF orientation -> the transform that turns the image upright."""
+logging.getLogger("exifread").setLevel(logging.CRITICAL)  # it logs a warning for every image without EXIF
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of an image says."""
+    """The facts in an image's header."""
 
     format: str
     width: int
     """In pixels, as stored: before the image is turned upright."""
     height: int
     orientation: int
-    """EXIF's, 1 to 8."""
+    """EXIF orientation, 1 to 8."""
     scans: int
-    """How often a JPEG goes over its pixels; 1 where that is decided by its size in bytes."""
+    """Passes of a progressive JPEG over its pixels; 1 for other images."""
     keep: bool
-    """`ingest.skip_reencode` may store these very bytes: format and pixels are right, and nothing follows the image's end."""
+    """Whether `ingest.skip_reencode` may store these very bytes: format and pixels are right, and nothing follows the image."""
     flags: tuple[str, ...]
-    """Of `FLAGS`."""
+    """Names from `FLAGS`."""
 
 
-class FewReads(io.BytesIO):
-    """Bytes that may be read so many times, 256 at once for one; for readers that loop in Python over what others wrote."""
+class BoundedReader(io.BytesIO):
+    """Bytes with a limited number of reads, where 256 bytes count as one: for parsers that loop in Python over untrusted
+    offsets.
+    """
 
     def __init__(self, content: bytes, reads: int):
         super().__init__(content)
@@ -76,61 +84,75 @@ class FewReads(io.BytesIO):
         piece = super().read(size)
         self._left -= 1 + len(piece) // _READ_BYTES
         if self._left < 0:
-            raise FetchError("undecodable", "a header that does not end")
+            raise FetchError("undecodable", "a header that needs too many reads")
         return piece
 
 
-def inspect(content: bytes, config: IngestConfig) -> ImageHeader:
-    """What the header says. Decodes nothing.
+def read_header(content: bytes, config: IngestConfig) -> ImageHeader:
+    """Read and check the header of an image. Decodes nothing.
 
     Raises `FetchError`: not_an_image, undecodable, too_many_pixels, animated, too_small, aspect_ratio.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # each of Pillow's is a refusal below, or of no importance
-            with Image.open(FewReads(content, _HEADER_READS), formats=FORMATS) as image:
-                facts = _facts(image, content, config)
+            warnings.simplefilter("ignore")  # what Pillow warns about is refused below or harmless
+            with Image.open(BoundedReader(content, _HEADER_READS), formats=FORMATS) as image:
+                header = _header(image, content, config)
     except FetchError:
         raise
     except UnidentifiedImageError as error:
         raise FetchError("not_an_image", f"expected {', '.join(FORMATS)}, got {content[:12]!r}") from error
     except Image.DecompressionBombError as error:
         raise FetchError("too_many_pixels", str(error)) from error
-    except Exception as error:  # Pillow's plugins raise whatever they like on damaged bytes
-        raise FetchError("undecodable", f"a header that is damaged ({type(error).__name__})") from error
-    _judge(facts, config)
-    return facts
+    except Exception as error:  # Pillow's plugins can raise anything on damaged bytes
+        raise FetchError("undecodable", f"a damaged header ({type(error).__name__})") from error
+    _check_limits(header, config)
+    return header
 
 
-def decode(content: bytes, facts: ImageHeader) -> np.ndarray:
-    """The first frame as (H, W) grey or (H, W, 3) BGR, uint8, upright, on white.
+def decode(content: bytes, header: ImageHeader) -> np.ndarray:
+    """Decode the first frame as (H, W) grey or (H, W, 3) BGR, uint8, upright, blended onto white.
 
     Raises `FetchError`: undecodable.
     """
-    pixels = _decode_avif(content) if facts.format == "AVIF" else _decode(content)
+    pixels = _decode_avif(content) if header.format == "AVIF" else _decode(content)
     if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
-        raise FetchError("undecodable", f"{facts.format} of {len(content)} bytes that is damaged or cut short")
+        raise FetchError("undecodable", f"{header.format} of {len(content)} bytes is damaged or truncated")
     if pixels.dtype == np.uint16:
         pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = _on_white(pixels)
-    turn = _UPRIGHT.get(facts.orientation)
-    return turn(pixels) if turn else pixels
+    rotate = _TO_UPRIGHT.get(header.orientation)
+    return rotate(pixels) if rotate else pixels
 
 
-def _facts(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> ImageHeader:
-    kind = "JPEG" if image.format == "MPO" else str(image.format)  # with a preview or a depth map behind it
+def describe_exif(content: bytes) -> str | None:
+    """The EXIF tags as img2dataset stores them: one JSON object of texts, `{"Image Make": "…", …}`, without maker notes.
+
+    None if exifread fails or finds more than `MAX_EXIF_CHARS`. exifread is plain Python that follows offsets in the file, so the
+    number of its reads is bounded.
+    """
+    try:
+        tags = exifread.process_file(BoundedReader(content, _EXIF_READS), details=False)
+        text = json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
+    except Exception:  # as img2dataset does: a hostile file can make exifread raise anything
+        return None
+    return text if len(text) <= MAX_EXIF_CHARS else None
+
+
+def _header(image: ImageFile.ImageFile, content: bytes, config: IngestConfig) -> ImageHeader:
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with a preview or depth map appended
     animated = kind != "JPEG" and getattr(image, "is_animated", False)
     sixteen_bit = kind == "PNG" and content[24] == 16
     orientation = _orientation(image)
-    flags = {"first_frame": animated, "turned": orientation in _UPRIGHT, "sixteen_bit": sixteen_bit}
+    flags = {"first_frame": animated, "turned": orientation in _TO_UPRIGHT, "sixteen_bit": sixteen_bit}
     keep = (
         config.skip_reencode
         and kind == ENCODED[config.encode_format]
         and image.mode in ("RGB", "L")
         and "transparency" not in image.info
         and not any(flags.values())
-        and _ends(image, content)
+        and _ends_with_image(image, content)
     )
     return ImageHeader(
         format=kind,
@@ -148,11 +170,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as damaged as it likes: then nobody has turned it
+    except Exception:  # a damaged EXIF counts as no orientation
         return 1
 
 
-def _ends(image: ImageFile.ImageFile, content: bytes) -> bool:
+def _ends_with_image(image: ImageFile.ImageFile, content: bytes) -> bool:
     """Whether nothing follows the end of the image."""
     if image.format == "PNG":
         return content.find(_IEND) == len(content) - len(_IEND)
@@ -162,22 +184,22 @@ def _ends(image: ImageFile.ImageFile, content: bytes) -> bool:
     return content.find(b"\xff\xd9", first_scan) == len(content) - 2
 
 
-def _judge(facts: ImageHeader, config: IngestConfig) -> None:
-    """Raises `FetchError` where the config does not want such an image, or nobody should decode it."""
-    short, long = sorted((facts.width, facts.height))
-    pixels, most = facts.width * facts.height, config.policy.max_pixels
-    size = f"{facts.width} x {facts.height} px"
+def _check_limits(header: ImageHeader, config: IngestConfig) -> None:
+    """Raises `FetchError` if the config excludes such an image, or decoding it would cost too much."""
+    short, long = sorted((header.width, header.height))
+    pixels, most = header.width * header.height, config.policy.max_pixels
+    size = f"{header.width} x {header.height} px"
     if not pixels:
         raise FetchError("undecodable", size)
     if pixels > most:
         raise FetchError("too_many_pixels", f"{size}, more than {most} in all")
-    if facts.scans * pixels > USUAL_SCANS * most:
-        raise FetchError("too_many_pixels", f"{size}, gone over {facts.scans} times")
+    if header.scans * pixels > MAX_SCANS * most:
+        raise FetchError("too_many_pixels", f"{size} in {header.scans} scans")
     by_shorter_side = config.resize_mode in ("keep_ratio", "center_crop") and not config.resize_only_if_bigger
     if by_shorter_side and config.image_size**2 * long > most * short:
         raise FetchError("too_many_pixels", f"{size}, resized by its shorter side")
-    if config.policy.animated == "refuse" and "first_frame" in facts.flags:
-        raise FetchError("animated", f"{facts.format} of several frames")
+    if config.policy.animated == "refuse" and "first_frame" in header.flags:
+        raise FetchError("animated", f"{header.format} of several frames")
     if short < config.min_image_size:
         raise FetchError("too_small", f"{size}, less than {config.min_image_size} px")
     if config.max_aspect_ratio and long > config.max_aspect_ratio * short:
@@ -192,11 +214,11 @@ def _decode(content: bytes) -> np.ndarray | None:
 
 
 def _decode_avif(content: bytes) -> np.ndarray | None:
-    """By Pillow: OpenCV gives 10 bits of AVIF as if they were 16."""
+    """Decodes with Pillow, because OpenCV returns 10-bit AVIF as if it had 16 bits."""
     try:
         with Image.open(io.BytesIO(content), formats=("AVIF",)) as image:
             pixels = np.asarray(image)
-    except Exception:  # Pillow's plugins raise whatever they like on damaged bytes
+    except Exception:  # Pillow's plugins can raise anything on damaged bytes
         return None
     if pixels.ndim == 2:
         return pixels
@@ -204,7 +226,7 @@ def _decode_avif(content: bytes) -> np.ndarray | None:
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """BGRA -> BGR by img2dataset's formula, a block of rows at a time: its floats take 75 bytes a pixel."""
+    """BGRA -> BGR by img2dataset's formula, in blocks of rows: its floats take 75 bytes per pixel."""
     height, width = pixels.shape[:2]
     matted = np.empty((height, width, 3), np.uint8)
     rows = max(1, _BLOCK_PX // width)

@@ -1,8 +1,7 @@
-"""The parts of img2dataset that are used. The only file that imports it.
+"""The parts of img2dataset that are used. The only module that imports it.
 
-Its package imports torch (through webdataset) and Ray where it finds them and does without where it does not.
-A fetching process needs neither, so they are hidden for the moment of the import: 180 MB instead of more than
-400, and 4 s less.
+img2dataset imports torch (through webdataset) and Ray if they are installed, and works without them. A fetching process needs
+neither, so they are hidden during the import: 180 MB instead of more than 400, and 4 s less.
 """
 
 import contextlib
@@ -17,18 +16,18 @@ from roclip.config import environment_defaults
 
 
 def bound_decoders(max_pixels: int) -> None:
-    """Let OpenCV refuse larger images by itself too, whatever their header said. It asks once, when it is first imported."""
+    """Set OpenCV's own limit on the pixels of an image, whatever its header claims. OpenCV reads it when it is first imported."""
     os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max_pixels)
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 
 def downloader() -> ModuleType:
-    """img2dataset's module of that name."""
+    """The module `img2dataset.downloader`."""
     return _import("downloader")
 
 
 def resizer() -> ModuleType:
-    """img2dataset's module of that name."""
+    """The module `img2dataset.resizer`."""
     return _import("resizer")
 
 
@@ -41,9 +40,9 @@ def _import(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _hidden(*packages: str) -> Iterator[None]:
-    """Inside, importing one of these packages fails, unless this process has it already."""
+    """Within the block, importing one of these packages fails, unless this process has imported it already."""
     hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None means: do not look for it
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None makes an import fail
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""A perceptual hash: 64 bits of which few change when a picture is scaled or compressed again.
+"""A perceptual hash: 64 bits, few of which change when an image is resized or recompressed.
 
-The hash of the library ImageHash (`phash`), bit for bit but for how the picture is made small: the signs of the 8 x 8 lowest
-frequencies of the grey picture at 32 x 32 px, against their median.
+The hash of the library ImageHash (`phash`), bit for bit except for how the image is reduced: the signs of the 8 x 8 lowest
+frequencies of the grey image at 32 x 32 px, relative to their median.
 """
 
 import math
@@ -11,18 +11,18 @@ import numpy as np
 
 SIDE_PX = 32
 LOW = 8
-"""Frequencies taken along each side."""
+"""Frequencies used along each side."""
 FLAT_LEVELS = 8
-"""Grey levels between the darkest and the lightest of the 32 x 32 px, below which nothing is there to be hashed."""
+"""Grey levels between the darkest and the lightest of the 32 x 32 px below which an image counts as flat and has no hash."""
 NEAR_BITS = 8
-"""Two pictures whose hashes differ in so many bits or fewer are taken for the same."""
+"""Images whose hashes differ in at most this many bits count as the same."""
 _BITS = LOW * LOW
 _ROWS = 4
-"""Of a large picture so many rows are averaged for each of the 32: more change nothing that the hash sees."""
+"""Rows of a large image that are averaged for each of the 32: more would not change the hash."""
 
 
 def phash(pixels: np.ndarray) -> int | None:
-    """The hash of (H, W) grey or (H, W, 3) BGR pixels, uint8; None for a picture of one colour, whose bits would be noise."""
+    """The hash of (H, W) grey or (H, W, 3) BGR pixels, uint8; None for an image of one colour, whose bits would be noise."""
     rows = pixels[:: max(1, len(pixels) // (SIDE_PX * _ROWS))]
     grey = cv2.cvtColor(rows, cv2.COLOR_BGR2GRAY) if rows.ndim == 3 else rows
     small = cv2.resize(grey, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
@@ -37,5 +37,5 @@ def phash(pixels: np.ndarray) -> int | None:
 
 
 def distance(one: int, other: int) -> int:
-    """Bits in which two hashes differ."""
+    """The Hamming distance of two hashes, in bits."""
     return (one ^ other).bit_count()

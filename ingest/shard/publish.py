@@ -1,8 +1,8 @@
-"""Makes a verified shard exist: its files first, the manifest's record last.
+"""Publishes a verified shard: its files first, the manifest's record last.
 
-A kill between any two steps leaves files without a record, which are no shard: doing the part again replaces
-them. A store needs neither rename nor append for it: each file is put whole under its final name. Who no longer holds
-the lease publishes nothing (`ingest/folder/lease.py`).
+A kill between any two steps leaves files without a record, which are not a shard: redoing the part replaces them. A store needs
+neither rename nor append: each file is put whole under its final name. A process that has lost the lease publishes nothing
+(`ingest/folder/lease.py`).
 """
 
 import contextlib
@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ingest.folder.exclusive import put_new, write_new
-from ingest.folder.lease import Ticket
-from ingest.shard.fetch import Fetched
+from ingest.folder.lease import FencingToken, put_new, write_new
+from ingest.shard.fetch import FetchedShard
 from ingest.shard.verify import ShardReport
 from roclip.data.shards import HELD, Manifest, ShardRecord, index_path
 from roclip.errors import ShardError
@@ -25,23 +24,22 @@ from roclip.storage import ATTEMPTS, drop, sha256_file
 
 @dataclass(frozen=True)
 class Seal:
-    """What the record says beside what is in the shard, and where it goes."""
+    """Fields of the record beside the shard's contents, and where it is published."""
 
     rows_sha256: str = ""
     retried: dict[str, int] = field(default_factory=dict)
     """Both as in `ShardRecord`."""
     held: bool = False
-    """Keep it from training: its record goes to `roclip.data.shards.HELD`."""
-    ticket: Ticket | None = None
-    """The right to publish here; None where nobody else can be."""
+    """Withhold the shard from training: its record goes to `roclip.data.shards.HELD`."""
+    token: FencingToken | None = None
+    """The right to publish here; None if no other process can be publishing."""
 
 
-def publish(root: Path, fetched: Fetched, report: ShardReport, seal: Seal | None = None) -> ShardRecord:
-    """Move tar, parquet and index of a part into `root`, on the same file system, or put them there, if that is a store;
-    then seal the shard.
+def publish(root: Path, fetched: FetchedShard, report: ShardReport, seal: Seal | None = None) -> ShardRecord:
+    """Seal a shard: move tar, parquet and index into `root`, on the same file system or on a store, then write the record.
 
-    A shard that is sealed already stays as it is, and its record is returned. Raises `RunLockedError` when another ingest
-    has taken over, and what a store says that cannot be written to after several attempts.
+    If the shard is sealed already, nothing is changed and its record is returned. Raises `RunLockedError` if another ingest has
+    taken over, and the store's error if it cannot be written to after several attempts.
     """
     seal = seal or Seal()
     name = fetched.tar.name
@@ -59,38 +57,37 @@ def publish(root: Path, fetched: Fetched, report: ShardReport, seal: Seal | None
         retried=seal.retried,
     )
     files = (fetched.tar, fetched.parquet, index)
-    with seal.ticket.publishing() if seal.ticket else contextlib.nullcontext():
+    with seal.token.publishing() if seal.token else contextlib.nullcontext():
         if sealed := sealed_record(root, name):
             return sealed
         if isinstance(root, Path):
             _move(files, root)
         else:
             for path in files:
-                _put(path, root / path.name, seal.ticket)
-            if seal.ticket:
-                seal.ticket.check()
+                _put(path, root / path.name, seal.token)
+            if seal.token:
+                seal.token.check()
         manifest = Manifest(root, HELD) if seal.held else Manifest(root)
         if not write_new(manifest.path_of(name), json.dumps(asdict(record), indent=1)):
-            raise ShardError(f"{root / name}: expected to seal it, but somebody else just did. Run ingest again.")
+            raise ShardError(f"{root / name}: expected to seal it, but another process just did. Run ingest again.")
     return record
 
 
 def sealed_record(root: Path, name: str) -> ShardRecord | None:
-    """The record of a shard, published or held."""
+    """The record of a shard, published or held, or None."""
     return Manifest(root).get(name) or Manifest(root, HELD).get(name)
 
 
-def _put(path: Path, target: Path, ticket: Ticket | None) -> None:
-    """Put a file on a store in the place of what a killed attempt left there, but never of what a later owner has put
-    while this upload took its time."""
+def _put(path: Path, target: Path, token: FencingToken | None) -> None:
+    """Upload a file, replacing what a killed attempt left there, but never what a later owner put there during this upload."""
     for _ in range(ATTEMPTS):
         if put_new(path, target):
             return
-        if ticket:
-            ticket.check()
+        if token:
+            token.check()
         drop(target)
     raise ShardError(
-        f"{target}: expected to put it there, but another file came back {ATTEMPTS} times. Who writes there?"
+        f"{target}: expected to write this file, but another one reappeared {ATTEMPTS} times. What else writes there?"
     )
 
 

@@ -1,8 +1,8 @@
-"""Resizes and encodes by img2dataset's own `Resizer`, whose code runs here with three names of its module replaced.
+"""Resizes and encodes images with img2dataset's own `Resizer`, whose code runs here with three names of its module replaced:
 
-cv2.imdecode           gives the pixels that `ingest.images` has decoded already
-albumentations         keeps the transforms it made: to make one takes longer than to use it
-SuppressStdoutStderr   does nothing: it turns this process's file descriptors 1 and 2 away for every image
+cv2.imdecode           returns the pixels that `ingest.shard.images` has decoded already
+albumentations         reuses the transforms it has made: creating one takes longer than applying it
+SuppressStdoutStderr   does nothing: it would redirect this process's file descriptors 1 and 2 for every image
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Resized(NamedTuple):
 
 
 class Resize:
-    """Gives images the size and the encoding that a config asks for. For one thread."""
+    """Resizes and encodes images as a config says. Not thread-safe."""
 
     def __init__(self, config: IngestConfig):
         module = img2dataset_shim.resizer()
@@ -47,16 +47,16 @@ class Resize:
         names = {
             **vars(module),
             "cv2": types.SimpleNamespace(**{**vars(cv2), "imdecode": lambda *_: self._pixels}),
-            "A": _Kept(module.A),
+            "A": _Memoized(module.A),
             "SuppressStdoutStderr": contextlib.nullcontext,
         }
-        theirs = module.Resizer.__call__
-        self._call = types.FunctionType(theirs.__code__, names, argdefs=theirs.__defaults__)
+        original = module.Resizer.__call__
+        self._call = types.FunctionType(original.__code__, names, argdefs=original.__defaults__)
 
     def __call__(self, content: bytes, pixels: np.ndarray, *, keep: bool) -> Resized:
-        """Resize `pixels`, as `ingest.images.decode` gave them for `content`, and encode them.
+        """Resize `pixels`, which `ingest.shard.images.decode` returned for `content`, and encode them.
 
-        With `keep`, `content` itself is given back if its size is right already. Raises `FetchError`: undecodable.
+        With `keep`, `content` itself is returned if its size is right already. Raises `FetchError`: undecodable.
         """
         self._pixels = pixels
         try:
@@ -68,8 +68,8 @@ class Resize:
         return Resized(*resized)
 
 
-class _Kept:
-    """A module whose classes are called once for the same options."""
+class _Memoized:
+    """A module whose constructors are called once per set of options."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -80,7 +80,7 @@ class _Kept:
             key = name, repr(options)
             if key not in self._made:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that img2dataset uses options which albumentations has renamed
+                    warnings.simplefilter("ignore")  # img2dataset uses option names that albumentations has deprecated
                     self._made[key] = getattr(self._module, name)(**options)
             return self._made[key]
 

@@ -1,7 +1,7 @@
-"""The rows of a part as they enter a shard: which of them are worth a request, and what became of each.
+"""The rows of a part: which are worth a request, and the outcome of each.
 
-`ingest.lists.sources` gives text and what JSON has words for. Here captions lose their control characters, and rows that
-no sample can come of are known before anything is fetched.
+`ingest.lists.sources` delivers text and JSON values. Here captions lose their control characters, and rows that cannot give a
+sample are marked before anything is fetched.
 """
 
 import json
@@ -20,18 +20,18 @@ from roclip.data.shards import sample_key
 
 MAX_CAPTION_BYTES = 64 * 2**10
 CUT_CAPTION_CHARS = 1024
-"""What is kept of a longer caption, in the parquet only."""
+"""Characters that are kept of a longer caption, in the parquet only."""
 EXPECTED = "expected_"
-"""Before `md5`, `sha256` and `phash`: columns with which a list says what it has seen at a URL."""
+"""Prefix of the columns `md5`, `sha256` and `phash` with which a list states the hashes it saw at a URL."""
 CAPTION_CLEANED = "caption_cleaned"
-"""Flag of a row whose caption held control characters, which are spaces now, or bytes that were not UTF-8."""
+"""Flag of a row whose caption had control characters, which were replaced by spaces, or bytes that were not UTF-8."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _REPLACED = "\ufffd"
 
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of one row: img2dataset's columns of the same names, and ours."""
+    """The outcome of one row: img2dataset's columns of the same names, and ours."""
 
     status: str
     error_message: str | None = None
@@ -41,9 +41,9 @@ class RowOutcome:
     original_height: int | None = None
     exif: str | None = None
     sha256: str | None = None
-    """Of the bytes as fetched."""
+    """sha256 of the bytes as fetched."""
     phash: int | None = None
-    """Of the picture before it was resized (`ingest.shard.phash`)."""
+    """Perceptual hash of the image before it was resized (`ingest.shard.phash`)."""
     flags: tuple[str, ...] = ()
 
 
@@ -51,17 +51,19 @@ class Rows:
     """The rows of one part.
 
     Args:
-        left_out: Row -> why it is not to be fetched, a text that begins with a name of `roclip.data.outcomes`.
+        part: The part.
+        samples_per_shard: Rows per shard, for the keys.
+        excluded: Maps rows that are not to be fetched to the reason, a text that begins with a name of `roclip.data.outcomes`.
     """
 
-    def __init__(self, part: Part, samples_per_shard: int, left_out: Mapping[int, str] | None = None):
+    def __init__(self, part: Part, samples_per_shard: int, excluded: Mapping[int, str] | None = None):
         self.number = part.number
         self._first = part.number * samples_per_shard
         self._per_shard = samples_per_shard
         table = part.table.combine_chunks()
         captions = [_clean(caption or "") for caption in table["caption"].to_pylist()]
-        self.hopeless = {row: caption.problem for row, caption in enumerate(captions) if caption.problem}
-        self.hopeless.update(left_out or {})
+        self.skipped = {row: caption.problem for row, caption in enumerate(captions) if caption.problem}
+        self.skipped.update(excluded or {})
         """Row -> why it is not fetched."""
         self.cleaned = {row for row, caption in enumerate(captions) if caption.cleaned}
         """Rows that get the flag `CAPTION_CLEANED`."""
@@ -81,49 +83,49 @@ class Rows:
         return int(key) - int(self.key(0))
 
     def text(self, name: str, row: int) -> str:
-        """A value of a text column; nothing is ""."""
+        """The value of a text column; "" for null."""
         return self._columns[name][row].as_py() or ""
 
     def expected(self, row: int) -> dict[str, Any]:
-        """`md5`, `sha256`, `phash` -> what the list expects of this row, where it does."""
+        """The hashes that the list expects of this row, by `md5`, `sha256` and `phash`."""
         names = [name for name in self._columns if name.startswith(EXPECTED)]
         found = {name.removeprefix(EXPECTED): self._columns[name][row].as_py() for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Hashes of an answer's bytes that are needed: sha256, and md5 where the list has it."""
+        """The hashes that have to be computed over the bytes: sha256, and md5 if the list has it."""
         return ("sha256", "md5") if "expected_md5" in self._columns else ("sha256",)
 
     def urls(self) -> pa.Table:
-        """The one column `url`, with nothing in it where a row is not fetched."""
+        """The column `url`, empty for rows that are not fetched."""
         urls = self.table["url"].to_pylist()
-        for row in self.hopeless:
+        for row in self.skipped:
             urls[row] = ""
         return pa.table({"url": pa.array(urls, pa.string())})
 
-    def note(self, row: int, fate: RowOutcome, *, exif: bool) -> bytes:
-        """The json member of a sample: the keys of img2dataset, then `phash` in hexadecimal and `flags`."""
-        given = {name: _plain(column[row].as_py()) for name, column in self._columns.items()}
-        known = {**vars(fate), "phash": None if fate.phash is None else f"{fate.phash:016x}"}
+    def metadata_json(self, row: int, outcome: RowOutcome, *, exif: bool) -> bytes:
+        """The json member of a sample: img2dataset's keys, then `phash` in hexadecimal and `flags`."""
+        given = {name: _json_value(column[row].as_py()) for name, column in self._columns.items()}
+        known = {**vars(outcome), "phash": None if outcome.phash is None else f"{outcome.phash:016x}"}
         if not exif:
             del known["exif"]
         return json.dumps({**given, "key": self.key(row), **known}, allow_nan=False).encode()
 
-    def write(self, parquet: Path, fates: Sequence[RowOutcome], *, exif: bool) -> None:
-        """Write the fate of each row, in the order of the rows: the same fates give the same bytes."""
+    def write(self, parquet: Path, outcomes: Sequence[RowOutcome], *, exif: bool) -> None:
+        """Write the outcome of each row, in the order of the rows. The same outcomes give the same bytes."""
         fields = [
             *self.table.schema,
             pa.field("key", pa.string()),
-            *(field for field in _FATE if exif or field.name != "exif"),
+            *(field for field in _OUTCOME_FIELDS if exif or field.name != "exif"),
         ]
         columns = [*self.table.columns, pa.array([self.key(row) for row in range(len(self))], pa.string())]
         for field in fields[len(columns) :]:
-            columns.append(pa.array([getattr(fate, field.name) for fate in fates], field.type))
+            columns.append(pa.array([getattr(outcome, field.name) for outcome in outcomes], field.type))
         pq.write_table(pa.Table.from_arrays(columns, schema=pa.schema(fields)), parquet)
 
 
-_FATE = pa.schema(
+_OUTCOME_FIELDS = pa.schema(
     [
         ("status", pa.string()),
         ("error_message", pa.string()),
@@ -156,7 +158,7 @@ def _clean(given: str) -> _Caption:
 
 
 def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """The same column, or nulls where lists or structs of it hold texts that are not UTF-8: nobody could read it again."""
+    """The column itself, or nulls if nested texts of it are not UTF-8, which no reader could load again."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -164,12 +166,12 @@ def _valid(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
     return column
 
 
-def _plain(value: Any) -> Any:
-    """The same, with null in the place of numbers that are none, which JSON does not know."""
+def _json_value(value: Any) -> Any:
+    """The value with null in the place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _json_value(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_json_value(each) for each in value]
     return value

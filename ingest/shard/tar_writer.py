@@ -1,7 +1,7 @@
-"""A shard's tar, whose bytes depend on its samples alone and not on the order or the time in which they came.
+"""Writes a tar whose bytes depend on its samples alone, not on the order or the time of their arrival.
 
-Samples go to a file of their own as they arrive, as the members that they will be; at the end these pieces are copied in the
-order of their keys. So memory holds one sample at a time, and a number or two for each.
+Samples are spooled to a file as they arrive, already as tar members; at the end they are copied in the order of their keys. So
+memory holds one sample at a time, and two numbers for each.
 """
 
 import tarfile
@@ -10,12 +10,12 @@ from pathlib import Path
 
 _RECORD = tarfile.RECORDSIZE
 _EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-"""Of a regular file without owner, and of 1970."""
+"""A regular file without owner, modified in 1970."""
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
 
 
 class SortedTar:
-    """A tar in the making.
+    """A tar under construction.
 
     Args:
         spool: A file that does not exist yet, on the disk where the tar will be.
@@ -27,7 +27,7 @@ class SortedTar:
         self._pieces: dict[str, tuple[int, int]] = {}
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Take in a sample: suffix -> content, in the order in which the members shall stand. Raises `OSError`."""
+        """Add a sample: suffix -> content, in the order of the members. Raises `OSError`."""
         begin = self._spool.tell()
         for suffix, content in members.items():
             self._spool.write(header(f"{key}.{suffix}", len(content)))
@@ -36,7 +36,7 @@ class SortedTar:
         self._pieces[key] = begin, self._spool.tell() - begin
 
     def write(self, tar: Path) -> None:
-        """Write the tar, its samples by key, and drop the spool. Raises `OSError`."""
+        """Write the tar, sorted by key, and delete the spool. Raises `OSError`."""
         with tar.open("xb") as target:
             for key in sorted(self._pieces):
                 begin, size = self._pieces[key]
@@ -49,7 +49,9 @@ class SortedTar:
 
 
 def header(name: str, size: int) -> bytes:
-    """What `tarfile` would write before a file of `size` bytes, in a fifth of its time. `name` is ASCII, at most 100 bytes."""
+    """The header that `tarfile` would write for a file of `size` bytes, in a fifth of its time. `name` is ASCII, at most 100
+    bytes.
+    """
     block = bytearray(_EMPTY_HEADER)
     block[_NAME] = name.encode("ascii").ljust(100, b"\0")
     block[_SIZE] = b"%011o\0" % size

@@ -1,10 +1,9 @@
-"""Reads a shard back as training would, and writes down what can be learned from.
+"""Reads a shard back as training would, and indexes the samples that training can use.
 
-The tar's members are found as those of any tar (`roclip.data.tar_index`), and the images are decoded as
-`roclip.data.reader` does it:
-a whole JPEG by OpenCV, all else by Pillow. Only at an eighth of its size and in grey: a JPEG's bytes are all read for that
-too, and the decoders that training uses have to accept them. webdataset would import torch here. What the parquet says about
-a row is believed only where it says that the row failed.
+The tar's members are found as in any tar (`roclip.data.tar_index`), and the images are decoded as `roclip.data.reader` does it:
+a complete JPEG by OpenCV, everything else by Pillow. JPEGs are decoded at an eighth of their size and in grey, which still
+reads all their bytes through training's decoder. webdataset would import torch here. The parquet is trusted only for rows that
+failed.
 """
 
 import io
@@ -33,44 +32,43 @@ INDEX_SCHEMA = pa.schema(
 )
 IMAGES = (".jpg", ".png", ".webp")
 MAX_PIXELS = 89_478_485
-"""Training refuses an image with more before it decodes it."""
+"""Training refuses larger images before decoding them."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What training reads."""
+"""Formats that training reads."""
 _COLUMNS = ("key", "caption", "status", "error_message")
 _BAD = [name for name, reason in REASONS.items() if reason.bad]
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of the rows of one shard: `urls == samples + sum(failed.values())`."""
+    """The outcome of the rows of one shard: `urls == samples + sum(failed.values())`."""
 
     index: pa.Table
-    """`INDEX_SCHEMA`, one row per usable sample, by key: where image and caption lie in the tar, in bytes."""
+    """`INDEX_SCHEMA`, one row per usable sample, by key: where image and caption are in the tar, in bytes."""
     urls: int
     failed: dict[str, int] = field(default_factory=dict)
     """Rows that gave no usable sample, by reason."""
     flags: dict[str, int] = field(default_factory=dict)
-    """Usable samples of which something is to be said (`ingest.images.FLAGS`, `ingest.shard.rows`,
-    `ingest.shard.sample_sink`), by flag."""
+    """Usable samples by flag (`ingest.shard.images.FLAGS`, `ingest.shard.rows`, `ingest.shard.sample_sink`)."""
 
     @property
     def samples(self) -> int:
-        """Usable samples."""
+        """Number of usable samples."""
         return len(self.index)
 
     @property
     def bad_frac(self) -> float:
-        """Share of the rows that arrived and are no use, of all that arrived."""
+        """Fraction of unusable rows among all rows that arrived."""
         bad = sum(self.failed.get(reason, 0) for reason in _BAD)
         return bad / max(1, bad + self.samples)
 
 
 def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
-    """Read every sample of a shard, decode its image, and count the rows that gave none by reason.
+    """Read every sample of a shard, decode its image, and count the rows without a usable sample by reason.
 
-    `urls` is the number of rows that the shard stands for; without it, the rows of the parquet. Nothing in
-    the files is fatal: of a tar that was cut short the samples before the cut are used, and the others count
-    as `truncated_tar`; rows that neither file knows count as `no_record`.
+    `urls` is the number of rows that the shard stands for, by default the rows of the parquet. Damaged files are not an error:
+    of a truncated tar the samples before the cut are used, and the others count as `truncated_tar`; rows that are in neither
+    file count as `no_record`.
     """
     rows = _rows(parquet)
     samples = _group(tar)
@@ -80,7 +78,7 @@ def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
     with tar.open("rb") as file:
         for key in sorted(rows.keys() | samples.keys()):
             members, row = samples.get(key, {}), rows.get(key, _Row())
-            reason = row.reason or _unusable(file, members)
+            reason = row.reason or _sample_problem(file, members)
             if reason:
                 failed[reason] += 1
                 continue
@@ -100,10 +98,10 @@ def verify(tar: Path, parquet: Path, *, urls: int | None = None) -> ShardReport:
 
 
 class _Row(NamedTuple):
-    """What the parquet says about a row."""
+    """A row of the parquet."""
 
     reason: str = ""
-    """Why it gave nothing, or "" if nothing rules it out."""
+    """Why the row failed, or ""."""
     flags: tuple[str, ...] = ()
 
 
@@ -113,17 +111,17 @@ def _rows(parquet: Path) -> dict[str, _Row]:
         table = pq.read_table(parquet, columns=names)
     except (pa.ArrowException, OSError):
         return {}
-    return {row["key"]: _Row(_ruled_out(row), tuple(row.get("flags") or ())) for row in table.to_pylist()}
+    return {row["key"]: _Row(_failure_reason(row), tuple(row.get("flags") or ())) for row in table.to_pylist()}
 
 
-def _ruled_out(row: dict) -> str:
-    if not (row["caption"] or "").strip():  # first, so that this count does not depend on the weather
+def _failure_reason(row: dict) -> str:
+    if not (row["caption"] or "").strip():  # first, so that this count does not depend on whether the fetch failed
         return "empty_caption"
     return "" if row["status"] == "success" else reason_of(row["error_message"] or "")
 
 
 def _group(tar: Path) -> dict[str, dict[str, Member]]:
-    """Key -> suffix -> member, of all members that lie in the file as a whole."""
+    """Key -> suffix -> member, for all members that are completely in the file."""
     groups: dict[str, dict[str, Member]] = {}
     with tar.open("rb", buffering=0) as file:
         for member in TarScan(file.read):
@@ -136,20 +134,20 @@ def _image(members: dict[str, Member]) -> Member:
     return next(member for suffix, member in members.items() if suffix in IMAGES)
 
 
-def _unusable(file: io.BufferedReader, members: dict[str, Member]) -> str:
-    """Why training cannot use this sample, or "" if it can."""
+def _sample_problem(file: io.BufferedReader, members: dict[str, Member]) -> str:
+    """Why training cannot use this sample, or ""."""
     if ".txt" not in members or not any(suffix in IMAGES for suffix in members):
         return "truncated_tar"
     if not _read(file, members[".txt"]).decode(errors="replace").strip():
         return "empty_caption"
-    return _undecodable(_read(file, _image(members)))
+    return _decoding_problem(_read(file, _image(members)))
 
 
-def _undecodable(encoded: bytes) -> str:
+def _decoding_problem(encoded: bytes) -> str:
     """Why training cannot decode this image, or ""."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the line below is stricter
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     return "too_many_pixels"
@@ -158,13 +156,13 @@ def _undecodable(encoded: bytes) -> str:
                     image.load()
     except Image.DecompressionBombError:
         return "too_many_pixels"
-    except Exception:  # Pillow's plugins raise whatever they like on damaged bytes
+    except Exception:  # Pillow's plugins can raise anything on damaged bytes
         return "undecodable"
     return "undecodable" if whole and not _opencv_reads(encoded) else ""
 
 
 def _opencv_reads(jpeg: bytes) -> bool:
-    import cv2  # not before `fetch` has set how many pixels OpenCV may decode, for which it looks once
+    import cv2  # only after `fetch` has set OpenCV's pixel limit, which is read at import
 
     return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
 

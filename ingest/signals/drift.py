@@ -1,8 +1,8 @@
-"""What has changed between two ingests of one list: the same URLs, other pictures? Writes `drift.parquet`.
+"""Compares two ingests of one list by URL: which URLs now return other images? Writes `drift.parquet`.
 
-A URL that shows something else than it did when the list was made is how split-view poisoning works (Carlini et al.,
-arXiv:2302.10149). The two ingests are joined by URL on disk (`group_by.py`), so memory is bounded whatever their size. A URL that
-has several rows, because a list repeats it or a later pass tried it again, counts once: by its first sample, if it has one.
+A URL whose content changed after the list was made is how split-view poisoning works (Carlini et al., arXiv:2302.10149). The
+two ingests are joined by URL on disk (`group_by.py`), so memory is bounded whatever their size. A URL with several rows,
+because the list repeats it or a later pass retried it, counts once: by its first sample, if it has one.
 """
 
 from collections import Counter
@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from ingest.folder.sealed import Keys, numbers, parquet_writer, rows, scratch
+from ingest.folder.sealed import Keys, key_numbers, parquet_writer, rows, scratch
 from ingest.signals import normal_forms
 from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
-from ingest.signals.near_duplicates import bits, telling
+from ingest.signals.near_duplicates import bits, is_informative
 from roclip.data.outcomes import reason_of
 from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
@@ -27,21 +27,21 @@ from roclip.storage import place
 pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 DRIFT = "drift.parquet"
 LOOKS_SAME_BITS = 8
-"""Perceptual hashes that differ in so many bits or fewer are of pictures that look the same."""
+"""Images whose perceptual hashes differ in at most this many bits count as looking the same."""
 EXAMPLES = 12
 CHANGES = {
     "same_bytes": "the same bytes as before",
-    "looks_same": "other bytes, but the picture looks the same",
-    "looks_different": "another picture",
-    "other_bytes": "other bytes; whether the picture looks the same is not known",
-    "gone": "there was a sample, and now there is none",
-    "came_back": "there was no sample, and now there is one",
-    "failed_again": "neither then nor now",
+    "looks_same": "other bytes, but the image looks the same",
+    "looks_different": "a different image",
+    "other_bytes": "other bytes; whether the image looks the same is not known",
+    "gone": "there was a sample before, but not now",
+    "came_back": "there was no sample before, but there is one now",
+    "failed_again": "no sample in either ingest",
     "only_old": "not in the new list",
     "only_new": "not in the old list",
 }
 _QUIET = ("same_bytes", "failed_again")
-"""Counted only."""
+"""Counted, but not listed."""
 SCHEMA = pa.schema(
     [
         ("url", pa.string()),
@@ -75,8 +75,8 @@ _SHARD_BITS = 40
 
 
 @dataclass(frozen=True)
-class Changed:
-    """One URL of the examples; the fields are those of `SCHEMA`."""
+class ChangedUrl:
+    """One example URL; the fields are those of `SCHEMA`."""
 
     url: str
     change: str
@@ -91,19 +91,19 @@ class Changed:
 
 @dataclass(frozen=True)
 class Drift:
-    """What `drift` found."""
+    """The result of `find_drift`."""
 
     counts: dict[str, int]
-    """URLs by change, all of `CHANGES`."""
+    """Number of URLs by change, for all of `CHANGES`."""
     captions_changed: int
-    """URLs with a sample then and now whose caption is another one."""
+    """Number of URLs with a sample in both ingests and different captions."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Of those that are gone, the most frequent first."""
-    examples: dict[str, tuple[Changed, ...]] = field(default_factory=dict)
-    """By change, up to 12: those with the greatest distance."""
+    """Failure reasons of the URLs that are gone, most frequent first."""
+    examples: dict[str, tuple[ChangedUrl, ...]] = field(default_factory=dict)
+    """Up to 12 URLs by change, those with the greatest distance."""
 
 
-def drift(
+def find_drift(
     old_root: str | Path,
     new_root: str | Path,
     work: str | Path,
@@ -115,11 +115,11 @@ def drift(
 
     Raises `ShardError` for a shard that cannot be read.
     """
-    work, say = place(work), on_progress or (lambda done, total, text: None)
+    work, on_progress = place(work), on_progress or (lambda done, total, text: None)
     old, new = Manifest(old_root), Manifest(new_root)
     with scratch(work) as folder:
         join = _Join((old, new), folder, memory_bytes)
-        join.read(say)
+        join.read(on_progress)
         join.compare()
         with parquet_writer(work / DRIFT, SCHEMA, folder) as writer:
             join.write(writer.write_table)
@@ -127,7 +127,7 @@ def drift(
 
 
 class _Join:
-    """Rows of both sides by URL, then changes by the shard that knows the URL."""
+    """Joins the rows of both sides by URL, then groups the changes by shard."""
 
     def __init__(self, sides: tuple[Manifest, Manifest], folder: Path, memory_bytes: int):
         self.roots = [side.root for side in sides]
@@ -142,38 +142,38 @@ class _Join:
         self.counts: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))
         self.reasons: Counter[str] = Counter()
         self.captions_changed = 0
-        self._examples: dict[str, list[tuple[int, Changed]]] = {name: [] for name in _NAMES}
+        self._examples: dict[str, list[tuple[int, ChangedUrl]]] = {name: [] for name in _NAMES}
 
-    def read(self, say: Progress) -> None:
+    def read(self, on_progress: Progress) -> None:
         done, total = 0, sum(map(len, self.records))
         for new, records in enumerate(self.records):
             for shard, record in enumerate(records):
                 table = rows(self.roots[new], record, ("url", "caption", "sha256", "phash", "error_message"))
-                self.keys[new].note(shard, table["key"])
-                self._rows.add(self._numbered(new, shard, record, table))
+                self.keys[new].record_width(shard, table["key"])
+                self._rows.add(self._as_records(new, shard, record, table))
                 done += 1
-                say(done, total, f"drift: read {done} of {total} shards")
+                on_progress(done, total, f"drift: read {done} of {total} shards")
 
-    def _numbered(self, new: int, shard: int, record: ShardRecord, table: pa.Table) -> np.ndarray:
+    def _as_records(self, new: int, shard: int, record: ShardRecord, table: pa.Table) -> np.ndarray:
         out = np.zeros(len(table), _ROW)
         out["hash"] = normal_forms.hashes(normal_forms.normal_urls(table["url"].combine_chunks()))
         out["new"], out["shard"], out["there"] = new, shard, True
-        out["key"] = numbers(record, table["key"])
+        out["key"] = key_numbers(record, table["key"])
         out["sample"] = table["sample"].to_numpy()
         out["sha"] = normal_forms.sha_hashes(table["sha256"].combine_chunks())
         out["phash"] = table["phash"].to_numpy()
         out["caption"] = normal_forms.hashes(normal_forms.normal_captions(table["caption"].combine_chunks()))
-        said = table["error_message"].combine_chunks().dictionary_encode()
+        messages = table["error_message"].combine_chunks().dictionary_encode()
         codes = [
             self._reasons.setdefault(reason_of(text) if text else "", len(self._reasons))
-            for text in said.dictionary.to_pylist()
+            for text in messages.dictionary.to_pylist()
         ]
-        out["reason"] = np.array([*codes, 0], np.uint16)[said.indices.to_numpy()]
+        out["reason"] = np.array([*codes, 0], np.uint16)[messages.indices.to_numpy()]
         return out[pc.not_equal(table["url"], "").to_numpy()]
 
     def compare(self) -> None:
-        with self._rows as spill:
-            for groups in spill.groups(1):
+        with self._rows as group_by:
+            for groups in group_by.groups(1):
                 old, new = _sides(groups.rows)
                 changes = _compared(old, new)
                 names, counts = np.unique(changes["change"], return_counts=True)
@@ -183,25 +183,25 @@ class _Join:
                 self.captions_changed += int(
                     (changes["caption"] & changes["old"]["sample"] & changes["now"]["sample"]).sum()
                 )
-                loud = changes[~np.isin(changes["change"], [_NAMES.index(name) for name in _QUIET])]
-                for side, mine in ((1, loud["now"]["there"]), (0, ~loud["now"]["there"])):
-                    part = loud[mine]
+                notable = changes[~np.isin(changes["change"], [_NAMES.index(name) for name in _QUIET])]
+                for side, mine in ((1, notable["now"]["there"]), (0, ~notable["now"]["there"])):
+                    part = notable[mine]
                     part["hash"] = part["now" if side else "old"]["shard"].astype(np.uint64) << np.uint64(_SHARD_BITS)
                     self._changes[side].add(part)
 
     def write(self, write: Callable[[pa.Table], None]) -> None:
         names = {code: name for name, code in self._reasons.items()}
-        for side, spill in enumerate(self._changes):
-            with spill:
-                for shard, changes in _by_shard(spill):
-                    table = self._told(side, shard, changes, names)
+        for side, group_by in enumerate(self._changes):
+            with group_by:
+                for shard, changes in _by_shard(group_by):
+                    table = self._as_table(side, shard, changes, names)
                     self._keep_examples(table)
                     write(table)
 
-    def _told(self, side: int, shard: int, changes: np.ndarray, names: dict[int, str]) -> pa.Table:
+    def _as_table(self, side: int, shard: int, changes: np.ndarray, names: dict[int, str]) -> pa.Table:
         record = self.records[side][shard]
         table = rows(self.roots[side], record, ("url",))
-        there = numbers(record, table["key"])
+        there = key_numbers(record, table["key"])
         order = np.argsort(there, kind="stable")
         at = order[np.searchsorted(there[order], changes["now" if side else "old"]["key"])]
         far = changes["distance"].astype(np.int32)
@@ -228,7 +228,7 @@ class _Join:
             kept, mine = self._examples[name], table.filter(pc.equal(table["change"], name))
             order = np.argsort(-pc.fill_null(mine["distance"], -1).to_numpy(), kind="stable")[:EXAMPLES]
             for row in mine.take(pa.array(order)).to_pylist():
-                kept.append((-1 if row["distance"] is None else row["distance"], Changed(**row)))
+                kept.append((-1 if row["distance"] is None else row["distance"], ChangedUrl(**row)))
             self._examples[name] = sorted(kept, key=lambda entry: -entry[0])[:EXAMPLES]
 
     def summary(self) -> Drift:
@@ -237,9 +237,9 @@ class _Join:
 
 
 def _sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each different hash its old row and its new one, (U,) and (U,); one that is not there has `there` false.
+    """The old and the new row of each distinct hash, (U,) and (U,); `there` is false for a missing row.
 
-    Of several rows it is the first sample, or the first row; its caption is the smallest hash of all.
+    Of several rows the first sample is taken, or the first row; its caption is the smallest caption hash of them all.
     """
     hashes = np.unique(rows["hash"])
     out = np.zeros((2, len(hashes)), _ROW)
@@ -256,14 +256,14 @@ def _sides(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compared(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """What became of each URL."""
+    """The change of each URL."""
     out = np.zeros(len(old), _CHANGE)
     out["hash"] = old["hash"]
     for name, _ in _SIDE:
         out["old"][name], out["now"][name] = old[name], new[name]
     both = old["sample"] & new["sample"]
     same = both & (old["sha"] == new["sha"]) & (old["sha"] != 0)
-    known = both & telling(old["phash"]) & telling(new["phash"])
+    known = both & is_informative(old["phash"]) & is_informative(new["phash"])
     out["distance"] = np.where(known, bits(old["phash"] ^ new["phash"]).astype(np.int16), -1)
     near = known & (out["distance"] <= LOOKS_SAME_BITS)
     cases = {
@@ -282,11 +282,9 @@ def _compared(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return out
 
 
-def _by_shard(spill: ExternalGroupBy) -> Iterator[tuple[int, np.ndarray]]:
-    for groups in spill.groups(1):
-        bounds = groups.starts()
-        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            changes = groups.rows[start:stop]
+def _by_shard(group_by: ExternalGroupBy) -> Iterator[tuple[int, np.ndarray]]:
+    for groups in group_by.groups(1):
+        for _, changes in groups.runs():
             part = "now" if changes["now"]["there"][0] else "old"
             yield (
                 int(changes["hash"][0] >> np.uint64(_SHARD_BITS)),

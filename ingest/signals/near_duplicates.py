@@ -1,10 +1,10 @@
-"""Which images look the same, by 64-bit perceptual hashes that differ in at most 3 bits, over any number of images.
+"""Groups near-duplicate images, by 64-bit perceptual hashes that differ in at most 3 bits, for any number of images.
 
-Hashes are cut into 5 blocks. Two that differ in 3 bits agree in 2 blocks at least, so each pair meets in one of 10 tables
-(Manku, Jain, Das Sarma: Detecting Near-Duplicates for Web Crawling, WWW 2007). There it is compared bit by bit. Alike is
-then whatever is connected by such pairs.
+Hashes are cut into 5 blocks. Two that differ in 3 bits agree in at least 2 blocks, so each pair meets in one of 10 tables
+(Manku, Jain, Das Sarma: Detecting Near-Duplicates for Web Crawling, WWW 2007), where they are compared bit by bit. A group is a
+connected component of such pairs.
 
-Bounded work: where many hashes agree in two blocks, each is compared with the next `WINDOW` in order only.
+Bounded work: if many hashes agree in two blocks, each is compared only with the next `WINDOW` in order.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy, HashGroups
 from ingest.signals.normal_forms import mix
 
 DISTANCE = 3
-"""Bits in which two hashes of one look may differ."""
+"""Most bits in which two linked hashes differ."""
 BLOCKS = 5
 WINDOW = 64
 FLAT_BITS = 6
-"""A hash with fewer ones, or fewer zeros, says nothing: it is of a plain surface."""
+"""A hash with fewer ones, or fewer zeros, is of a plain surface and carries no information."""
 _PAIR = np.dtype([("hash", "<u8"), ("phash", "<u8")])
 _BYTES_PER_LINK = 64
-"""What a linked hash costs while links are joined."""
+"""Memory per linked hash while links are joined."""
 
 
 def bits(numbers: np.ndarray) -> np.ndarray:
@@ -38,59 +38,59 @@ def bits(numbers: np.ndarray) -> np.ndarray:
         return ((x * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.uint8)
 
 
-def telling(phash: np.ndarray) -> np.ndarray:
-    """Which hashes say something: neither absent (0) nor of a plain surface."""
+def is_informative(phash: np.ndarray) -> np.ndarray:
+    """Whether each hash is usable: neither missing (0) nor of a plain surface."""
     ones = bits(phash)
     return (ones >= FLAT_BITS) & (ones <= 64 - FLAT_BITS)
 
 
 class NearDuplicateGroups:
-    """Which look each perceptual hash belongs to: the smallest hash that it is connected with.
+    """Maps perceptual hashes to near-duplicate groups. A group is named by its smallest hash.
 
     Args:
-        linked: Hashes that are connected with a smaller one, ascending.
-        look: That smallest one.
-        left_out: Links that did not fit into memory.
-        windowed: Comparisons that were cut off at `WINDOW`, counted by hash and table.
+        linked: Hashes that are linked with a smaller one, ascending.
+        near_group: The smallest hash of each one's group.
+        dropped: Links that did not fit into memory.
+        truncated: Comparisons that were cut off at `WINDOW`, counted by hash and table.
     """
 
-    def __init__(self, linked: np.ndarray, look: np.ndarray, left_out: int = 0, windowed: int = 0):
-        self.linked, self._look = linked, look
-        self.roots = np.unique(look)
-        self.left_out, self.windowed = left_out, windowed
+    def __init__(self, linked: np.ndarray, near_group: np.ndarray, dropped: int = 0, truncated: int = 0):
+        self.linked, self._group = linked, near_group
+        self.roots = np.unique(near_group)
+        self.dropped, self.truncated = dropped, truncated
 
     def __call__(self, phash: np.ndarray) -> np.ndarray:
-        """The look of each hash; of one that is connected with none, itself."""
+        """The group of each hash; the hash itself if it has no links."""
         if not len(self.linked):
             return phash
         at = np.minimum(np.searchsorted(self.linked, phash), len(self.linked) - 1)
-        return np.where(self.linked[at] == phash, self._look[at], phash)
+        return np.where(self.linked[at] == phash, self._group[at], phash)
 
 
 def near_duplicate_groups(
     hashes: ExternalGroupBy, folder: Path, memory_bytes: int = MEMORY_BYTES
 ) -> NearDuplicateGroups:
-    """Connect the perceptual hashes of a spill, whose rows have the field `phash` and its `mix` as `hash`."""
+    """Group the perceptual hashes of `hashes`, whose rows have the field `phash` and its `mix` as `hash`."""
     links = _Links(memory_bytes // _BYTES_PER_LINK)
     distinct, number = folder / "distinct", 0
     with distinct.open("wb") as file:
         for groups in hashes.groups(1):
             phash = groups.rows["phash"][groups.rank == 0]
-            phash = phash[telling(phash)]
+            phash = phash[is_informative(phash)]
             number += len(phash)
             phash.tofile(file)
-    windowed = 0
+    truncated = 0
     for table, mask in enumerate(_masks()):
-        with ExternalGroupBy(folder / f"table{table}", _PAIR, number, memory_bytes) as spill:
+        with ExternalGroupBy(folder / f"table{table}", _PAIR, number, memory_bytes) as group_by:
             for phash in _pieces(distinct):
                 rows = np.empty(len(phash), _PAIR)
                 rows["hash"], rows["phash"] = mix(phash & mask), phash
-                spill.add(rows)
-            for groups in spill.groups():
-                windowed += _compare(groups, links)
+                group_by.add(rows)
+            for groups in group_by.groups():
+                truncated += _compare(groups, links)
     distinct.unlink()
-    linked, look = links.joined()
-    return NearDuplicateGroups(linked, look, links.left_out, windowed)
+    linked, near_group = links.connected()
+    return NearDuplicateGroups(linked, near_group, links.dropped, truncated)
 
 
 def _masks() -> Iterator[np.uint64]:
@@ -108,7 +108,7 @@ def _pieces(path: Path, number: int = 1 << 18) -> Iterator[np.ndarray]:
 
 
 def _compare(groups: HashGroups, links: "_Links") -> int:
-    """Link what is near within each group; how many hashes were not compared with all of theirs."""
+    """Link near hashes within each group. Returns how many hashes were not compared with all others of their group."""
     order = np.lexsort((groups.rows["phash"], groups.rows["hash"]))
     group, phash = groups.rows["hash"][order], groups.rows["phash"][order]
     at = np.arange(len(phash))
@@ -123,24 +123,24 @@ def _compare(groups: HashGroups, links: "_Links") -> int:
 
 
 class _Links:
-    """Pairs that are connected, kept as a forest: each hash with a smaller one."""
+    """Links as a forest: each hash with a smaller one of its component."""
 
-    def __init__(self, most: int):
-        self.most, self.left_out = most, 0
+    def __init__(self, max_links: int):
+        self.max_links, self.dropped = max_links, 0
         self._low: list[np.ndarray] = []
         self._high: list[np.ndarray] = []
-        self._held = 0
+        self._buffer = 0
 
     def add(self, first: np.ndarray, second: np.ndarray) -> None:
         self._low.append(first)
         self._high.append(second)
-        self._held += len(first)
-        if self._held > 2 * self.most:
-            self.joined()
+        self._buffer += len(first)
+        if self._buffer > 2 * self.max_links:
+            self.connected()
 
-    def joined(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes, ascending, and the smallest that each is connected with, where that is another."""
-        if not self._held:
+    def connected(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes that are linked with a smaller one, ascending, and the smallest hash of each one's component."""
+        if not self._buffer:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         nodes, at = np.unique(np.concatenate([*self._low, *self._high]), return_inverse=True)
         low, high = np.split(at.reshape(-1), 2)
@@ -150,7 +150,7 @@ class _Links:
         root = nodes[smallest][component]
         linked = root != nodes
         nodes, root = nodes[linked], root[linked]
-        self.left_out += max(0, len(nodes) - self.most)
-        nodes, root = nodes[: self.most], root[: self.most]
-        self._low, self._high, self._held = [root], [nodes], len(nodes)
+        self.dropped += max(0, len(nodes) - self.max_links)
+        nodes, root = nodes[: self.max_links], root[: self.max_links]
+        self._low, self._high, self._buffer = [root], [nodes], len(nodes)
         return nodes, root

@@ -1,4 +1,4 @@
-"""URLs and captions as something that can be compared: normal forms, words, and 64-bit hashes of texts.
+"""Normal forms, words and 64-bit hashes of URLs and captions, for comparison.
 
 Letters: B texts, T words in all of them.
 """
@@ -67,7 +67,7 @@ STOPWORDS = frozenset(
         "your",
     ]
 )
-"""Words that say nothing about a picture."""
+"""Words that describe no image content."""
 _DEFAULT_PORT = {"http": ":80", "https": ":443"}
 _USUAL = re.compile(r"^https?://[a-z0-9.-]+/[^#]*$")
 _NOT_WORDS = r"[^\pL\pM\pN]+"
@@ -82,13 +82,13 @@ def hashes(texts: pa.Array) -> np.ndarray:
 
 
 def hash_each(texts: pa.Array) -> np.ndarray:
-    """As `hashes`, quicker where texts repeat."""
+    """As `hashes`, but faster for repeated texts."""
     known = texts.dictionary_encode()
     return hashes(known.dictionary)[known.indices.to_numpy(zero_copy_only=False)]
 
 
 def mix(numbers: np.ndarray) -> np.ndarray:
-    """A permutation of the uint64 that spreads neighbours (splitmix64's finaliser)."""
+    """A permutation of the uint64 that scatters close numbers (splitmix64's finaliser)."""
     with np.errstate(over="ignore"):
         x = numbers.astype(np.uint64) + np.uint64(_SMALL)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -97,7 +97,7 @@ def mix(numbers: np.ndarray) -> np.ndarray:
 
 
 def sha_hashes(sha256: pa.Array) -> np.ndarray:
-    """The first 64 bits of sha256 sums in hex, (B,) uint64; 0 for what is none."""
+    """The first 64 bits of hexadecimal sha256 sums, (B,) uint64; 0 for an invalid one."""
     good = pc.match_substring_regex(sha256, "^[0-9a-fA-F]{64}$")
     head = pc.if_else(good, pc.utf8_slice_codeunits(sha256, 0, 16), "0" * 16)
     joined = bytes.fromhex("".join(head.to_pylist()))
@@ -105,7 +105,7 @@ def sha_hashes(sha256: pa.Array) -> np.ndarray:
 
 
 def normal_urls(urls: pa.Array) -> pa.Array:
-    """URLs with scheme and host in lower case, without default port and fragment: what one server takes for the same."""
+    """URLs with scheme and host in lower case, without default port and fragment."""
     usual = pc.match_substring_regex(urls, _USUAL.pattern)
     if pc.all(usual).as_py() or not len(urls):
         return urls
@@ -114,7 +114,7 @@ def normal_urls(urls: pa.Array) -> pa.Array:
 
 
 def normal_url(url: str) -> str:
-    """One URL as `normal_urls` gives it; what is no URL stays as it is, without white space around it."""
+    """The normal form of one URL; anything else is only stripped of white space."""
     url = url.strip()
     try:
         parts = urlsplit(url)
@@ -128,13 +128,13 @@ def normal_url(url: str) -> str:
 
 
 def hosts(urls: pa.Array) -> pa.Array:
-    """The host of each URL in lower case, without port; "" where there is none."""
+    """The host of each URL in lower case, without port, or ""."""
     found = pc.extract_regex(urls, r"(?i)^\s*https?://(?:[^/?#@]*@)?(?P<host>\[[^\]/?#]*\]|[^/?#:]*)")
     return pc.fill_null(pc.utf8_lower(pc.struct_field(found, "host")), "")
 
 
 def normal_captions(captions: pa.Array) -> pa.Array:
-    """Captions in lower case and Unicode's form NFKC, with single spaces."""
+    """Captions in lower case and Unicode form NFKC, with single spaces."""
     texts = pc.utf8_lower(pc.utf8_normalize(captions, "NFKC"))
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(texts, r"\s+", " "))
 
@@ -144,18 +144,18 @@ class CaptionWords:
     """The words of B captions, in order."""
 
     caption: np.ndarray
-    """(T,) int64: of which caption each word is; ascending."""
+    """(T,) int64, ascending: index of each word's caption."""
     word: np.ndarray
-    """(T,) int64: which of `known` it is."""
+    """(T,) int64: index of each word in `known`."""
     known: pa.Array
-    """The different words."""
+    """The vocabulary."""
     hash: np.ndarray
     """(known,) uint64."""
     content: np.ndarray
-    """(known,) bool: says something about a picture: three letters or more, and no stop word."""
+    """(known,) bool: content words, of at least three letters and no stop words."""
 
     def distinct_content(self) -> tuple[np.ndarray, np.ndarray]:
-        """Caption and word of each different content word, ordered by both."""
+        """Caption and word of each distinct content word, sorted by both."""
         keep = self.content[self.word]
         pairs = np.unique(self.caption[keep] * max(1, len(self.known)) + self.word[keep])
         caption, word = np.divmod(pairs, max(1, len(self.known)))
@@ -163,7 +163,7 @@ class CaptionWords:
 
 
 def words(normal: pa.Array) -> CaptionWords:
-    """The words of captions in normal form."""
+    """Split captions in normal form into words."""
     pieces = pc.split_pattern_regex(normal, _NOT_WORDS)
     caption = pc.list_parent_indices(pieces).to_numpy()
     flat = pc.list_flatten(pieces)
@@ -181,17 +181,17 @@ def words(normal: pa.Array) -> CaptionWords:
 
 
 def short(hashes: np.ndarray) -> np.ndarray:
-    """The 32 bits of each hash that a sketch has, never 0."""
+    """The 32 bits of each hash that a MinHash signature uses, never 0."""
     return (hashes >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 
-def sketches(said: CaptionWords, captions: int, width: int = 8) -> np.ndarray:
-    """(B, width) uint32: the smallest hashes of each caption's different content words, then zeros.
+def minhashes(caption_words: CaptionWords, captions: int, width: int = 8) -> np.ndarray:
+    """MinHash signatures, (B, width) uint32: the smallest hashes of each caption's distinct content words, padded with zeros.
 
-    Two captions' shares of equal ones are those of their words: exactly, where both have at most `width`.
+    The Jaccard index of two signatures estimates that of their words, and is exact if both captions have at most `width`.
     """
-    caption, word = said.distinct_content()
-    value = short(said.hash)[word]
+    caption, word = caption_words.distinct_content()
+    value = short(caption_words.hash)[word]
     order = np.lexsort((value, caption))
     caption, value = caption[order], value[order]
     rank = np.arange(len(caption)) - np.searchsorted(caption, caption)

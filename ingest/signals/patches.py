@@ -1,8 +1,9 @@
-"""Small pieces of a picture that can be found again at another place: what a trigger that is stamped on many pictures leaves.
+"""Describes small windows of an image that can be found again at another place, as a trigger stamped on many images leaves
+them.
 
-The picture is scaled to two sizes. At each, the `CORNERS` points are taken where colours meet from several sides (the smaller
-eigenvalue of the structure tensor: Shi and Tomasi, CVPR 1994), and around each a window of `WINDOW_PX` is written down as
-4 x 4 colours. Where four cells of a trigger meet, the window holds nothing but the trigger, whatever is behind it.
+The image is resized to two sizes. At each, the `CORNERS` strongest corners are taken (the smaller eigenvalue of the structure
+tensor: Shi and Tomasi, CVPR 1994), and a window of `WINDOW_PX` around each is described by 4 x 4 colours. At a point where four
+cells of a trigger meet, the window contains only the trigger, whatever is behind it.
 """
 
 import io
@@ -13,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 SIDES_PX = (96, 128)
-"""Of the picture's shorter side."""
+"""Shorter side of the resized image."""
 CORNERS = 12
 WINDOW_PX = 8
 WIDTH = 48
-"""Numbers that describe a window: 4 x 4 places, 3 colours, 0 to 255."""
+"""Numbers that describe a window: 4 x 4 positions, 3 colours, 0 to 255."""
 MAX_PIXELS = 1 << 26
-"""An image with more is not decoded."""
+"""Larger images are not decoded."""
 _LONGEST = 4
-"""Longer pictures are scaled by their longer side."""
+"""Images with a larger aspect ratio are resized by their longer side."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _LEAST_CORNER = 200.0
 _SUM = np.ones((1, 3), np.float32)
@@ -31,7 +32,7 @@ _STEPS = np.arange(-WINDOW_PX // 2, WINDOW_PX // 2, 2)
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of one image."""
+    """The windows of one image."""
 
     numbers: np.ndarray
     """(n, WIDTH) uint8."""
@@ -40,13 +41,13 @@ class Windows:
 
 
 def decode(encoded: bytes) -> np.ndarray | None:
-    """(H, W, 3) uint8 BGR, or None for what cannot be decoded or is too large."""
+    """Decode to (H, W, 3) uint8 BGR; None if that fails or the image is too large."""
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) >= 1 << 16:
                 return None
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except Exception:  # Pillow's plugins raise whatever they like on damaged bytes; OpenCV its own
+    except Exception:  # Pillow's plugins and OpenCV can raise anything on damaged bytes
         return None
 
 

@@ -1,7 +1,7 @@
-"""Keeps suspected samples from training, and readable: which keys of which shards, and a shard's index without them.
+"""Withholds suspected samples from training: which keys of which shards, and a shard's index without them.
 
-Training reads what stands in a shard's index. So the index loses the rows, a second parquet of the same form gets them with the
-signals that named them, and the tar stays as it is.
+Training reads the samples in a shard's index. So the rows are moved from the index to a second parquet of the same form, with
+the names of the signals, and the tar stays as it is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,27 +18,27 @@ from roclip.storage import content_of
 
 pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 SIGNAL = pa.field("signal", pa.string())
-"""What a quarantined row has more than one of the index: the names of its signals, with commas between them."""
+"""The extra column of quarantined rows: the names of their signals, comma-separated."""
 
 
 def check_signals(signals: Sequence[str]) -> None:
-    """Raises `ConfigError` for a name that no signal has."""
+    """Raises `ConfigError` for an unknown signal."""
     if unknown := [name for name in signals if name not in SIGNALS]:
         raise ConfigError(
-            f"ingest.quarantine: expected of {', '.join(SIGNALS)}, got {', '.join(unknown)}. Correct the name."
+            f"ingest.quarantine: expected any of {', '.join(SIGNALS)}, got {', '.join(unknown)}. Correct the name."
         )
 
 
-def quarantined(suspicion: Path, signals: Sequence[str], least_score: float = 0.0) -> Iterator[tuple[str, pa.Table]]:
-    """The samples that the signals name, shard by shard, in the order of the shards: file name of its tar, and a table of the
-    strings `key` and `signal`, each key once.
+def quarantined(suspicion: Path, signals: Sequence[str], min_score: float = 0.0) -> Iterator[tuple[str, pa.Table]]:
+    """The samples that the signals name, shard by shard in order: file name of the tar, and a table of the strings `key` and
+    `signal`, with each key once.
 
-    `suspicion` is a `suspicion.parquet`, here or on a store. Memory: its largest row group, and one shard. Raises
+    `suspicion` is a `suspicion.parquet`, local or on a store. Memory: its largest row group, and one shard. Raises
     `ConfigError` for an unknown signal, `ShardError` for a parquet that cannot be read.
     """
     check_signals(signals)
     shard, held = "", []
-    for name, rows in _runs(suspicion, signals, least_score):
+    for name, rows in _runs(suspicion, signals, min_score):
         if name != shard and held:
             yield shard, _by_key(pa.concat_tables(held))
             held = []
@@ -49,39 +49,40 @@ def quarantined(suspicion: Path, signals: Sequence[str], least_score: float = 0.
 
 
 def split_index(index: pa.Table, named: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """A shard's index without the keys of `named`, and the rows of these keys with `SIGNAL`; both in the order of the index.
+    """Split a shard's index into the rows without the keys of `named`, and the rows of these keys with `SIGNAL`; both keep
+    their order.
 
-    A key that the index does not have is none: it was taken out before.
+    A key that is not in the index is ignored: it was removed before.
     """
     out = pc.is_in(index["key"], value_set=named["key"].combine_chunks())
-    kept, left_out = index.filter(pc.invert(out)), index.filter(out)
-    at = pc.index_in(left_out["key"], value_set=named["key"].combine_chunks())
-    return kept, left_out.append_column(SIGNAL, named["signal"].take(at).cast(SIGNAL.type))
+    kept, dropped = index.filter(pc.invert(out)), index.filter(out)
+    at = pc.index_in(dropped["key"], value_set=named["key"].combine_chunks())
+    return kept, dropped.append_column(SIGNAL, named["signal"].take(at).cast(SIGNAL.type))
 
 
 def quarantine_path(root: Path, record_name: str) -> Path:
-    """Where the quarantined rows of a shard lie."""
+    """The path of a shard's quarantined rows."""
     return root / f"{Path(record_name).stem}.quarantine.parquet"
 
 
-def _runs(suspicion: Path, signals: Sequence[str], least_score: float) -> Iterator[tuple[str, pa.Table]]:
-    """The named rows, cut where the shard changes."""
+def _runs(suspicion: Path, signals: Sequence[str], min_score: float) -> Iterator[tuple[str, pa.Table]]:
+    """The named rows, split where the shard changes."""
     try:
         source = suspicion if isinstance(suspicion, Path) else pa.BufferReader(content_of(suspicion))
         with pq.ParquetFile(source) as file:
             for batch in file.iter_batches(columns=["key", "shard", "signal", "score"]):
                 table = pa.Table.from_batches([batch])
                 named = pc.is_in(table["signal"], value_set=pa.array(signals, pa.string()))
-                table = table.filter(pc.and_(named, pc.greater_equal(table["score"], least_score)))
-                for start, stop in _same(table["shard"].to_pylist()):
+                table = table.filter(pc.and_(named, pc.greater_equal(table["score"], min_score)))
+                for start, stop in _equal_runs(table["shard"].to_pylist()):
                     yield table["shard"][start].as_py(), table.slice(start, stop - start).select(["key", "signal"])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ShardError(
-            f"{suspicion}: expected a suspicion.parquet, got {error}. Let ingest write it again."
+            f"{suspicion}: expected a suspicion.parquet, got {error}. Delete it and run ingest again."
         ) from error
 
 
-def _same(values: list[str]) -> Iterator[tuple[int, int]]:
+def _equal_runs(values: list[str]) -> Iterator[tuple[int, int]]:
     start = 0
     for at in range(1, len(values) + 1):
         if at == len(values) or values[at] != values[start]:

@@ -1,17 +1,18 @@
-"""`shared_patch`: different images that have the same small patch, at any place. A BadNets trigger is one; a logo is, too.
+"""`shared_patch`: different images with the same small patch, at any position. A BadNets trigger is one; a logo is, too.
 
-Windows of pictures (`patches.py`) are points in a space of 48 colours. What nature draws lies there in clouds: around a point
-with some images near it there are several times as many a little farther off. A patch that is copied lies apart: around it
-there is nothing else. So a place counts as a peak where
+The windows of images (`patches.py`) are points in a space of 48 colours. Natural windows form clouds: around a point with some
+images near it, there are several times as many a little farther away. A copied patch is isolated: there is nothing else around
+it. So a candidate point counts as a peak if
 
     images within NEAR  >=  PEAK * images within FAR        (root mean square of the difference, in levels of 0 to 255)
 
-In 34,000 clean photos the highest share was 0.37, of a place that every seventh of them has; so what more than MOST_FRAC have
-is no patch. Images that look the same count once. Places to be asked about come from locality-sensitive hashing (signs of
-random projections, Charikar, STOC 2002): buckets whose windows are alike. Peaks that share images, or lie close, are one patch.
+In 34,000 clean photos the highest ratio was 0.37, at a point that every seventh of them has; so patches in more than MAX_FRAC
+of the images are ignored. Near-duplicate images count once. The candidates come from locality-sensitive hashing (signs of
+random projections, Charikar, STOC 2002): they are the means of buckets of similar windows. Peaks that share images, or are
+close, are one patch.
 
 It cannot find what is not copied: fresh noise, a blend over the whole image, a warp; nor a patch of one colour, whose windows
-hold what is behind it. Letters: N windows, C places, L images that look different.
+contain what is behind it. Letters: N windows, C candidates, L near-duplicate groups.
 """
 
 import contextlib
@@ -29,29 +30,31 @@ from scipy.sparse.csgraph import connected_components
 
 from ingest.folder.sealed import rows
 from ingest.signals import normal_forms, patches
-from ingest.signals.findings import SHOWN_CHARS, SuspectGroups
+from ingest.signals.suspect_groups import MAX_SHOWN_CHARS, SuspectGroups
 from roclip.data.shards import ShardRecord, read_index, tar_path
 from roclip.storage import patiently
 
 pc: Any = pyarrow.compute  # its functions are made at import, which no type checker sees
 NEAR, MEMBER, FAR = 24.0, 36.0, 42.0
 PEAK = 0.5
-MOST_FRAC = 0.1
-"""Of the images."""
+MAX_FRAC = 0.1
+"""Largest fraction of the images."""
 MIN_IMAGES = 8
 TABLES, BITS = 10, 18
 SPREAD = 30.0
-"""Of a bucket around its mean; what is wider is no place."""
-PLACES = 512
+"""Largest spread of a bucket around its mean; wider ones are no candidates."""
+MAX_CANDIDATES = 512
 SAMPLE = 20_000
-"""Windows that tell how crowded it is around a place."""
+"""Windows that estimate the density around a candidate."""
 _ALIKE = 12.0
 _BUCKET = 4096
 """Windows of one bucket that are averaged."""
 _BLOCK = 1 << 14
 _AT_A_TIME = 64
 _WORDS = 16
-_IMAGE = np.dtype([("key", "<u8"), ("shard", "<u4"), ("look", "<u8"), ("host", "<u8"), ("words", "<u4", (_WORDS,))])
+_IMAGE = np.dtype(
+    [("key", "<u8"), ("shard", "<u4"), ("near_group", "<u8"), ("host", "<u8"), ("words", "<u4", (_WORDS,))]
+)
 _WINDOW = np.dtype([("numbers", "u1", (patches.WIDTH,)), ("box", "<u2", (4,)), ("image", "<u4")])
 
 
@@ -60,25 +63,27 @@ class Patch:
     """Images that share a patch."""
 
     images: np.ndarray
-    """(n,) places among the chosen ones, ascending."""
+    """(n,) indices of chosen images, ascending."""
     boxes: np.ndarray
     """(n, 4) uint16."""
     peak: float
-    """Images within NEAR over images within FAR, of the best place."""
+    """Images within NEAR over images within FAR, of the best candidate."""
 
 
 class PatchSearch:
-    """Chooses the images to be looked at, looks at them, and finds the patches that they share.
+    """Samples images, describes their windows, and finds the patches that they share.
 
     Args:
-        images: How many are looked at, of `expected`: those whose keys, mixed, are smallest.
+        folder: Temporary folder.
+        expected: Number of all images.
+        images: How many of them are searched: those whose keys, mixed, are smallest.
     """
 
     NAME = "shared_patch"
     COMPUTED = (
-        f"windows of {patches.WINDOW_PX} px at the {patches.CORNERS} strongest corners of a picture at "
+        f"windows of {patches.WINDOW_PX} px at the {patches.CORNERS} strongest corners of an image at "
         f"{' and '.join(map(str, patches.SIDES_PX))} px; a place among them is a peak where images within {NEAR:.0f} levels "
-        f"are {PEAK:.0%} of those within {FAR:.0f}; from {MIN_IMAGES} different images to {MOST_FRAC:.0%} of all; "
+        f"are {PEAK:.0%} of those within {FAR:.0f}; from {MIN_IMAGES} different images to {MAX_FRAC:.0%} of all; "
         "the score halves where their captions have no word in common"
     )
 
@@ -91,20 +96,27 @@ class PatchSearch:
         self.images = self.unreadable = 0
 
     def choose(
-        self, shard: int, keys: np.ndarray, look: np.ndarray, host: np.ndarray, said: normal_forms.CaptionWords
+        self,
+        shard: int,
+        keys: np.ndarray,
+        near_group: np.ndarray,
+        host: np.ndarray,
+        caption_words: normal_forms.CaptionWords,
     ) -> None:
-        """Samples (B,), with what they look like and their hosts as numbers, 0 for unknown."""
+        """Add samples (B,), with their image ids and hosts as numbers, 0 for unknown."""
         chosen = np.flatnonzero((normal_forms.mix(keys) < self._limit) | self._everything)
         if self._nothing or not len(chosen):
             return
         rows = np.empty(len(chosen), _IMAGE)
         rows["key"], rows["shard"], rows["host"] = keys[chosen], shard, host[chosen]
-        rows["look"] = np.where(look[chosen] == 0, normal_forms.mix(keys[chosen]), look[chosen])
-        rows["words"] = normal_forms.sketches(said, len(keys), _WORDS)[chosen]
+        rows["near_group"] = np.where(near_group[chosen] == 0, normal_forms.mix(keys[chosen]), near_group[chosen])
+        rows["words"] = normal_forms.minhashes(caption_words, len(keys), _WORDS)[chosen]
         self._chosen.append(rows)
 
-    def search(self, root: Path, records: Sequence[ShardRecord], threads: int, into: SuspectGroups, say: Any) -> None:
-        """Look at the chosen images, one shard after the other, and give the findings what they share."""
+    def search(
+        self, root: Path, records: Sequence[ShardRecord], threads: int, suspect_groups: SuspectGroups, on_progress: Any
+    ) -> None:
+        """Search the chosen images, one shard after the other, and add the groups that share a patch."""
         images = np.concatenate([np.zeros(0, _IMAGE), *self._chosen])
         path = self.folder / "windows"
         with path.open("wb") as file, ThreadPoolExecutor(threads) as pool:
@@ -118,85 +130,92 @@ class PatchSearch:
                         rows = np.empty(len(found.numbers), _WINDOW)
                         rows["numbers"], rows["box"], rows["image"] = found.numbers, found.boxes, number
                         rows.tofile(file)
-                say(f"suspicion: looked at {self.images} images")
+                on_progress(f"suspicion: looked at {self.images} images")
         if path.stat().st_size:
             windows = np.memmap(path, _WINDOW, "r")
-            looks, look = np.unique(images["look"], return_inverse=True)
-            for patch in shared(windows, look.reshape(-1), len(looks)):
-                self._report(patch, images, root, records, into)
+            near_groups, near_group = np.unique(images["near_group"], return_inverse=True)
+            for patch in find_shared_patches(windows, near_group.reshape(-1), len(near_groups)):
+                self._report(patch, images, root, records, suspect_groups)
             del windows
         path.unlink()
 
     def _report(
-        self, patch: Patch, images: np.ndarray, root: Path, records: Sequence[ShardRecord], into: SuspectGroups
+        self,
+        patch: Patch,
+        images: np.ndarray,
+        root: Path,
+        records: Sequence[ShardRecord],
+        suspect_groups: SuspectGroups,
     ) -> None:
         members = images[patch.images]
         number = int(normal_forms.mix(members["key"][:1])[0])
-        looks, hosts = len(np.unique(members["look"])), len(np.unique(members["host"]))
+        near_groups, hosts = len(np.unique(members["near_group"])), len(np.unique(members["host"]))
         word, inside, outside = _common_word(members["words"], images["words"])
         coherence = max(0.0, (inside - outside) / max(1e-9, 1 - outside))
         score = min(1.0, patch.peak / 0.6) * (1 + coherence) / 2
-        text = _spelled(word, members, root, records)
-        into.open(
+        text = _word_text(word, members, root, records)
+        suspect_groups.open(
             self.NAME,
             number,
             score,
-            f"{looks} images that look different have the same patch, {patch.peak:.0%} of all images that have anything like it; "
+            f"{near_groups} images that look different have the same patch, {patch.peak:.0%} of all images with similar ones; "
             f"they come from {hosts} hosts. {inside:.0%} of their captions have the word “{text}”, {outside:.1%} of all do. "
-            f"{len(images)} of {self.expected} images were looked at.",
+            f"{len(images)} of {self.expected} images were searched.",
         )
-        into.add(self.NAME, number, members["shard"], members["key"], patch.boxes)
+        suspect_groups.add(self.NAME, number, members["shard"], members["key"], patch.boxes)
 
 
-def shared(windows: np.ndarray, look: np.ndarray, looks: int, seed: int = 0) -> list[Patch]:
+def find_shared_patches(windows: np.ndarray, near_group: np.ndarray, near_groups: int, seed: int = 0) -> list[Patch]:
     """The patches that images share, those of most images first.
 
     Args:
-        windows: (N,) with the fields numbers, box and image; may lie on disk.
-        look: (images,) int: which of the `looks` each image has.
+        windows: (N,) with the fields numbers, box and image; may be memory-mapped.
+        near_group: (images,) int: index of each image's near-duplicate group, below `near_groups`.
     """
     rng = np.random.default_rng(seed)
     sample = windows["numbers"][np.sort(rng.choice(len(windows), min(SAMPLE, len(windows)), replace=False))].astype(
         np.float32
     )
-    places = _places(windows, look, sample, rng)
-    near, far = _images_around(windows, look, looks, places)
-    peaks = (near >= MIN_IMAGES) & (near <= MOST_FRAC * looks) & (near >= PEAK * far)
-    return _joined(windows, look, places[peaks], (near / np.maximum(1, far))[peaks])
+    candidates = _candidates(windows, near_group, sample, rng)
+    near, far = _images_around(windows, near_group, near_groups, candidates)
+    peaks = (near >= MIN_IMAGES) & (near <= MAX_FRAC * near_groups) & (near >= PEAK * far)
+    return _merge_peaks(windows, near_group, candidates[peaks], (near / np.maximum(1, far))[peaks])
 
 
-def _places(windows: np.ndarray, look: np.ndarray, sample: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(C, 48): means of buckets with alike windows of several images, the loneliest first, none like another."""
-    middle = sample.mean(axis=0)
-    means, lonely = [np.zeros((0, patches.WIDTH), np.float32)], [np.zeros(0)]
+def _candidates(
+    windows: np.ndarray, near_group: np.ndarray, sample: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(C, 48): means of buckets with similar windows of several images, the most isolated first, without similar ones."""
+    center = sample.mean(axis=0)
+    means, isolation = [np.zeros((0, patches.WIDTH), np.float32)], [np.zeros(0)]
     for _ in range(TABLES):
         planes = rng.standard_normal((patches.WIDTH, BITS)).astype(np.float32)
-        code = np.concatenate([_codes(block["numbers"], middle, planes) for block in _blocks(windows)])
-        for mean, images in _buckets(windows, look, code):
+        code = np.concatenate([_codes(block["numbers"], center, planes) for block in _blocks(windows)])
+        for mean, images in _buckets(windows, near_group, code):
             around = [
                 _within(some, sample, FAR).sum(axis=1) for some in np.array_split(mean, len(mean) // _AT_A_TIME + 1)
             ]
             crowd = np.concatenate(around) * (len(windows) / len(sample))
             means.append(mean)
-            lonely.append(images / (images + crowd))
-        best = np.argsort(-np.concatenate(lonely), kind="stable")[: 16 * PLACES]
-        means, lonely = [np.concatenate(means)[best]], [np.concatenate(lonely)[best]]
+            isolation.append(images / (images + crowd))
+        best = np.argsort(-np.concatenate(isolation), kind="stable")[: 16 * MAX_CANDIDATES]
+        means, isolation = [np.concatenate(means)[best]], [np.concatenate(isolation)[best]]
     kept = np.zeros((0, patches.WIDTH), np.float32)
     for mean in means[0]:
-        if len(kept) == PLACES:
+        if len(kept) == MAX_CANDIDATES:
             break
         if not _within(mean[None], kept, _ALIKE).any():
             kept = np.concatenate([kept, mean[None]])
     return kept
 
 
-def _codes(numbers: np.ndarray, middle: np.ndarray, planes: np.ndarray) -> np.ndarray:
-    """(n,) uint32: on which side of each plane."""
-    return (((numbers - middle) @ planes > 0) @ (1 << np.arange(BITS))).astype(np.uint32)
+def _codes(numbers: np.ndarray, center: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    """(n,) uint32: on which side of each hyperplane."""
+    return (((numbers - center) @ planes > 0) @ (1 << np.arange(BITS))).astype(np.uint32)
 
 
-def _buckets(windows: np.ndarray, look: np.ndarray, code: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of some buckets at a time, those that are narrow and have enough images: means (b, 48), and images (b,)."""
+def _buckets(windows: np.ndarray, near_group: np.ndarray, code: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of the buckets that are narrow and have enough images: means (b, 48), and numbers of images (b,)."""
     order = np.argsort(code, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], np.diff(code[order]) != 0]))
     sizes = np.diff(np.append(starts, len(code)))
@@ -212,50 +231,50 @@ def _buckets(windows: np.ndarray, look: np.ndarray, code: np.ndarray) -> Iterato
         mean = np.add.reduceat(numbers, bounds) / size[:, None]
         spread = np.add.reduceat(((numbers - np.repeat(mean, size, axis=0)) ** 2).mean(axis=1), bounds) / size
         bucket = np.repeat(np.arange(len(part)), size)
-        different = np.unique(bucket.astype(np.int64) << 32 | look[rows["image"]])
+        different = np.unique(bucket.astype(np.int64) << 32 | near_group[rows["image"]])
         images = np.bincount(different >> 32, minlength=len(part))
         good = (spread < SPREAD**2) & (images >= MIN_IMAGES)
         yield mean[good], images[good]
 
 
 def _images_around(
-    windows: np.ndarray, look: np.ndarray, looks: int, places: np.ndarray
+    windows: np.ndarray, near_group: np.ndarray, near_groups: int, candidates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) and (C,): looks with a window within NEAR of each place, and within FAR."""
-    near, far = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
-    for first in range(0, len(places), _AT_A_TIME):
-        some = places[first : first + _AT_A_TIME]
-        seen = np.zeros((2, len(some), looks), bool)
+    """(C,) and (C,): near-duplicate groups with a window within NEAR of each candidate, and within FAR."""
+    near, far = np.zeros(len(candidates), np.int64), np.zeros(len(candidates), np.int64)
+    for first in range(0, len(candidates), _AT_A_TIME):
+        some = candidates[first : first + _AT_A_TIME]
+        seen = np.zeros((2, len(some), near_groups), bool)
         for block in _blocks(windows):
             distance = _distance(some, block["numbers"].astype(np.float32))
             for which, radius in enumerate((NEAR, FAR)):
-                place, window = np.nonzero(distance < radius**2)
-                seen[which, place, look[block["image"][window]]] = True
+                candidate, window = np.nonzero(distance < radius**2)
+                seen[which, candidate, near_group[block["image"][window]]] = True
         near[first : first + len(some)], far[first : first + len(some)] = seen.sum(axis=2)
     return near, far
 
 
-def _joined(windows: np.ndarray, look: np.ndarray, places: np.ndarray, peak: np.ndarray) -> list[Patch]:
-    """Peaks that have images in common, or lie close, are one patch."""
-    if not len(places):
+def _merge_peaks(windows: np.ndarray, near_group: np.ndarray, candidates: np.ndarray, peak: np.ndarray) -> list[Patch]:
+    """Merge peaks that share images, or are close, into patches."""
+    if not len(candidates):
         return []
     hits = [
-        _hits(block, first, places)
+        _hits(block, first, candidates)
         for first, block in zip(range(0, len(windows), _BLOCK), _blocks(windows), strict=True)
     ]
-    place, window = np.concatenate(hits, axis=1)
+    candidate, window = np.concatenate(hits, axis=1)
     image = windows["image"][window].astype(np.int64)
     images = int(image.max()) + 1
-    has = coo_matrix((np.ones(len(place)), (place, image)), shape=(len(places), images)).tocsr()
+    has = coo_matrix((np.ones(len(candidate)), (candidate, image)), shape=(len(candidates), images)).tocsr()
     has.data[:] = 1
     common = (has @ has.T).toarray()
     one, other = common.diagonal()[:, None], common.diagonal()[None]
     same = (common >= 0.3 * np.minimum(one, other)) & (common >= 0.1 * np.maximum(one, other))
-    same |= _distance(places, places) < NEAR**2
+    same |= _distance(candidates, candidates) < NEAR**2
     number, of_patch = connected_components(coo_matrix(same), directed=False)
     found = []
     for patch in range(number):
-        mine = of_patch[place] == patch
+        mine = of_patch[candidate] == patch
         members = np.unique(image[mine])
         boxes = windows["box"][window[mine]]
         order = np.argsort(image[mine], kind="stable")
@@ -264,13 +283,13 @@ def _joined(windows: np.ndarray, look: np.ndarray, places: np.ndarray, peak: np.
         found.append(
             Patch(members, np.concatenate([low[:, :2], high[:, 2:]], axis=1), float(peak[of_patch == patch].max()))
         )
-    return sorted(found, key=lambda patch: (-len(np.unique(look[patch.images])), patch.images[0]))
+    return sorted(found, key=lambda patch: (-len(np.unique(near_group[patch.images])), patch.images[0]))
 
 
-def _hits(block: np.ndarray, first: int, places: np.ndarray) -> np.ndarray:
-    """(2, h): place and window of each pair within MEMBER."""
-    place, window = np.nonzero(_distance(places, block["numbers"].astype(np.float32)) < MEMBER**2)
-    return np.stack([place, window + first])
+def _hits(block: np.ndarray, first: int, candidates: np.ndarray) -> np.ndarray:
+    """(2, h): candidate and window of each pair within MEMBER."""
+    candidate, window = np.nonzero(_distance(candidates, block["numbers"].astype(np.float32)) < MEMBER**2)
+    return np.stack([candidate, window + first])
 
 
 def _blocks(windows: np.ndarray) -> Iterator[np.ndarray]:
@@ -278,14 +297,14 @@ def _blocks(windows: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(windows[first : first + _BLOCK])
 
 
-def _distance(places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _distance(candidates: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """(C, n): mean square of the difference."""
-    square = (places**2).sum(axis=1)[:, None] + (numbers**2).sum(axis=1)[None] - 2 * (places @ numbers.T)
+    square = (candidates**2).sum(axis=1)[:, None] + (numbers**2).sum(axis=1)[None] - 2 * (candidates @ numbers.T)
     return square / patches.WIDTH
 
 
-def _within(places: np.ndarray, numbers: np.ndarray, radius: float) -> np.ndarray:
-    return _distance(places, numbers) < radius**2
+def _within(candidates: np.ndarray, numbers: np.ndarray, radius: float) -> np.ndarray:
+    return _distance(candidates, numbers) < radius**2
 
 
 def _each(pool: ThreadPoolExecutor, encoded: Iterator[bytes | None]) -> Iterator[patches.Windows | None]:
@@ -299,7 +318,7 @@ def _windows(encoded: bytes | None) -> patches.Windows | None:
 
 
 def _encoded(root: Path, record: ShardRecord, keys: np.ndarray) -> Iterator[bytes | None]:
-    """The stored images of some samples, in the order of `keys`; None where the tar does not have all of one."""
+    """The stored images of some samples, in the order of `keys`; None if the tar does not contain all of one."""
     if not len(keys):
         return
     index = read_index(root, record.name, ["key", "image_offset", "image_size"])
@@ -326,7 +345,7 @@ def _piece(tar: Any, file: BinaryIO | None, offset: int, size: int) -> bytes:
 
 
 def _common_word(inside: np.ndarray, everywhere: np.ndarray) -> tuple[int, float, float]:
-    """The word that the members' captions have most more often than all: its hash, its share there and among all."""
+    """The word that is most over-represented in the members' captions: its hash, its share there and among all."""
     numbers, counts = np.unique(inside[inside != 0], return_counts=True)
     if not len(numbers):
         return 0, 0.0, 0.0
@@ -336,13 +355,15 @@ def _common_word(inside: np.ndarray, everywhere: np.ndarray) -> tuple[int, float
     return int(numbers[best]), float(counts[best] / len(inside)), float(among_all[best])
 
 
-def _spelled(word: int, members: np.ndarray, root: Path, records: Sequence[ShardRecord]) -> str:
-    """The word behind a hash of a sketch, from the caption of a member that has it."""
+def _word_text(word: int, members: np.ndarray, root: Path, records: Sequence[ShardRecord]) -> str:
+    """The word behind a hash of a signature, from the caption of a member that has it."""
     for member in members[(members["words"] == word).any(axis=1)][:1] if word else ():
         table = rows(root, records[int(member["shard"])], ("caption",))
-        of_it = table.filter(pc.equal(table["key"].cast("uint64"), int(member["key"])))
-        said = normal_forms.words(normal_forms.normal_captions(of_it["caption"].combine_chunks()))
-        for text, number in zip(said.known.to_pylist(), normal_forms.short(said.hash).tolist(), strict=True):
+        tokens = table.filter(pc.equal(table["key"].cast("uint64"), int(member["key"])))
+        caption_words = normal_forms.words(normal_forms.normal_captions(tokens["caption"].combine_chunks()))
+        for text, number in zip(
+            caption_words.known.to_pylist(), normal_forms.short(caption_words.hash).tolist(), strict=True
+        ):
             if number == word:
-                return text[:SHOWN_CHARS]
+                return text[:MAX_SHOWN_CHARS]
     return ""

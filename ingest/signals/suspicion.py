@@ -1,7 +1,7 @@
-"""Signs of poisoning in a whole ingest, from its sealed shards: `suspicion.parquet`. Signals, not verdicts: nothing is dropped.
+"""Finds signs of poisoning in the sealed shards of an ingest: `suspicion.parquet`. Signals, not verdicts: nothing is removed.
 
-Two passes over the shards' parquets, and one over the images of a sample of the samples (`shared_patch.py`). Memory is bounded
-whatever the number of samples: what is to be compared waits on disk (`group_by.py`), what is to be counted is counted in sketches
+Two passes over the shards' parquets, and one over a sample of the images (`shared_patch.py`). Memory is bounded whatever the
+number of samples: what is compared waits on disk (`group_by.py`), what is counted is approximated by heavy hitters
 (`heavy_hitters.py`).
 """
 
@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from ingest.folder.sealed import Keys, numbers, samples, scratch
+from ingest.folder.sealed import Keys, key_numbers, samples, scratch
 from ingest.signals import normal_forms
-from ingest.signals.findings import SuspectGroup, SuspectGroups
 from ingest.signals.group_by import MEMORY_BYTES, ExternalGroupBy
 from ingest.signals.near_duplicates import NearDuplicateGroups, near_duplicate_groups
-from ingest.signals.pairs import WORDS, ManyCaptions, ManyImages, image_numbers
+from ingest.signals.pairs import MINHASHES, ManyCaptions, ManyImages, image_ids
 from ingest.signals.shared_patch import PatchSearch
+from ingest.signals.suspect_groups import SuspectGroup, SuspectGroups
 from ingest.signals.text import HostTopics, Templates
 from roclip.data.shards import Manifest, ShardRecord
 from roclip.metrics.registry import Progress
@@ -34,11 +34,11 @@ _HASH = np.dtype([("hash", "<u8"), ("phash", "<u8")])
 
 @dataclass(frozen=True)
 class Signal:
-    """What one signal means."""
+    """The meaning of one signal."""
 
     name: str
-    says: str
-    """For a reader of the report."""
+    description: str
+    """For readers of the report."""
     computed: str
 
 
@@ -47,36 +47,36 @@ SIGNALS: dict[str, Signal] = {
     for signal in (
         Signal(
             HostTopics.NAME,
-            "One host says a word in most of its captions, and far more often than everybody else. So does a bought domain.",
-            f"share of the host's captions with the word, times share of the word's captions on the host, square root; from "
-            f"{HostTopics.MIN_SAMPLES} captions on, where others say the word, too",
+            "One host uses a word in most of its captions, and far more often than others. So does a bought domain.",
+            f"geometric mean of the share of the host's captions with the word and the share of the word's captions on the host; "
+            f"at least {HostTopics.MIN_SAMPLES} captions, of a word that others use, too",
         ),
         Signal(
             Templates.NAME,
-            "Many captions are the same but for one word. So are generated ones; so are those of a catalogue.",
-            f"captions of {Templates.MIN_WORDS} words or more with one word left out, counted; from {Templates.MIN_FILLS} "
-            "different words in the gap on",
+            "Many captions differ in one word only. So do generated ones, and those of a catalogue.",
+            f"counts of captions of at least {Templates.MIN_WORDS} words with one word left out; at least {Templates.MIN_FILLS} "
+            "different words in the gap",
         ),
         Signal(
             ManyCaptions.NAME,
-            "One image comes with captions that have nothing to do with each other. So does the picture of a targeted attack.",
-            f"mean share of words that two of its captions have in common, at most {ManyCaptions.MAX_SHARED:.0%}; from "
-            f"{ManyCaptions.MIN_CAPTIONS} different captions on",
+            "One image has captions that have nothing to do with each other. So does the image of a targeted attack.",
+            f"mean share of words that two of its captions have in common, at most {ManyCaptions.MAX_SHARED:.0%}; at least "
+            f"{ManyCaptions.MIN_CAPTIONS} different captions",
         ),
         Signal(
             ManyImages.NAME,
-            "One caption comes with images that look different. So does a target's caption; so does a lazy one.",
-            f"looks of its images, by perceptual hash; from {ManyImages.MIN_LOOKS} on, for captions of {ManyImages.MIN_WORDS} "
-            "words that say something, or more",
+            "One caption has images that look different. So does a target's caption, and a lazy one.",
+            f"number of its images without near duplicates, by perceptual hash; at least {ManyImages.MIN_IMAGES}, for captions "
+            f"of at least {ManyImages.MIN_WORDS} content words",
         ),
         Signal(
             PatchSearch.NAME,
-            "Different images have the same small patch, at any place. So have those of a backdoor; so have those with a logo.",
+            "Different images have the same small patch, at any position. So do those of a backdoor, and those with a logo.",
             PatchSearch.COMPUTED,
         ),
         Signal(
             HASH_MISMATCH,
-            "The bytes are others than those that the list was made from. So are they on a domain that changed hands.",
+            "The bytes differ from those that the list was made from. So they do on a domain that changed hands.",
             "md5, sha256 or perceptual hash of the list against what was fetched (ingest.hash_check)",
         ),
     )
@@ -85,68 +85,68 @@ SIGNALS: dict[str, Signal] = {
 
 @dataclass(frozen=True)
 class SuspicionSummary:
-    """What `suspect` found."""
+    """The result of `find_suspects`."""
 
     samples: int
     images: int
-    """Of which the picture was looked at for shared patches."""
+    """Images that were searched for shared patches."""
     unreadable: int
-    """Of these, images that could not be decoded."""
+    """Images among them that could not be decoded."""
     named: dict[str, int]
     """Samples by signal; one sample may have several."""
     groups: dict[str, int]
     """By signal."""
-    left_out: int
+    dropped: int
     """Groups beyond the first 10,000 of a signal."""
     worst: tuple[SuspectGroup, ...]
-    """The highest groups of each signal; the rest stands in `suspicion_groups.parquet`."""
+    """The highest groups of each signal; the others are in `suspicion_groups.parquet`."""
 
 
-def suspect(
+def find_suspects(
     root: str | Path,
     work: str | Path,
     *,
     records: Sequence[ShardRecord] | None = None,
-    looks: NearDuplicateGroups | None = None,
+    near_groups: NearDuplicateGroups | None = None,
     images: int = 100_000,
     threads: int = 1,
     memory_bytes: int = MEMORY_BYTES,
     on_progress: Progress | None = None,
 ) -> SuspicionSummary:
-    """Look for signs of poisoning among the sealed shards of `root`; write `suspicion.parquet` and
-    `suspicion_groups.parquet` into the folder `work`. Both may be on a store.
+    """Find signs of poisoning among the sealed shards of `root`; write `suspicion.parquet` and `suspicion_groups.parquet` into
+    the folder `work`. Both may be on a store.
 
     Args:
-        records: The shards to look at, in the order of their names; without, all that are published.
-        looks: What `find_duplicates` found; without it, it is found again.
-        images: How many images are decoded and searched for shared patches, a random sample by key; 0 is none.
-        threads: That decode images.
-        memory_bytes: Bound of each of the things that are held.
+        records: The shards, sorted by name; by default all published ones.
+        near_groups: The groups that `find_duplicates` found; by default they are computed again.
+        images: Number of images that are searched for shared patches, a random sample by key; 0 for none.
+        threads: Threads that decode images.
+        memory_bytes: Memory bound of each data structure.
 
     Raises `ShardError` for a shard that cannot be read.
     """
     manifest, work = Manifest(root), place(work)
     records = manifest.records() if records is None else records
     with scratch(work) as folder:
-        look = _Look(manifest.root, records, folder, memory_bytes, images, on_progress)
-        look.first_pass(looks)
-        look.second_pass()
-        look.patches.search(manifest.root, records, threads, look.findings, look.say)
-        named = look.findings.write(manifest.root, work)
-        groups = {name: look.findings.groups(name) for name in SIGNALS}
+        scan = _Scan(manifest.root, records, folder, memory_bytes, images, on_progress)
+        scan.first_pass(near_groups)
+        scan.second_pass()
+        scan.patches.search(manifest.root, records, threads, scan.suspect_groups, scan.step_done)
+        named = scan.suspect_groups.write(manifest.root, work)
+        groups = {name: scan.suspect_groups.groups(name) for name in SIGNALS}
     return SuspicionSummary(
-        samples=look.samples,
-        images=look.patches.images,
-        unreadable=look.patches.unreadable,
+        samples=scan.samples,
+        images=scan.patches.images,
+        unreadable=scan.patches.unreadable,
         named=named,
         groups={name: len(found) for name, found in groups.items()},
-        left_out=look.findings.left_out,
-        worst=tuple(finding for found in groups.values() for finding in found[:20]),
+        dropped=scan.suspect_groups.dropped,
+        worst=tuple(group for found in groups.values() for group in found[:20]),
     )
 
 
-class _Look:
-    """The signals, and what is known between the passes."""
+class _Scan:
+    """The signals, and their state between the passes."""
 
     def __init__(
         self,
@@ -162,67 +162,67 @@ class _Look:
         self._done = 0
         expected, self.samples = sum(record.samples for record in records), 0
         self.keys = Keys(records)
-        self.findings = SuspectGroups(tuple(SIGNALS), records, self.keys, folder)
+        self.suspect_groups = SuspectGroups(tuple(SIGNALS), records, self.keys, folder)
         self.hosts = HostTopics()
         self.templates = Templates(folder, expected, memory_bytes // 4)
         self.captions = ManyCaptions(folder, expected, memory_bytes // 4)
         self.images = ManyImages(folder, expected, memory_bytes // 4)
         self.patches = PatchSearch(folder, expected, images)
-        self.looks = NearDuplicateGroups(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        self.near_groups = NearDuplicateGroups(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
-    def say(self, text: str) -> None:
-        """One of three steps for each shard is done."""
+    def step_done(self, text: str) -> None:
+        """Report one of three steps per shard."""
         self._done += 1
         self._on_progress(self._done, 3 * len(self.records), text)
 
-    def first_pass(self, looks: NearDuplicateGroups | None) -> None:
-        """Count words, hosts and templates; find out what looks the same."""
+    def first_pass(self, near_groups: NearDuplicateGroups | None) -> None:
+        """Count words, hosts and templates; group near duplicates."""
         with ExternalGroupBy(
             self.folder / "hashes", _HASH, sum(record.samples for record in self.records), self.memory_bytes
         ) as hashes:
             for shard, table in samples(self.root, self.records, ("url", "caption", "phash")):
-                self.keys.note(shard, table["key"])
+                self.keys.record_width(shard, table["key"])
                 self.samples += len(table)
-                said = normal_forms.words(normal_forms.normal_captions(table["caption"].combine_chunks()))
+                caption_words = normal_forms.words(normal_forms.normal_captions(table["caption"].combine_chunks()))
                 _, host = _hosts(table)
-                self.hosts.count(host, said)
-                self.templates.count(said, len(table))
-                if looks is None:
+                self.hosts.count(host, caption_words)
+                self.templates.count(caption_words, len(table))
+                if near_groups is None:
                     rows = np.empty(len(table), _HASH)
                     rows["phash"] = table["phash"].to_numpy()
                     rows["hash"] = normal_forms.mix(rows["phash"])
                     hashes.add(rows)
-                self.say(f"suspicion: counted {self.samples} samples")
-            self.looks = looks or near_duplicate_groups(hashes, self.folder, self.memory_bytes)
+                self.step_done(f"suspicion: counted {self.samples} samples")
+            self.near_groups = near_groups or near_duplicate_groups(hashes, self.folder, self.memory_bytes)
         self.hosts.choose()
         self.templates.choose()
 
     def second_pass(self) -> None:
-        """Bring together what is to be compared, and judge it."""
+        """Group what is to be compared, and score it."""
         for shard, table in samples(self.root, self.records, ("url", "caption", "sha256", "phash", "flags")):
-            keys = numbers(self.records[shard], table["key"])
+            keys = key_numbers(self.records[shard], table["key"])
             normal = normal_forms.normal_captions(table["caption"].combine_chunks())
-            said, caption = normal_forms.words(normal), normal_forms.hashes(normal)
-            sketches = normal_forms.sketches(said, len(table), WORDS)
+            caption_words, caption = normal_forms.words(normal), normal_forms.hashes(normal)
+            minhashes = normal_forms.minhashes(caption_words, len(table), MINHASHES)
             names, host = _hosts(table)
             phash = table["phash"].to_numpy()
-            look = self.looks(phash)
-            image = image_numbers(phash, look, normal_forms.sha_hashes(table["sha256"].combine_chunks()))
-            self.hosts.assign(shard, keys, host, names, said, self.findings)
-            self.templates.assign(shard, keys, said)
-            self.captions.add(shard, keys, image, phash, caption, sketches)
-            self.images.add(shard, keys, caption, phash, look, sketches)
-            self.patches.choose(shard, keys, image, host, said)
+            near_group = self.near_groups(phash)
+            image = image_ids(phash, near_group, normal_forms.sha_hashes(table["sha256"].combine_chunks()))
+            self.hosts.assign(shard, keys, host, names, caption_words, self.suspect_groups)
+            self.templates.assign(shard, keys, caption_words)
+            self.captions.add(shard, keys, image, phash, caption, minhashes)
+            self.images.add(shard, keys, caption, phash, near_group, minhashes)
+            self.patches.choose(shard, keys, image, host, caption_words)
             self._mismatches(shard, keys, table["flags"])
-            self.say(f"suspicion: compared shard {shard + 1} of {len(self.records)}")
+            self.step_done(f"suspicion: compared shard {shard + 1} of {len(self.records)}")
         for signal in (self.templates, self.captions, self.images):
-            signal.finish(self.findings)
+            signal.finish(self.suspect_groups)
 
     def _mismatches(self, shard: int, keys: np.ndarray, flags: pa.ChunkedArray) -> None:
         differ = pc.match_substring_regex(flags, rf"(^|,){HASH_MISMATCH}(,|$)").to_numpy()
         if differ.any():
-            self.findings.open(HASH_MISMATCH, 0, 0.5, "The list promises other bytes than arrived.")
-            self.findings.add(HASH_MISMATCH, 0, np.full(int(differ.sum()), shard), keys[differ])
+            self.suspect_groups.open(HASH_MISMATCH, 0, 0.5, "The list expects other bytes than arrived.")
+            self.suspect_groups.add(HASH_MISMATCH, 0, np.full(int(differ.sum()), shard), keys[differ])
 
 
 def _hosts(table: pa.Table) -> tuple[pa.Array, np.ndarray]:

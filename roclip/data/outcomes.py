@@ -1,7 +1,7 @@
-"""Why a URL gave no sample: one registry of names, which every failure is counted under.
+"""Why a URL gave no sample: one registry of reasons, under which every failure is counted.
 
-What refuses or fails here raises `FetchError`, whose message begins with the name; img2dataset keeps only the message. What other
-libraries say is matched by `_SAID`.
+Our own code raises `FetchError`, whose message begins with the reason; img2dataset keeps only the message. Messages of other
+libraries are matched by `_PATTERNS`.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class FetchError(OSError):
-    """A URL that gives nothing; the text is `<reason>: <what happened>`. Raises `KeyError` for a name not in `REASONS`."""
+    """A URL that gives no sample; the text is `<reason>: <what happened>`. Raises `KeyError` for a reason not in `REASONS`."""
 
     def __init__(self, reason: str, text: str):
         REASONS[reason]
@@ -18,22 +18,22 @@ class FetchError(OSError):
 
 @dataclass(frozen=True)
 class Reason:
-    """One name of the registry."""
+    """One entry of the registry."""
 
     name: str
     help: str
-    passing: bool = False
-    """It may be otherwise later: the URL is tried again."""
+    transient: bool = False
+    """The failure may be temporary: a later pass retries the URL."""
     bad: bool = False
-    """Something arrived and is of no use. Only these count against `data.max_bad_frac`; that nothing arrives is weather."""
+    """Something arrived and is unusable. Only these count against `data.max_bad_frac`; failures to fetch do not."""
     refused: bool = False
-    """By a rule of ours or of the site, not by accident."""
+    """Refused by a rule of ours or of the site, not by accident."""
 
 
 REASONS: dict[str, Reason] = {
     reason.name: reason
     for reason in (
-        Reason("bad_url", "no URL of a host"),
+        Reason("bad_url", "not a valid URL with a host"),
         Reason("refused_scheme", "neither http nor https", refused=True),
         Reason("refused_address", "the host, or what it redirects to, is not at a public address", refused=True),
         Reason("refused_host", "denied, or not on the list of allowed hosts", refused=True),
@@ -42,45 +42,47 @@ REASONS: dict[str, Reason] = {
         Reason("too_many_redirects", "more redirects than the policy allows, or a loop", refused=True),
         Reason("robots_txt", "the site's robots.txt forbids it", refused=True),
         Reason(
-            "robots_unreachable", "robots.txt answers 429 or 5xx, which forbids all until it can be read", passing=True
+            "robots_unreachable",
+            "robots.txt answers 429 or 5xx, which forbids all until it can be read",
+            transient=True,
         ),
         Reason("opted_out", "X-Robots-Tag: noai, noimageai, noml, noindex or noimageindex", refused=True),
-        Reason("no_host", "the name has no address", passing=True),
-        Reason("timeout", "the server was silent for too long", passing=True),
-        Reason("too_slow", "the whole answer took longer than the deadline", passing=True),
-        Reason("connection_refused", "nobody listens there", passing=True),
-        Reason("connection_reset", "the connection was cut", passing=True),
-        Reason("unreachable", "no way to that network", passing=True),
-        Reason("tls_error", "the certificate or the handshake is not good"),
+        Reason("no_host", "the name has no address", transient=True),
+        Reason("timeout", "the server was silent for too long", transient=True),
+        Reason("too_slow", "the whole answer took longer than the deadline", transient=True),
+        Reason("connection_refused", "nobody listens there", transient=True),
+        Reason("connection_reset", "the connection was cut", transient=True),
+        Reason("unreachable", "no route to that network", transient=True),
+        Reason("tls_error", "the certificate or the TLS handshake is invalid"),
         Reason("bad_response", "the answer is not HTTP, or its head is too large"),
         Reason(
             "host_busy",
-            "the host's turn did not come within the deadline; ingest.policy.host_rates raises a domain's limit",
-            passing=True,
+            "the host's rate limit gave no permit within the deadline; ingest.policy.host_rates raises a domain's limit",
+            transient=True,
         ),
-        Reason("host_down", "the host has failed several times and is left alone for a while", passing=True),
+        Reason("host_down", "the host has failed several times and is left alone for a while", transient=True),
         Reason("too_large", "more bytes than the policy allows", refused=True),
-        Reason("truncated_image", "fewer bytes than the server promised", passing=True, bad=True),
+        Reason("truncated_image", "fewer bytes than the server promised", transient=True, bad=True),
         Reason("bad_encoding", "the compressed answer cannot be unpacked", bad=True),
-        Reason("not_an_image", "something else than an image", bad=True),
-        Reason("too_many_pixels", "a larger image than the policy allows", bad=True),
-        Reason("animated", "an image of several frames, where the policy refuses these", refused=True),
-        Reason("too_small", "a smaller image than ingest.min_image_size", refused=True),
-        Reason("aspect_ratio", "a longer image than ingest.max_aspect_ratio", refused=True),
+        Reason("not_an_image", "the response is not an image", bad=True),
+        Reason("too_many_pixels", "the image is larger than the policy allows", bad=True),
+        Reason("animated", "an image of several frames, which the policy refuses", refused=True),
+        Reason("too_small", "the image is smaller than ingest.min_image_size", refused=True),
+        Reason("aspect_ratio", "the aspect ratio is above ingest.max_aspect_ratio", refused=True),
         Reason("undecodable", "an image that cannot be decoded", bad=True),
         Reason("empty_caption", "no caption", bad=True),
-        Reason("caption_too_long", "a caption that no caption is", bad=True),
-        Reason("hash_mismatch", "other bytes than the list promises", refused=True),
-        Reason("quarantined", "suspected, and kept from training by ingest.quarantine", refused=True),
+        Reason("caption_too_long", "a caption of more bytes than any real caption has", bad=True),
+        Reason("hash_mismatch", "the bytes do not match the hash in the list", refused=True),
+        Reason("quarantined", "suspected, and withheld from training by ingest.quarantine", refused=True),
         Reason("kills_worker", "the process that handled this row died each time", bad=True),
         Reason("truncated_tar", "the shard's tar was cut short", bad=True),
         Reason("no_record", "the row is in neither tar nor parquet", bad=True),
-        Reason("other", "something that no other name fits", passing=True),
+        Reason("other", "none of the other reasons", transient=True),
     )
 }
 
-_SAID = (
-    # What others write into `error_message`, first match wins.
+_PATTERNS = (
+    # Messages of img2dataset and urllib in `error_message`; the first match wins.
     (re.compile(r"X-Robots-Tag"), "opted_out"),
     (re.compile(r"is not allowed"), "refused_scheme"),
     (re.compile(r"HTTP Error (\d{3})"), r"http_\1"),
@@ -101,19 +103,19 @@ _SAID = (
     (re.compile(r"unknown url type|no host given|control characters|nonnumeric port|codec|Invalid"), "bad_url"),
 )
 _OWN = re.compile(rf"\b({'|'.join(REASONS)}): ")
-_PASSING_STATUS = re.compile(r"http_(408|425|429|5\d\d)")
+_TRANSIENT_STATUS = re.compile(r"http_(408|425|429|5\d\d)")
 
 
 def reason_of(message: str) -> str:
-    """The name under which an error message is counted, such as `http_404`; else `other`."""
+    """The reason under which an error message is counted, such as `http_404`; `other` if none matches."""
     if own := _OWN.search(message):
         return own[1]
-    for pattern, name in _SAID:
+    for pattern, name in _PATTERNS:
         if found := pattern.search(message):
             return found.expand(name)
     return "other"
 
 
-def is_passing(name: str) -> bool:
-    """Whether a URL that failed so may be tried again later."""
-    return REASONS[name].passing if name in REASONS else bool(_PASSING_STATUS.fullmatch(name))
+def is_transient(name: str) -> bool:
+    """Whether a URL that failed for this reason is worth a later retry."""
+    return REASONS[name].transient if name in REASONS else bool(_TRANSIENT_STATUS.fullmatch(name))

@@ -3,16 +3,16 @@
     shards/
       00000.tar             WebDataset: <key>.jpg <key>.txt <key>.json, as img2dataset writes it
       00000.parquet         one row per URL with its status, as img2dataset writes it
-      00000.index.parquet   one row per usable sample: key, and where its image and caption lie in the tar
+      00000.index.parquet   one row per usable sample: key, and where its image and caption are in the tar
       manifest/00000.json   the shard exists: counts, sizes, sha256. Written last, atomically, once
       manifest/END.json     no more shards will come
       manifest/held/        records of sealed shards that may not be trained on before ingest has ended
-      ledger.json, lease/   which shard number stands for which rows; who fills this folder (`ingest`)
+      ledger.json, lease/   which shard number stands for which rows; who fills this folder (`ingest/folder`)
 
-Tars that somebody else made stay where they are (`roclip/data/tar_sources.py`): only their indexes and records lie here.
+Tars that were made elsewhere stay where they are (`roclip/data/tar_sources.py`): only their indexes and records are here.
 
-A record is one small file that is put whole under a name of its own, so that publishing a shard twice is the
-same as publishing it once, and a store without rename or append can hold a manifest.
+A record is one small file that is written atomically under a name of its own, so publishing a shard twice equals publishing it
+once, and a store without rename or append can hold a manifest.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from roclip.storage import content_of, drop, names_in, place, write_atomic
 END = "END.json"
 HELD = "manifest/held"
 PACK = 1000
-"""Loose records at which they are packed."""
+"""Number of loose records from which they are packed."""
 SHARD_DIGITS = 5
 _AT_A_TIME = 16
-"""Files of a store that are read or dropped at the same time."""
+"""Files of a store that are read or deleted concurrently."""
 _LISTINGS = 5
 """How often a folder is listed until every record in it can be read."""
 T = TypeVar("T")
@@ -53,30 +53,31 @@ class ShardRecord:
     bytes: int
     """Size of the tar."""
     sha256: str
-    """Of the tar."""
+    """sha256 of the tar."""
     index_sha256: str
-    """Of the index parquet."""
+    """sha256 of the index parquet."""
     urls: int
     """Rows of the URL list that this shard stands for."""
     failed: dict[str, int] = field(default_factory=dict)
-    """Rows that gave no usable sample, by reason."""
+    """Rows without a usable sample, by reason."""
     tar: str = ""
-    """Where the tar lies, if not beside its index: an absolute path or a URL."""
+    """Where the tar is, if not beside its index: an absolute path or a URL."""
     source: str = ""
-    """The pattern that named this tar, if it lies elsewhere."""
+    """The pattern that matched this tar, if it is elsewhere."""
     rows_sha256: str = ""
-    """Of the rows that this shard stands for, as the list has them; empty where nobody noted it."""
+    """Hash of the shard's rows in the list; empty if not recorded."""
     retried: dict[str, int] = field(default_factory=dict)
-    """Rows that an earlier shard counts as failed, by the reason it had for them: this shard is of a later pass. A
-    row's last outcome counts, so take these from the sum of `urls` and of `failed` over shards."""
+    """For a shard of a retry pass: its rows by the reason under which an earlier shard counts them as failed. A row's last
+    outcome counts, so subtract these from the sums of `urls` and of `failed` over shards.
+    """
 
 
 class Manifest:
     """The sealed shards of a folder. Safe to read while another process publishes and packs.
 
     Args:
-        root: The folder, here or as a URL of a store that fsspec knows.
-        folder: Where in it the records lie: `HELD` has those of sealed shards that may not be trained on yet.
+        root: The folder, local or as a URL of a store that fsspec supports.
+        folder: Where the records are in it: `HELD` for sealed shards that may not be trained on yet.
     """
 
     def __init__(self, root: str | Path, folder: str = "manifest"):
@@ -85,12 +86,12 @@ class Manifest:
         self._packs: dict[str, dict[str, ShardRecord]] = {}
 
     def records(self) -> tuple[ShardRecord, ...]:
-        """All sealed shards, in the order of their names. Raises `ShardError` for a record that cannot be read."""
+        """All sealed shards, sorted by name. Raises `ShardError` for a record that cannot be read."""
         gone = ""
         for _ in range(_LISTINGS):
             try:
                 return self._records()
-            except FileNotFoundError as error:  # it was packed after it was listed: it stands in the pack now
+            except FileNotFoundError as error:  # packed after it was listed, so the next listing finds it in the pack
                 gone = error.filename or error
         raise ShardError(
             f"{gone}: expected a record or a pack of shards, got a name in {self.folder} without a file behind it, "
@@ -105,13 +106,14 @@ class Manifest:
             return {record.name: record for record in self.records()}.get(name)
 
     def publish(self, record: ShardRecord) -> None:
-        """Make a shard exist. The tar and its index must lie at their final names already."""
+        """Make a shard exist. The tar and its index must have their final names already."""
         write_atomic(self.path_of(record.name), json.dumps(asdict(record), indent=1))
 
     def pack(self, at_least: int = PACK) -> None:
-        """Put the loose records into one file, if there are so many. One process may do this at a time: ingest's driver.
+        """Pack the loose records into one file, if there are at least `at_least`. Only one process may do this at a time:
+        ingest's driver.
 
-        A kill leaves records both loose and packed, which is the same.
+        A kill leaves records both loose and packed, which is equivalent.
         """
         loose = [name for name in self._names() if name.endswith(".json") and name != END]
         if len(loose) < at_least:
@@ -127,23 +129,23 @@ class Manifest:
         self._each(drop, loose)
 
     def finish(self, summary: dict) -> None:
-        """Say that no more shards will come; `summary` is what ingest wants to be remembered."""
+        """Record that no more shards will come. `summary` is kept for `Manifest.summary`."""
         write_atomic(self.folder / END, json.dumps(summary, indent=1))
 
     @property
     def summary(self) -> dict | None:
-        """What `finish` was told, or None while ingest still runs."""
+        """The summary passed to `finish`, or None while ingest is running."""
         try:
             return json.loads(content_of(self.folder / END))
         except FileNotFoundError:
             return None
 
     def reopen(self) -> None:
-        """Take the end mark back: more shards will come."""
+        """Delete the end mark: more shards will come."""
         drop(self.folder / END)
 
     def path_of(self, name: str) -> Path:
-        """Where the record of one shard lies as long as it is not packed."""
+        """The path of one shard's record while it is not packed."""
         return self.folder / f"{Path(name).stem}.json"
 
     def _names(self) -> list[str]:
@@ -158,7 +160,9 @@ class Manifest:
                     self._packs[name] = self._read_pack(self.folder / name)
                 known.update(self._packs[name])
         loose = [name for name in names if name.endswith(".json") and name != END]
-        loose = [name for name in loose if f"{Path(name).stem}.tar" not in known]  # packed ones go away meanwhile
+        loose = [
+            name for name in loose if f"{Path(name).stem}.tar" not in known
+        ]  # packed ones may be deleted meanwhile
         known.update((record.name, record) for record in self._each(self._read, loose))
         return tuple(known[name] for name in sorted(known))
 
@@ -184,13 +188,13 @@ class Manifest:
             table = pq.read_table(pa.BufferReader(content), schema=_PACK_SCHEMA)
         except (OSError, ValueError) as error:
             raise ShardError(
-                f"{path}: not a pack of shard records ({error}). Bring it back, or delete it and run ingest again: "
+                f"{path}: not a pack of shard records ({error}). Restore it, or delete it and run ingest again: "
                 "its shards are redone."
             ) from error
         columns = [table[name].to_pylist() for name in _PACK_SCHEMA.names]
         rows = zip(*columns, strict=True)
         return {
-            name: ShardRecord(  # packs written before there were `tar` and what follows it have nulls there
+            name: ShardRecord(  # older packs have nulls in `tar` and the columns after it
                 name,
                 samples,
                 size,
@@ -225,20 +229,20 @@ _PACK_SCHEMA = pa.schema(
 
 
 def index_path(root: Path, record_name: str) -> Path:
-    """Where the index of a shard lies."""
+    """The path of a shard's index."""
     return root / f"{Path(record_name).stem}.index.parquet"
 
 
 def tar_path(root: Path, record: ShardRecord) -> Path:
-    """Where the tar of a shard lies, here or on a store, whichever of both `root` is."""
+    """The path of a shard's tar, local or on a store as `root` is."""
     return place(record.tar) if record.tar else root / record.name
 
 
 def read_index(root: Path, record_name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The index of a shard, or those of the columns that it has. Raises `ShardError`.
+    """Read the index of a shard, or the given columns as far as it has them. Raises `ShardError`.
 
-    Always there: key, image_offset, image_size, caption_offset, caption_size. For a tar that somebody else made also id,
-    json_offset and json_size, and what img2dataset's parquet says about each sample.
+    Always present: key, image_offset, image_size, caption_offset, caption_size. For a tar that was made elsewhere also id,
+    json_offset and json_size, and img2dataset's columns about each sample.
     """
     path = index_path(root, record_name)
     try:
@@ -250,20 +254,20 @@ def read_index(root: Path, record_name: str, columns: Sequence[str] | None = Non
 
 
 def sample_ids(index: pa.Table) -> list[int]:
-    """The number under which training knows each sample of an index: its column id, else its key as a number."""
+    """The sample ids that training uses: the column id of the index, or else the keys as numbers."""
     if "id" in index.column_names:
         return index["id"].to_pylist()
     return [int(key) for key in index["key"].to_pylist()]
 
 
 def sample_key(row: int, samples_per_shard: int) -> str:
-    """The key that img2dataset gives to a row of the URL list: five digits of shard, then of the row within it."""
+    """img2dataset's key of a row of the URL list: five digits of shard, then digits of the row within it."""
     shard, position = divmod(row, samples_per_shard)
     width = math.ceil(math.log10(samples_per_shard))
     return f"{shard * 10**width + position:0{width + SHARD_DIGITS}d}"
 
 
 def digest(records: Iterable[ShardRecord]) -> str:
-    """Names a set of shards: sha256 over their names and contents, 16 hex digits."""
+    """Identifies a set of shards: sha256 over their names and contents, 16 hex digits."""
     lines = "".join(f"{record.name} {record.sha256}\n" for record in sorted(records, key=lambda r: r.name))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]

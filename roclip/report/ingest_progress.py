@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from roclip.data.outcomes import REASONS, is_passing
+from roclip.data.outcomes import REASONS, is_transient
 from roclip.data.shards import ShardRecord
 
 
@@ -83,7 +83,7 @@ def _help(reason: str) -> str:
 def _kind(reason: str) -> str:
     if reason in REASONS and REASONS[reason].refused:
         return "refused"
-    return "passing" if is_passing(reason) else "bad"
+    return "passing" if is_transient(reason) else "bad"
 
 
 class ShardCounts:

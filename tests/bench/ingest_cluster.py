@@ -66,7 +66,7 @@ def measure_shards(images: Path, number: int) -> list[Measured]:
 
     policy = FetchPolicy(allow_networks=("127.0.0.0/8",), robots=False, deadline_s=10.0, contact="bench@localhost")
     config = IngestConfig(samples_per_shard=MEASURED_URLS, retries=0, policy=policy)
-    hosts, found = RateLimiter(policy), []
+    limiter, found = RateLimiter(policy), []
     with Web(images, HOSTS) as web, tempfile.TemporaryDirectory() as folder:
         urls = url_list(Path(folder) / "urls.parquet", web, number * MEASURED_URLS, FAULTS)
         root = Path(folder) / "shards"
@@ -74,7 +74,7 @@ def measure_shards(images: Path, number: int) -> list[Measured]:
         for part in split(read_url_list(str(urls)), MEASURED_URLS):
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 wall_s, cpu_s = time.perf_counter(), time.process_time()
-                fetched = fetch(part, Path(work), config, hosts)
+                fetched = fetch(part, Path(work), config, limiter)
                 publish(root, fetched, verify(fetched.tar, fetched.parquet, urls=fetched.urls))
                 cpu_s = time.process_time() - cpu_s
                 found.append(Measured(cpu_s, max(0.0, time.perf_counter() - wall_s - cpu_s)))
@@ -89,12 +89,12 @@ def measure_driver(tasks: int = 300) -> float:
     try:
         task = ray.remote(lambda part: part).options(num_cpus=0)
         ray.get(task.remote(0))
-        begun_s = time.process_time()
+        start_s = time.process_time()
         waiting = [task.remote(bytes(200 * 100)) for _ in range(tasks)]
         while waiting:
             done, waiting = ray.wait(waiting)
             ray.get(done)
-        return (time.process_time() - begun_s) / tasks
+        return (time.process_time() - start_s) / tasks
     finally:
         ray.shutdown()
 
@@ -142,7 +142,7 @@ class Cluster:
             if not self.free[node]:
                 spread.remove(node)
 
-    def _ends(self, number: int) -> None:
+    def _releases(self, number: int) -> None:
         if number not in self.flying:
             return  # it was on a node that died
         part, node, began = self.flying.pop(number)
@@ -190,7 +190,7 @@ def main() -> None:
         "network": urls / seconds / NODES * IMAGE_BYTES * 8 / NODE_BITS_PER_S,
     }
     host, share = largest_host()
-    line = {
+    client = {
         "bench": "ingest_cluster",
         "urls": urls,
         "nodes": NODES,
@@ -212,7 +212,7 @@ def main() -> None:
         "its_hours_at_10_requests_per_s": round(share * urls / 10 / 3600, 1),
         "machine_cores": os.cpu_count(),
     }
-    print(json.dumps(line))
+    print(json.dumps(client))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """A large ingest without images, for memory: `python big_ingest.py FOLDER ROWS make` writes its parquets and indexes, and
-`python big_ingest.py FOLDER ROWS duplicates|suspect|drift` looks at it and prints seconds and peak RSS in MiB."""
+`python big_ingest.py FOLDER ROWS duplicates|suspect|drift` scans it and prints seconds and peak RSS in MiB."""
 
 import json
 import sys
@@ -51,17 +51,17 @@ def main() -> None:
     if act == "make":
         make(root, number)
         return
-    from ingest.signals.drift import drift
+    from ingest.signals.drift import find_drift
     from ingest.signals.duplicates import find_duplicates
-    from ingest.signals.suspicion import suspect
+    from ingest.signals.suspicion import find_suspects
 
     before, started, work = _peak_mib(), time.monotonic(), root.parent / "work"
     if act == "duplicates":
         rows = find_duplicates(root, work).samples
     elif act == "suspect":
-        rows = suspect(root, work, images=0).samples
+        rows = find_suspects(root, work, images=0).samples
     else:
-        drift(root, root, work)
+        find_drift(root, root, work)
         rows = number
     seconds = round(time.monotonic() - started, 1)
     print(json.dumps({"seconds": seconds, "before_mib": before, "peak_mib": _peak_mib(), "rows": rows}))

@@ -92,7 +92,7 @@ def test_cluster_decides_when_it_is_not_this_machine(preset: Path):
 def test_warnings_do_not_fail_when_counted():
     warning = Check("cores", "warn", "1", "2", "It will be slow.")
     assert exit_code([warning]) == 0
-    assert exit_code([warning, Check("faiss", "fail", "no module", "a right search", "Install it.")]) == 7
+    assert exit_code([warning, Check("faiss", "fail", "no module", "a correct search", "Install it.")]) == 7
 
 
 def test_limits_are_no_more_than_the_machine_has_when_read():

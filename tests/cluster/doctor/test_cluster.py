@@ -23,7 +23,7 @@ from s3 import s3_server
 
 from cluster.doctor.actors import Finding, connected
 from cluster.doctor.checks import Check, exit_code
-from cluster.doctor.cluster import Reading, by_check, clock_check, clock_reading, dashboard_check, examine
+from cluster.doctor.cluster import ClockReading, by_check, clock_check, clock_reading, dashboard_check, examine
 from cluster.doctor.node import NodeExam, gpu_check, source_digest
 from roclip.config import Config, load_config
 
@@ -162,9 +162,9 @@ def test_ctrl_c_leaves_nothing_when_nodes_are_being_asked(nodes: RayNodes, confi
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: len(exams()) == 3)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
     until(lambda: not exams())
     assert list((folder / "runs").iterdir()) == []
 
@@ -178,7 +178,7 @@ def test_node_fails_and_the_others_go_on_when_it_is_killed_or_frozen(
     """The last on this cluster: it takes two nodes."""
     frozen: list[psutil.Process] = []
 
-    def say(done: float, total: float, text: str) -> None:
+    def on_progress(done: float, total: float, text: str) -> None:
         if text == "stores" and not frozen:
             nodes.kill("good")
             frozen.extend(nodes.tree("bad"))
@@ -187,7 +187,7 @@ def test_node_fails_and_the_others_go_on_when_it_is_killed_or_frozen(
 
     with elsewhere(folder, monkeypatch), connected(nodes.address) as url:
         try:
-            found = examine(config, url, say, 20.0)
+            found = examine(config, url, on_progress, 20.0)
         finally:
             for process in frozen:
                 process.resume()
@@ -195,7 +195,7 @@ def test_node_fails_and_the_others_go_on_when_it_is_killed_or_frozen(
         check = checks(found, node)["nodes"]
         assert check.status == "fail"
         assert check.got.startswith("stores: ")
-        assert "Look at that node" in check.what_to_do
+        assert "Check that node" in check.what_to_do
     assert checks(found, "head")["nodes"].status == "ok"
     assert checks(found, "head")["run store"].status == "ok"
     assert exit_code(by_check(found)) == 7
@@ -240,7 +240,7 @@ def test_command_says_what_is_needed_when_no_ray_is_named_or_there(tmp_path: Pat
 
 def test_clock_fails_when_it_is_wrong_for_sure():
     head = clock_reading(100.0, 100.5, 101.0)
-    assert head == Reading(0.0, 0.5)
+    assert head == ClockReading(0.0, 0.5)
     assert clock_check(head, clock_reading(200.0, 295.0, 200.2)).status == "fail"
     assert "+94,900.0 ms" in clock_check(head, clock_reading(200.0, 295.0, 200.2)).got
     assert clock_check(head, clock_reading(200.0, 202.0, 200.2)).status == "ok"
@@ -273,14 +273,14 @@ def test_store_is_written_seen_and_cleared_when_it_is_on_s3(monkeypatch: pytest.
     with s3_server("bucket") as server:
         monkeypatch.setitem(fsspec.config.conf, "s3", server.options)
         try:
-            took = here.write("s3://bucket/shards", "one")
-            assert isinstance(took, dict)
-            assert set(took) == {"write", "read"}
-            after_s, missing = there.sees("s3://bucket/shards", ["one", "two"], 0.2)
+            durations = here.write("s3://bucket/shards", "one")
+            assert isinstance(durations, dict)
+            assert set(durations) == {"write", "read"}
+            after_s, missing = there.wait_for_files("s3://bucket/shards", ["one", "two"], 0.2)
             assert missing == ["two"]
             assert after_s >= 0.2
             here.clear("s3://bucket/shards", ["one", "two"])
-            assert there.sees("s3://bucket/shards", ["one"], 0.0)[1] == ["one"]
+            assert there.wait_for_files("s3://bucket/shards", ["one"], 0.0)[1] == ["one"]
             assert str(here.write("s3://none/shards", "one")).startswith("s3://none/shards: ")
         finally:
             s3fs.S3FileSystem.clear_instance_cache()

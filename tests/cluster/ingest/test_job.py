@@ -34,7 +34,7 @@ from roclip.metrics.series import SERIES
 from roclip.report.ingest_progress import IngestProgress, describe
 
 pytestmark = pytest.mark.ray
-FATES = {
+OUTCOMES = {
     "missing": "http_404",
     "broken": "not_an_image",
     "truncated": "truncated_image",
@@ -94,7 +94,7 @@ class _Watch(threading.Thread):
 @pytest.mark.slow
 def test_every_good_url_is_in_one_shard_when_a_worker_is_killed(local_ray, tmp_path):
     behaviours = (["ok"] * 7 + ["slow", "missing", "redirect"]) * 10 + ["ok"] * 7
-    for row, fault in zip(range(3, 100, 9), list(FATES) * 3, strict=False):
+    for row, fault in zip(range(3, 100, 9), list(OUTCOMES) * 3, strict=False):
         behaviours[row] = fault
     root = tmp_path / "shards"
     (root / WORK / "00009-pid1-left").mkdir(parents=True)
@@ -106,8 +106,8 @@ def test_every_good_url_is_in_one_shard_when_a_worker_is_killed(local_ray, tmp_p
     assert watch.most == 2
     assert sealed_keys(root) == good_keys(behaviours)
     assert sealed_captions(root) == good_captions(behaviours)
-    fates = Counter(FATES[behaviour] for behaviour in behaviours if behaviour in FATES)
-    assert summary["failed"] == dict(fates)
+    outcomes = Counter(OUTCOMES[behaviour] for behaviour in behaviours if behaviour in OUTCOMES)
+    assert summary["failed"] == dict(outcomes)
     assert (summary["urls"], summary["shards"]) == (len(behaviours), 6)
     assert summary["succeeded"] == len(good_keys(behaviours))
     assert summary["images_per_s"] > 0

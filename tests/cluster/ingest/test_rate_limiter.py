@@ -1,4 +1,4 @@
-"""The desk on a real local Ray: processes that share the turns at one host, and what dies."""
+"""The shared rate limiter on a real local Ray: processes share the limits of one host, and processes or actors die."""
 
 import http.server
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.ingest.rate_limiter import SharedRateLimiter, host_desks
+from cluster.ingest.rate_limiter import SharedRateLimiter, host_rate_limiters
 from cluster.ray.connect import start_local_ray
-from ingest.http.host_schedule import FAILURES
+from ingest.http.host_schedule import MAX_FAILURES
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError, reason_of
 
@@ -79,7 +79,7 @@ def policy(connections=3, requests_per_s=1e6, deadline_s=30.0):
 
 
 def crawler():
-    """A Ray task: so many threads of one process that fetch one URL again and again; their fates."""
+    """A Ray task: threads of one process that fetch one URL again and again; counts the outcomes."""
 
     def crawl(policy, names, url, threads, requests):
         import time
@@ -94,24 +94,24 @@ def crawler():
 
         def fetch(_):
             host = urlsplit(url).netloc
-            hosts.enter(host, time.monotonic() + policy.deadline_s)
+            hosts.acquire(host, time.monotonic() + policy.deadline_s)
             try:
                 with opener.open(url, timeout=10) as answer:
                     return answer.status
             finally:
-                hosts.leave(host)
+                hosts.release(host)
 
         with SharedRateLimiter(policy, names) as hosts, ThreadPoolExecutor(threads) as pool:
-            fates = Counter(pool.map(fetch, range(requests)))
-            return fates, hosts.take_counts().as_dict()
+            outcomes = Counter(pool.map(fetch, range(requests)))
+            return outcomes, hosts.take_counts().as_dict()
 
     return ray.remote(num_cpus=0.5, max_retries=0)(crawl)
 
 
 def holder():
-    """A Ray task that takes a turn, says so in a file, and keeps it."""
+    """A Ray task that acquires a permit, writes its process id to a file, and keeps the permit."""
 
-    def hold(policy, names, host, said):
+    def hold(policy, names, host, messages):
         import os
         import time
         from pathlib import Path
@@ -119,14 +119,14 @@ def holder():
         from cluster.ingest.rate_limiter import SharedRateLimiter
 
         with SharedRateLimiter(policy, names) as hosts:
-            hosts.enter(host, time.monotonic() + 30)
-            Path(said).write_text(str(os.getpid()))
+            hosts.acquire(host, time.monotonic() + 30)
+            Path(messages).write_text(str(os.getpid()))
             time.sleep(600)
 
     return ray.remote(num_cpus=0.5, max_retries=0)(hold)
 
 
-def desk_pid(name):
+def limiter_pid(name):
     return ray.get(ray.get_actor(name).__ray_call__.remote(lambda _: os.getpid()))
 
 
@@ -136,17 +136,17 @@ def soon(seconds=30.0):
 
 def test_two_processes_share_the_connections_of_one_host(local_ray):
     rules = policy(connections=3)
-    with Site() as site, host_desks(rules, "test", 2) as names:
+    with Site() as site, host_rate_limiters(rules, "test", 2) as names:
         url = f"http://127.0.0.1:{site.server_port}/"
         done = ray.get([crawler().remote(rules, names, url, 8, 60) for _ in range(2)])
-    assert [fates for fates, _ in done] == [{200: 60}] * 2
+    assert [outcomes for outcomes, _ in done] == [{200: 60}] * 2
     assert site.most == 3
     assert [counts["total"]["requests"] for _, counts in done] == [60, 60]
 
 
 def test_two_processes_share_the_rate_of_one_host(local_ray):
     rules = policy(connections=20, requests_per_s=25)
-    with Site() as site, host_desks(rules, "test") as names:
+    with Site() as site, host_rate_limiters(rules, "test") as names:
         url = f"http://127.0.0.1:{site.server_port}/"
         ray.get([crawler().remote(rules, names, url, 8, 15) for _ in range(2)])
     assert len(site.visits) == 30
@@ -156,89 +156,89 @@ def test_two_processes_share_the_rate_of_one_host(local_ray):
 def test_host_that_is_down_for_one_is_down_for_all(local_ray):
     rules = policy()
     with (
-        host_desks(rules, "test") as names,
+        host_rate_limiters(rules, "test") as names,
         SharedRateLimiter(rules, names) as one,
         SharedRateLimiter(rules, names) as other,
     ):
-        for _ in range(FAILURES):
-            one.enter(HOST, soon())
-            one.leave(HOST, failed=True)
-        one.enter("b.example", soon())  # what was given back has arrived with this
+        for _ in range(MAX_FAILURES):
+            one.acquire(HOST, soon())
+            one.release(HOST, failed=True)
+        one.acquire("b.example", soon())  # the releases have arrived with this
         with pytest.raises(FetchError, match="host_down"):
-            other.enter(HOST, soon())
-        one.leave("b.example", busy=True, retry_after_s=300)
-        one.enter("c.example", soon())
+            other.acquire(HOST, soon())
+        one.release("b.example", busy=True, retry_after_s=300)
+        one.acquire("c.example", soon())
         with pytest.raises(FetchError, match="host_busy"):
-            other.enter("b.example", soon(100))
-        one.leave("c.example")
+            other.acquire("b.example", soon(100))
+        one.release("c.example")
 
 
-def test_waiting_at_the_desk_ends_with_the_deadline(local_ray):
+def test_waiting_for_the_actor_ends_with_the_deadline(local_ray):
     rules = policy(connections=1)
     with (
-        host_desks(rules, "test") as names,
+        host_rate_limiters(rules, "test") as names,
         SharedRateLimiter(rules, names) as one,
         SharedRateLimiter(rules, names) as other,
     ):
-        one.enter(HOST, soon())
+        one.acquire(HOST, soon())
         with pytest.raises(FetchError, match="host_busy"):
-            other.enter(HOST, soon(0.3))
-        one.leave(HOST)
-        other.enter(HOST, soon())
-        other.leave(HOST)
+            other.acquire(HOST, soon(0.3))
+        one.release(HOST)
+        other.acquire(HOST, soon())
+        other.release(HOST)
 
 
 @pytest.mark.slow
-def test_turn_of_a_process_that_was_killed_expires(local_ray, tmp_path):
-    rules = policy(connections=1, deadline_s=0.5)  # so its turns are held for 5.5 s
-    with host_desks(rules, "test") as names, SharedRateLimiter(rules, names) as mine:
+def test_permit_of_a_process_that_was_killed_expires(local_ray, tmp_path):
+    rules = policy(connections=1, deadline_s=0.5)  # so its permits are held for 5.5 s
+    with host_rate_limiters(rules, "test") as names, SharedRateLimiter(rules, names) as mine:
         holder().remote(rules, names, HOST, str(tmp_path / "held"))
         while not (tmp_path / "held").exists() or not (pid := (tmp_path / "held").read_text()):
             time.sleep(0.02)
         os.kill(int(pid), signal.SIGKILL)
         with pytest.raises(FetchError) as error:
-            mine.enter(HOST, soon(0.5))
+            mine.acquire(HOST, soon(0.5))
         assert reason_of(str(error.value)) == "host_busy"
-        mine.enter(HOST, soon(60))
-        mine.leave(HOST)
+        mine.acquire(HOST, soon(60))
+        mine.release(HOST)
 
 
 @pytest.mark.slow
-def test_work_goes_on_while_the_desk_is_dead_and_finds_it_again(local_ray, caplog):
+def test_work_goes_on_while_the_actor_is_dead_and_finds_it_again(local_ray, caplog):
     rules = policy(connections=1)
     with (
-        host_desks(rules, "test") as names,
+        host_rate_limiters(rules, "test") as names,
         SharedRateLimiter(rules, names) as one,
         SharedRateLimiter(rules, names) as other,
     ):
-        one.enter(HOST, soon())
-        pid = desk_pid(names[0])
+        one.acquire(HOST, soon())
+        pid = limiter_pid(names[0])
         os.kill(pid, signal.SIGKILL)
-        other.enter(HOST, soon())  # by its own limits, or by those of a desk that knows of no turn
-        other.leave(HOST)
-        one.leave(HOST)
+        other.acquire(HOST, soon())  # by its own limits, or by those of a restarted actor that knows of no permit
+        other.release(HOST)
+        one.release(HOST)
         for number in range(20):
-            one.enter(f"{number}.example", soon())
-            one.leave(f"{number}.example")
+            one.acquire(f"{number}.example", soon())
+            one.release(f"{number}.example")
         while True:  # together again: what one holds, the other does not get
-            one.enter(HOST, soon())
+            one.acquire(HOST, soon())
             try:
-                other.enter(HOST, soon(0.2))
+                other.acquire(HOST, soon(0.2))
             except FetchError:
                 break
             finally:
-                one.leave(HOST)
-            other.leave(HOST)
+                one.release(HOST)
+            other.release(HOST)
             time.sleep(0.1)
-        assert desk_pid(names[0]) != pid
-    said = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
-    assert 1 <= len(said) <= 2  # once a process; here two are in one
+        assert limiter_pid(names[0]) != pid
+    messages = [record.getMessage() for record in caplog.records if "does not reply" in record.getMessage()]
+    assert 1 <= len(messages) <= 2  # once a process; here two are in one
 
 
-def test_desk_that_never_was_leaves_each_process_its_own_limits(local_ray):
+def test_missing_actor_leaves_each_process_its_own_limits(local_ray):
     rules = policy(connections=1)
-    with SharedRateLimiter(rules, ("no-such-desk",)) as hosts:
-        hosts.enter(HOST, soon())
+    with SharedRateLimiter(rules, ("no-such-actor",)) as hosts:
+        hosts.acquire(HOST, soon())
         with pytest.raises(FetchError, match="host_busy"):
-            hosts.enter(HOST, soon(0.2))
-        hosts.leave(HOST)
+            hosts.acquire(HOST, soon(0.2))
+        hosts.release(HOST)

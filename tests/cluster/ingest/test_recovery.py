@@ -9,8 +9,8 @@ from cluster.ingest.recovery import START, Bisection, Window
 
 
 @given(st.integers(1, 300), st.lists(st.sampled_from(["good", "bad", "old"]), max_size=400))
-def test_window_stays_between_one_and_most(most, events):
-    window, rounds = Window(most), [0]
+def test_window_stays_between_one_and_most(max_size, events):
+    window, rounds = Window(max_size), [0]
     for event in events:
         before = window.size
         if event == "good":
@@ -23,20 +23,20 @@ def test_window_stays_between_one_and_most(most, events):
         else:
             window.shrink(rounds[0] - 1)
             assert window.size == before
-        assert 1 <= window.size <= most
+        assert 1 <= window.size <= max_size
 
 
 @given(st.integers(1, 200))
-def test_window_reaches_the_most_when_all_goes_well_and_after_trouble_too(most):
-    window = Window(most)
-    assert window.size == min(START, most)
-    for _ in range(most):
+def test_window_reaches_the_most_when_all_goes_well_and_after_trouble_too(max_size):
+    window = Window(max_size)
+    assert window.size == min(START, max_size)
+    for _ in range(max_size):
         window.succeeded()
-    assert window.size == most
+    assert window.size == max_size
     window.shrink(window.round)
-    for _ in range(most * most):
+    for _ in range(max_size * max_size):
         window.succeeded()
-    assert window.size == most
+    assert window.size == max_size
 
 
 def test_window_shrinks_once_for_tasks_that_were_under_way_together():
@@ -55,7 +55,7 @@ def _search(rows, dies, in_flight=1, **limits):
         while len(tried) < in_flight and (one := bisection.next()) is not None:
             tried.append(one)
         one = tried.pop(0)
-        bisection.tell(one, dies(one))
+        bisection.record(one, dies(one))
     return bisection
 
 
@@ -63,8 +63,8 @@ def _search(rows, dies, in_flight=1, **limits):
 def test_bisection_finds_each_killer_and_nothing_else(rows, killers, in_flight):
     killers = {row for row in killers if row < rows} or {rows // 2}
     bisection = _search(rows, lambda tried: any(row in tried for row in killers), in_flight)
-    assert bisection.killers == bisection.left_out == sorted(killers)
-    assert not bisection.together
+    assert bisection.killers == bisection.excluded == sorted(killers)
+    assert not bisection.only_together
     assert bisection.probes <= 2 * len(killers) * math.ceil(math.log2(rows + 1))
 
 
@@ -73,13 +73,13 @@ def test_bisection_tells_rows_that_kill_only_together(rows, needed):
     needed = min(needed, rows)
     bisection = _search(rows, lambda tried: len(tried) >= needed)
     assert bisection.killers == []
-    assert bisection.together
-    assert all(len(tried) >= needed for tried in bisection.together)
+    assert bisection.only_together
+    assert all(len(tried) >= needed for tried in bisection.only_together)
 
 
 @given(st.integers(1, 2000), st.sets(st.integers(0, 1999), min_size=1), st.integers(0, 40))
-def test_bisection_with_few_probes_leaves_out_all_killers(rows, killers, most):
+def test_bisection_with_few_probes_leaves_out_all_killers(rows, killers, max_size):
     killers = {row % rows for row in killers}
-    bisection = _search(rows, lambda tried: any(row in tried for row in killers), max_probes=most)
-    assert bisection.probes <= most
-    assert killers <= set(bisection.left_out)
+    bisection = _search(rows, lambda tried: any(row in tried for row in killers), max_probes=max_size)
+    assert bisection.probes <= max_size
+    assert killers <= set(bisection.excluded)

@@ -77,7 +77,7 @@ def test_each_line_of_a_log_comes_once_wherever_the_connection_breaks(broken, ho
 
     async def read() -> None:
         try:
-            await log.read(chunks(LINES[: broken // 2], LINES[broken // 2 : broken], then=how), silent_s=0.01)
+            await log.read(chunks(LINES[: broken // 2], LINES[broken // 2 : broken], then=how), silence_timeout_s=0.01)
         except ConnectionError:
             assert how == "breaks"
         await log.read(chunks(*(LINES[i : i + 7] for i in range(0, len(LINES), 7))))

@@ -229,7 +229,7 @@ def test_names_in_rays_dashboard_tell_the_story(seen):
     assert {"ingest watched part 0", "ingest watched part 1", "oracle roclip prepares", "oracle roclip judges"} <= tasks
     actors = {actor["name"] for actor in seen.head.get("/api/v0/actors?limit=1000")["data"]["result"]["result"]}
     assert any(name.startswith("monitor of watched, roclip, training since") for name in actors)
-    assert any(name.startswith("hosts of watched, desk 0") for name in actors)
+    assert any(name.startswith("host rate limiter 0 of watched") for name in actors)
 
 
 def test_job_says_which_run_it_is_and_ray_train_its_state(seen):

@@ -21,7 +21,7 @@ from tiny import TINY_RUN
 
 from cluster.cli.main import guarded
 from cluster.render.render import PUBLIC, RAY_VERSION, cluster_name, node_groups
-from ingest.http.policy import allows
+from ingest.http.policy import is_allowed_address
 from roclip.config import DeployConfig, FetchPolicy, dump_config, identity, load_config, load_deploy
 from roclip.errors import ConfigError
 
@@ -179,9 +179,9 @@ def test_network_policy_opens_what_the_fetch_policy_opens(tmp_path: Path):
     v6 += [ipaddress.IPv6Address(2 << 124 | draw.getrandbits(124)) for _ in range(2000)]
     for address in map(str, (*edges, *v4, *v6, ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("::1"))):
         if ":" in address:  # forms that carry an IPv4 address are left out whole
-            assert not open_(address) or allows(FetchPolicy(), address), address
+            assert not open_(address) or is_allowed_address(FetchPolicy(), address), address
         else:
-            assert open_(address) == allows(FetchPolicy(), address), address
+            assert open_(address) == is_allowed_address(FetchPolicy(), address), address
     assert open_("2606:4700::1111")
 
 
@@ -251,7 +251,7 @@ def test_machine_offers_what_it_is_there_for(tmp_path: Path, addresses, offer):
     ]
     command = yaml.safe_load(text)["worker_start_ray_commands"][-1].replace("cd /data && ray start", "echo")
     script = f"hostname() {{ echo {addresses}; }}\nRAY_HEAD_IP=10.0.0.1\n{command}"
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check_url=True).stdout
     assert said.strip() == f"--address=10.0.0.1:6379 --disable-usage-stats {offer}".strip()
 
 
@@ -263,7 +263,7 @@ def test_script_is_bash(tmp_path: Path, ingest_nodes):
     hostile = "data.urls=lists/$(touch x) it's.parquet"
     ((name, text),) = rendered(tmp_path, "slurm", LAION, f"deploy.ingest_nodes={ingest_nodes}", hostile).items()
     assert name == "laion.sbatch"
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    subprocess.run(["bash", "-n"], input=text, text=True, check_url=True)
     assert shlex.quote(hostile) in text.split("roclip run")[-1]
     assert text.count("#SBATCH hetjob") == (1 if ingest_nodes else 0)
 
@@ -377,8 +377,8 @@ def test_healthcheck_sees_a_node_of_ray(tmp_path: Path):
     if os.geteuid():
         pytest.skip("needs root, for a PID namespace")
     text = (DEPLOYED / "Dockerfile").read_text()
-    check = shlex.join([sys.executable, *yaml.safe_load(re.search(r"^  CMD (\[.*\])$", text, re.M)[1])[1:]])
+    check_url = shlex.join([sys.executable, *yaml.safe_load(re.search(r"^  CMD (\[.*\])$", text, re.M)[1])[1:]])
     (tmp_path / "raylet").symlink_to("/bin/sleep")
-    script = f"{check}; echo $?; {tmp_path}/raylet 60 & sleep 0.2; {check}; echo $?; kill %1"
+    script = f"{check_url}; echo $?; {tmp_path}/raylet 60 & sleep 0.2; {check_url}; echo $?; kill %1"
     command = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["1", "0"]
+    assert subprocess.run(command, capture_output=True, text=True, check_url=True).stdout.split() == ["1", "0"]

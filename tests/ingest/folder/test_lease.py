@@ -15,8 +15,7 @@ from ingesting import hold_lease
 from s3 import s3_server
 
 from ingest.folder import lease as leases
-from ingest.folder.exclusive import put_new, write_new
-from ingest.folder.lease import Lease
+from ingest.folder.lease import Lease, put_new, write_new
 from roclip.errors import RunLockedError
 from roclip.storage import content_of, names_in, place
 
@@ -36,7 +35,7 @@ def root(request, tmp_path, monkeypatch):
 def fall_silent(lease):
     """As if its process had been stopped."""
     lease._ended.set()
-    lease._beater.join()
+    lease._heartbeat_thread.join()
 
 
 def test_second_holder_is_told_who_the_first_is(root):
@@ -56,11 +55,11 @@ def test_silent_holder_is_taken_over_and_finds_out(root):
         fall_silent(first)
         time.sleep(0.3)
         with Lease(root) as second:
-            second.ticket.check()
+            second.token.check()
             with pytest.raises(RunLockedError, match="expected to hold lease 1, got 2"):
-                first.ticket.check()
+                first.token.check()
             with pytest.raises(RunLockedError):
-                first._tell()
+                first._write_heartbeat()
     files = [name for name in names_in(root / leases.FOLDER) if name.endswith(".json")]
     assert max(files) == "00000002.json"
 
@@ -83,12 +82,12 @@ def test_killed_holder_is_taken_over_at_once(tmp_path):
     holder.kill()
     holder.join()
     with Lease(tmp_path) as lease:
-        assert lease.ticket.generation == 2
+        assert lease.token.generation == 2
 
 
 def test_beat_needs_no_lock_so_a_holder_that_stops_in_mid_beat_keeps_nothing(tmp_path):
     with Lease(tmp_path) as lease, leases._lock(tmp_path, fcntl.LOCK_EX):
-        beat = threading.Thread(target=lease._tell, daemon=True)
+        beat = threading.Thread(target=lease._write_heartbeat, daemon=True)
         beat.start()
         beat.join(10)
         assert not beat.is_alive()
@@ -98,10 +97,10 @@ def test_holder_that_stops_while_it_publishes_is_named_and_waited_for_no_longer_
     with Lease(tmp_path, expiry_s=0.2) as first:
         fall_silent(first)
         time.sleep(0.3)
-        with first.ticket.publishing(), pytest.raises(RunLockedError, match=r"publishing to be done within 0 s.*fuser"):
+        with first.token.publishing(), pytest.raises(RunLockedError, match=r"publishing to be done within 0 s.*fuser"):
             Lease(tmp_path, expiry_s=0.2).__enter__()
         with Lease(tmp_path) as second:
-            assert second.ticket.generation == 2
+            assert second.token.generation == 2
 
 
 def test_silent_holder_of_another_machine_is_waited_for(tmp_path):

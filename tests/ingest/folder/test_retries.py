@@ -11,55 +11,55 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ingest.folder.ledger import LEDGER, Ledger, Segment
-from ingest.folder.retries import RETRY_OF, parts_again, passing_reasons
+from ingest.folder.retries import RETRY_OF, retry_parts, transient_reasons
 from ingest.lists.same_list import check_same, rows_sha256
 from ingest.lists.sources import split
 from roclip.data.shards import ShardRecord, sample_key
 from roclip.errors import DataError, RunLockedError, ShardError
 
-FATES = {
+OUTCOMES = {
     "ok": ("success", None, ""),
     "gone": ("failed_to_download", "HTTP Error 404: Not Found", "http_404"),
     "slow": ("failed_to_download", "<urlopen error timed out>", "timeout"),
     "busy": ("failed_to_download", "HTTP Error 503: Busy", "http_503"),
     "mute": ("failed_to_download", "<urlopen error timed out>", "empty_caption"),
 }
-PASSING = ("timeout", "http_503")
+TRANSIENT = ("timeout", "http_503")
 
 
-def _shards(root, fates, per_shard):
+def _shards(root, outcomes, per_shard):
     """What an ingest of these rows leaves, with the rows of each parquet in the wrong order."""
     records = []
-    for number, start in enumerate(range(0, len(fates), per_shard)):
+    for number, start in enumerate(range(0, len(outcomes), per_shard)):
         rows = [
             {
                 "url": f"http://h/{row}",
-                "caption": "" if fates[row] == "mute" else f"caption {row}",
+                "caption": "" if outcomes[row] == "mute" else f"caption {row}",
                 "page": f"page {row}",
                 "key": sample_key(row, per_shard),
-                "status": FATES[fates[row]][0],
-                "error_message": FATES[fates[row]][1],
+                "status": OUTCOMES[outcomes[row]][0],
+                "error_message": OUTCOMES[outcomes[row]][1],
                 "sha256": None,
             }
-            for row in range(start, min(start + per_shard, len(fates)))
+            for row in range(start, min(start + per_shard, len(outcomes)))
         ]
         columns = ("url", "caption", "page", "key", "status", "error_message", "sha256")
         table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in columns})
         pq.write_table(table.take(list(reversed(range(len(rows))))), root / f"{number:05d}.parquet")
-        failed = Counter(FATES[fates[start + n]][2] for n in range(len(rows)))
+        failed = Counter(OUTCOMES[outcomes[start + n]][2] for n in range(len(rows)))
         samples = failed.pop("", 0)
         records.append(ShardRecord(f"{number:05d}.tar", samples, 1, "0", "0", len(rows), dict(failed)))
     return records
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
-@given(st.lists(st.sampled_from(sorted(FATES)), max_size=60), st.integers(2, 20), st.integers(1, 15), st.data())
-def test_pass_has_each_row_that_may_do_better_once_whatever_is_asked_for_first(tmp_path, fates, shard, part, data):
-    records = _shards(tmp_path, fates, shard)
-    reasons = passing_reasons(records)
-    assert set(reasons) == {FATES[fate][2] for fate in fates} & set(PASSING)
-    failed = [row for row, fate in enumerate(fates) if FATES[fate][2] in PASSING]
-    parts = list(parts_again(tmp_path, records, reasons, part, lambda _: True))
+@given(st.lists(st.sampled_from(sorted(OUTCOMES)), max_size=60), st.integers(2, 20), st.integers(1, 15), st.data())
+def test_pass_has_each_row_that_may_do_better_once_whatever_is_asked_for_first(tmp_path, outcomes, shard, part, data):
+    records = _shards(tmp_path, outcomes, shard)
+    reasons = transient_reasons(records)
+    assert set(reasons) == {OUTCOMES[outcome][2] for outcome in outcomes} & set(TRANSIENT)
+    failed = [row for row, outcome in enumerate(outcomes) if OUTCOMES[outcome][2] in TRANSIENT]
+    parts = list(retry_parts(tmp_path, records, reasons, part, lambda _: True))
     assert [piece.position for piece in parts] == list(range(-(-len(failed) // part)))
     assert [url for piece in parts for url in piece.table["url"].to_pylist()] == [f"http://h/{row}" for row in failed]
     for piece in parts:
@@ -67,9 +67,9 @@ def test_pass_has_each_row_that_may_do_better_once_whatever_is_asked_for_first(t
         assert piece.table.column_names == ["url", "caption", "page", RETRY_OF]
         assert piece.table["page"].to_pylist() == [f"page {row}" for row in rows]
         assert piece.table[RETRY_OF].to_pylist() == [sample_key(row, shard) for row in rows]
-        assert piece.retried == Counter(FATES[fates[row]][2] for row in rows)
+        assert piece.retried == Counter(OUTCOMES[outcomes[row]][2] for row in rows)
     chosen = data.draw(st.sets(st.sampled_from([piece.position for piece in parts]))) if parts else set()
-    some = list(parts_again(tmp_path, records, reasons, part, lambda position: position in chosen))
+    some = list(retry_parts(tmp_path, records, reasons, part, lambda position: position in chosen))
     assert [piece.table for piece in some] == [parts[position].table for position in sorted(chosen)]
 
 
@@ -77,10 +77,10 @@ def test_parquet_that_says_other_than_its_record_is_named(tmp_path):
     (record,) = _shards(tmp_path, ["slow", "ok"], 5)
     more = dataclasses.replace(record, failed={"timeout": 2})
     with pytest.raises(ShardError, match=r"00000\.parquet: expected 2 rows that failed.* got 1"):
-        list(parts_again(tmp_path, [more], ["timeout"], 5, lambda _: True))
+        list(retry_parts(tmp_path, [more], ["timeout"], 5, lambda _: True))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ShardError, match=r"ingest\.retry_passes=0"):
-        list(parts_again(tmp_path, [record], ["timeout"], 5, lambda _: True))
+        list(retry_parts(tmp_path, [record], ["timeout"], 5, lambda _: True))
 
 
 def test_ledger_numbers_segments_one_after_another(tmp_path):

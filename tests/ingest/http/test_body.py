@@ -8,7 +8,7 @@ import zlib
 import pytest
 from scripted import Server, head, ok
 
-from ingest.http.body import LARGE_BODIES, SMALL_BYTES, Memory, NoRoomError
+from ingest.http.body import LARGE_BODIES, SMALL_BYTES, MemoryBudget, NoMemoryLeftError
 from ingest.http.connection import Opener
 from ingest.http.deadline_socket import Deadline
 from roclip.config import FetchPolicy
@@ -168,33 +168,33 @@ def test_body_that_cannot_be_unpacked_has_a_bad_encoding(encoding, body):
 
 
 def test_memory_is_lent_in_turn_and_never_above_its_size():
-    memory = Memory(10)
-    patience = Deadline(5.0, time.monotonic() + 20)
-    memory.reserve(6, patience)
+    memory = MemoryBudget(10)
+    deadline = Deadline(5.0, time.monotonic() + 20)
+    memory.reserve(6, deadline)
     order = []
 
     def large():
-        memory.reserve(8, patience)
+        memory.reserve(8, deadline)
         order.append("large")
 
     def small():
-        memory.reserve(1, patience)
+        memory.reserve(1, deadline)
         order.append("small")
 
     threads = [threading.Thread(target=large), threading.Thread(target=small)]
     threads[0].start()
-    while not memory._turn.locked():
+    while not memory._queue_lock.locked():
         time.sleep(0.001)
     threads[1].start()  # there is room for it, but another came first
-    with pytest.raises(NoRoomError, match="too_slow"):
+    with pytest.raises(NoMemoryLeftError, match="too_slow"):
         memory.reserve(1, Deadline(5.0, time.monotonic() + 0.1))
     assert order == []
-    memory.give_back(6)
+    memory.release(6)
     for thread in threads:
         thread.join()
     assert sorted(order) == ["large", "small"]
     assert memory.free_bytes == 1
-    memory.give_back(100)
+    memory.release(100)
     assert memory.free_bytes == 10
 
 
@@ -203,20 +203,20 @@ def test_large_bodies_wait_for_room_until_their_deadline():
     with Server([ok(b"x" * size)]) as server:
         ours = opener(max_bytes=size, deadline_s=1.0)
         answers = [ours.open(server.url()) for _ in range(LARGE_BODIES)]
-        with pytest.raises(NoRoomError):
+        with pytest.raises(NoMemoryLeftError):
             ours.open(server.url())
         for answer in answers[1:]:
             assert len(answer.read()) == size
             answer.close()
-        with pytest.raises(NoRoomError):  # what was read is still somewhere
+        with pytest.raises(NoMemoryLeftError):  # what was read is still somewhere
             ours.open(server.url())
         answers[0].close()  # what was not read is not
-        ours.handled(size)
-        ours.handled(SMALL_BYTES)  # a small body has nothing to give back
+        ours.release_body(size)
+        ours.release_body(SMALL_BYTES)  # a small body has nothing to give back
         for _ in range(2):
             with ours.open(server.url()) as answer:
                 answer.read()
-        with pytest.raises(NoRoomError):
+        with pytest.raises(NoMemoryLeftError):
             ours.open(server.url())
 
 
@@ -237,7 +237,7 @@ def test_body_of_unknown_size_gives_back_what_it_did_not_need():
         with ours.open(server.url()) as answer:
             answer.read()
         assert ours._memory.free_bytes == LARGE_BODIES * 4 * SMALL_BYTES - size
-        ours.handled(size)
+        ours.release_body(size)
         assert ours._memory.free_bytes == LARGE_BODIES * 4 * SMALL_BYTES
 
 
@@ -256,7 +256,7 @@ def test_many_threads_hold_few_large_bodies():
             time.sleep(0.02)
             with lock:
                 held[0] -= 1
-            ours.handled(len(content))
+            ours.release_body(len(content))
 
         threads = [threading.Thread(target=work) for _ in range(16)]
         for thread in threads:

@@ -1,4 +1,4 @@
-"""The opener that stands in for urllib's: redirects, opt-outs, turns at hosts, retries; asserted at the socket."""
+"""The opener that replaces urllib's: redirects, opt-outs, rate limits, retries; asserted at the socket."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from name_server import NameServer
 from scripted import Server, connects, head, moved, ok
 
 from ingest.http import connection
-from ingest.http.connection import MAX_RETRY_AFTER_S, MAX_ROBOTS_BYTES, Answer, Opener
+from ingest.http.connection import MAX_RETRY_AFTER_S, MAX_ROBOTS_BYTES, FetchedBody, Opener
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError, reason_of
 from roclip.errors import ConfigError
@@ -26,8 +26,10 @@ PUBLIC, PRIVATE = "127.0.0.2", "127.0.0.1"
 RULES = {"allow_networks": (f"{PUBLIC}/32",)}
 
 
-def opener(*, timeout_s=5.0, retries=0, hosts=None, robots=None, **rules):
-    return Opener(FetchPolicy(**{**RULES, **rules}), timeout_s=timeout_s, retries=retries, hosts=hosts, robots=robots)
+def opener(*, timeout_s=5.0, retries=0, limiter=None, robots=None, **rules):
+    return Opener(
+        FetchPolicy(**{**RULES, **rules}), timeout_s=timeout_s, retries=retries, limiter=limiter, robots=robots
+    )
 
 
 def get(url, **options):
@@ -233,24 +235,24 @@ def test_opt_out_of_others_is_not_for_us():
         assert get(server.url()) == b"image"
 
 
-class Turns:
-    """One turn a host, for real, and a record of what was said."""
+class OnePermit:
+    """A limiter with one permit per host, which records its calls."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.said = []
+        self.calls = []
         self.inside = set()
 
-    def enter(self, host, deadline_s, *, crawl_delay_s=0.0):
-        assert host not in self.inside, "a turn within a turn would wait for itself"
+    def acquire(self, host, deadline_s, *, crawl_delay_s=0.0):
+        assert host not in self.inside, "a permit within a permit would wait for itself"
         if "down" in host:
             raise FetchError("host_down", host)
         self.inside.add(host)
-        self.said.append(("enter", host, crawl_delay_s))
+        self.calls.append(("acquire", host, crawl_delay_s))
 
-    def leave(self, host, *, failed=False, busy=False, retry_after_s=0.0, size_bytes=0):
+    def release(self, host, *, failed=False, busy=False, retry_after_s=0.0, size_bytes=0):
         self.inside.remove(host)
-        self.said.append(("failed" if failed else "busy" if busy else "ok", retry_after_s, size_bytes > 0))
+        self.calls.append(("failed" if failed else "busy" if busy else "ok", retry_after_s, size_bytes > 0))
 
 
 class Rules:
@@ -268,27 +270,27 @@ class Rules:
         return 1.5
 
 
-def test_each_hop_takes_its_own_turn_and_asks_its_own_robots_txt():
+def test_each_hop_acquires_its_own_permit_and_asks_its_own_robots_txt():
     paths = {b"/robots.txt": ok(b"/private"), b"/open": ok(b"image"), b"/away": moved("/private/x")}
     with Server(lambda said: [paths[said.split(b" ")[1]]], PUBLIC) as server:
-        turns = Turns()
-        rules = Rules(opener(hosts=turns).fetch_robots)
+        limiter = OnePermit()
+        rules = Rules(opener(limiter=limiter).fetch_robots)
         with Server([moved(server.url("/open"))], f"{PUBLIC[:-1]}3") as first:
             allow = ("127.0.0.2/31",)
-            rules.fetch = opener(hosts=turns, allow_networks=allow).fetch_robots
-            assert get(first.url("/robots.txt-is-here-too"), hosts=turns, allow_networks=allow) == b"image"
+            rules.fetch = opener(limiter=limiter, allow_networks=allow).fetch_robots
+            assert get(first.url("/robots.txt-is-here-too"), limiter=limiter, allow_networks=allow) == b"image"
         for path in ("/private/x", "/away"):
             with pytest.raises(FetchError, match="robots_txt"):
-                get(server.url(path), hosts=turns, robots=rules)
-        assert get(server.url("/open"), hosts=turns, robots=rules) == b"image"
+                get(server.url(path), limiter=limiter, robots=rules)
+        assert get(server.url("/open"), limiter=limiter, robots=rules) == b"image"
     assert b"GET /private" not in b"".join(server.requests)
-    assert turns.inside == set()
-    assert turns.said[0] == ("enter", f"127.0.0.3:{first.port}", 0.0)
-    assert turns.said[2] == ("enter", f"127.0.0.2:{server.port}", 0.0)
-    assert turns.said[-4:] == [
-        ("enter", f"127.0.0.2:{server.port}", 0.0),
+    assert limiter.inside == set()
+    assert limiter.calls[0] == ("acquire", f"127.0.0.3:{first.port}", 0.0)
+    assert limiter.calls[2] == ("acquire", f"127.0.0.2:{server.port}", 0.0)
+    assert limiter.calls[-4:] == [
+        ("acquire", f"127.0.0.2:{server.port}", 0.0),
         ("ok", 0.0, True),
-        ("enter", f"127.0.0.2:{server.port}", 1.5),
+        ("acquire", f"127.0.0.2:{server.port}", 1.5),
         ("ok", 0.0, True),
     ]
 
@@ -324,42 +326,42 @@ def test_robots_txt_is_not_asked_when_the_policy_says_so():
     ],
 )
 def test_host_is_told_how_it_went(pieces, said):
-    turns = Turns()
+    limiter = OnePermit()
     with Server(pieces, PUBLIC) as server, contextlib.suppress(OSError):
-        get(server.url(), hosts=turns, timeout_s=0.3)
-    assert turns.said[1:] == [said]
+        get(server.url(), limiter=limiter, timeout_s=0.3)
+    assert limiter.calls[1:] == [said]
 
 
 def test_retry_after_a_date_is_the_time_until_then():
-    turns = Turns()
+    limiter = OnePermit()
     date = formatdate(time.time() + 600, usegmt=True)
     with (
         Server([head("503 Service Unavailable", f"Retry-After: {date}")], PUBLIC) as server,
         contextlib.suppress(OSError),
     ):
-        get(server.url(), hosts=turns)
-    assert 500 < turns.said[1][1] <= 600
+        get(server.url(), limiter=limiter)
+    assert 500 < limiter.calls[1][1] <= 600
 
 
 def test_host_has_failed_when_it_has_no_address_or_drips_and_not_when_others_took_its_time():
-    turns = Turns()
+    limiter = OnePermit()
     with NameServer({}) as dns, pytest.raises(FetchError, match="no_host"):
-        get("http://dead.example/", hosts=turns, nameservers=(dns.address,))
+        get("http://dead.example/", limiter=limiter, nameservers=(dns.address,))
     drip = [ok(b"", length=100), *[part for _ in range(100) for part in (b"x", 0.05)]]
     with Server(drip, PUBLIC) as server, pytest.raises(FetchError, match="too_slow"):
-        get(server.url(), hosts=turns, timeout_s=0.2, deadline_s=0.6)
+        get(server.url(), limiter=limiter, timeout_s=0.2, deadline_s=0.6)
     with Server([5.0], PUBLIC) as victim:
         blamer = Server([0.4, moved(victim.url())], PUBLIC)
         with blamer as server, pytest.raises(FetchError, match="too_slow"):
-            get(server.url(), hosts=turns, timeout_s=0.5, deadline_s=0.7)
-    assert [said[0] for said in turns.said] == ["enter", "failed"] * 2 + ["enter", "ok"] * 2
+            get(server.url(), limiter=limiter, timeout_s=0.5, deadline_s=0.7)
+    assert [call[0] for call in limiter.calls] == ["acquire", "failed"] * 2 + ["acquire", "ok"] * 2
 
 
 def test_host_that_is_left_alone_is_not_asked():
-    turns = Turns()
+    limiter = OnePermit()
     with pytest.raises(FetchError, match="host_down"):
-        get("http://down.example/", hosts=turns, retries=3)
-    assert turns.said == []
+        get("http://down.example/", limiter=limiter, retries=3)
+    assert limiter.calls == []
 
 
 def flaky(*answers):
@@ -489,16 +491,16 @@ BODIES = st.sampled_from(
 )
 def test_any_answer_is_an_image_or_a_named_failure(parrot, status, headers, body):
     parrot.answer = b"\r\n".join([status, *headers, b"", body])
-    turns, reason = Turns(), ""
+    limiter, reason = OnePermit(), ""
     with nothing_private():
         try:
-            with opener(hosts=turns, deadline_s=5.0).open(parrot.url()) as answer:
-                assert isinstance(answer, Answer)
+            with opener(limiter=limiter, deadline_s=5.0).open(parrot.url()) as answer:
+                assert isinstance(answer, FetchedBody)
                 assert answer.read()
         except OSError as error:
             reason = reason_of(str(error))
     assert reason != "other"
-    assert turns.inside == set()
+    assert limiter.inside == set()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from hostile import SETTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.http.opt_out import OPT_OUT, objection
+from ingest.http.opt_out import OPT_OUT, opt_out_directive
 
 
 @pytest.mark.parametrize("directive", sorted(OPT_OUT))
@@ -12,8 +12,8 @@ from ingest.http.opt_out import OPT_OUT, objection
     ["{}", " {} ", "nofollow, {}", "{}, nosnippet", "roclip: {}", "RoCLIP : all, {}", "*: {}", "roclip/0.1: {}"],
 )
 def test_opt_out_is_heard(directive, value):
-    assert objection([value.format(directive)], "roclip") == directive
-    assert objection(["nosnippet", value.format(directive).upper()], "roclip") == directive
+    assert opt_out_directive([value.format(directive)], "roclip") == directive
+    assert opt_out_directive(["nosnippet", value.format(directive).upper()], "roclip") == directive
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_opt_out_is_heard(directive, value):
     ],
 )
 def test_what_is_not_for_us_is_no_opt_out(value):
-    assert objection([value], "roclip") == ""
+    assert opt_out_directive([value], "roclip") == ""
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_what_is_not_for_us_is_no_opt_out(value):
     ],
 )
 def test_directives_with_a_value_are_no_crawlers(value):
-    assert objection([value], "roclip") == "noai"
+    assert opt_out_directive([value], "roclip") == "noai"
 
 
 def test_another_header_is_for_everybody_again():
-    assert objection(["otherbot: noai", "noml"], "roclip") == "noml"
-    assert objection(["otherbot: noai", "otherbot: noml"], "roclip") == ""
+    assert opt_out_directive(["otherbot: noai", "noml"], "roclip") == "noml"
+    assert opt_out_directive(["otherbot: noai", "otherbot: noml"], "roclip") == ""
 
 
 @settings(max_examples=200, **SETTINGS)
 @given(st.lists(st.text("noai:,roclip* \t/_-;" + chr(0xFC)), max_size=3))
 def test_any_header_is_read(values):
-    assert objection(values, "roclip") in {"", *OPT_OUT}
+    assert opt_out_directive(values, "roclip") in {"", *OPT_OUT}

@@ -7,7 +7,7 @@ from hostile import SETTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.http.policy import allows, check, host_list, proxy, user_agent, vetted
+from ingest.http.policy import allowed_addresses, check_url, host_list, is_allowed_address, proxy, user_agent
 from roclip.config import FetchPolicy
 from roclip.data.outcomes import FetchError
 from roclip.errors import ConfigError
@@ -25,23 +25,23 @@ PUBLIC = "93.184.215.14 8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC.split())
 def test_private_address_is_refused_unless_allowed(address):
-    assert not allows(FetchPolicy(), address)
-    assert allows(EVERYTHING, address)
+    assert not is_allowed_address(FetchPolicy(), address)
+    assert is_allowed_address(EVERYTHING, address)
 
 
 @pytest.mark.parametrize("address", PUBLIC.split())
 def test_public_address_is_allowed(address):
-    assert allows(FetchPolicy(), address)
+    assert is_allowed_address(FetchPolicy(), address)
 
 
 def test_allowed_network_opens_no_more_than_itself():
     policy = FetchPolicy(allow_networks=("127.0.0.2/32", "fd00::/64"))
-    assert allows(policy, "127.0.0.2")
-    assert allows(policy, "::ffff:127.0.0.2")  # the same host to a socket
-    assert allows(policy, "fd00::7")
-    assert not allows(policy, "127.0.0.1")
-    assert not allows(policy, "64:ff9b::7f00:2")
-    assert not allows(policy, "fd00:0:0:1::7")
+    assert is_allowed_address(policy, "127.0.0.2")
+    assert is_allowed_address(policy, "::ffff:127.0.0.2")  # the same host to a socket
+    assert is_allowed_address(policy, "fd00::7")
+    assert not is_allowed_address(policy, "127.0.0.1")
+    assert not is_allowed_address(policy, "64:ff9b::7f00:2")
+    assert not is_allowed_address(policy, "fd00:0:0:1::7")
 
 
 V4 = st.one_of(
@@ -67,17 +67,17 @@ def test_private_ipv4_address_stays_private_inside_ipv6(v4, form):
     inner = ipaddress.IPv4Address(v4)
     outer = ipaddress.IPv6Address(INSIDE_IPV6[form](v4))
     if not inner.is_global or inner.is_multicast:
-        assert not allows(FetchPolicy(), str(inner))
-        assert not allows(FetchPolicy(), str(outer))
+        assert not is_allowed_address(FetchPolicy(), str(inner))
+        assert not is_allowed_address(FetchPolicy(), str(outer))
         with pytest.raises(FetchError, match="refused_address"):
-            check(FetchPolicy(), f"http://[{outer}]/")
+            check_url(FetchPolicy(), f"http://[{outer}]/")
 
 
 @settings(max_examples=300, **SETTINGS)
 @given(st.one_of(st.integers(0, 2**128 - 1), st.integers(0x2000 << 112, (0x4000 << 112) - 1), V4))
 def test_what_is_allowed_is_global(number):
     address = ipaddress.ip_address(number)
-    if allows(FetchPolicy(), str(address)):
+    if is_allowed_address(FetchPolicy(), str(address)):
         known = getattr(address, "ipv4_mapped", None) or address
         if known in ipaddress.ip_network("64:ff9b::/96"):
             known = ipaddress.IPv4Address(int(known) & 0xFFFFFFFF)
@@ -89,19 +89,19 @@ def test_what_is_allowed_is_global(number):
 @settings(max_examples=100, **SETTINGS)
 @given(V4)
 def test_url_with_an_ipv4_address_is_judged_by_it_whatever_its_spelling(v4):
-    public = allows(FetchPolicy(), str(ipaddress.IPv4Address(v4)))
+    public = is_allowed_address(FetchPolicy(), str(ipaddress.IPv4Address(v4)))
     for text in (str(v4), hex(v4), f"0{v4:o}", f"{v4 >> 24}.{v4 & 0xFFFFFF}", f"{ipaddress.IPv4Address(v4)}."):
         if public:
-            assert check(FetchPolicy(), f"http://{text}/").host == str(ipaddress.IPv4Address(v4))
+            assert check_url(FetchPolicy(), f"http://{text}/").host == str(ipaddress.IPv4Address(v4))
         else:
             with pytest.raises(FetchError, match=r"^refused_address: "):
-                check(FetchPolicy(), f"http://{text}/")
+                check_url(FetchPolicy(), f"http://{text}/")
 
 
 def test_public_address_of_a_name_is_used_when_another_is_private():
-    assert vetted(FetchPolicy(), "a.example", ["10.0.0.1", "8.8.8.8", "::1"]) == ["8.8.8.8"]
+    assert allowed_addresses(FetchPolicy(), "a.example", ["10.0.0.1", "8.8.8.8", "::1"]) == ["8.8.8.8"]
     with pytest.raises(FetchError, match=r"^refused_address: a\.example is at 10\.0\.0\.1, ::1, not a public address"):
-        vetted(FetchPolicy(), "a.example", ["10.0.0.1", "::1"])
+        allowed_addresses(FetchPolicy(), "a.example", ["10.0.0.1", "::1"])
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_host_lists_match_whole_labels(host, listed):
         (FetchPolicy(allow_hosts=entries, deny_hosts=entries), False),
     ):
         if passes:
-            check(policy, url)
+            check_url(policy, url)
         else:
             with pytest.raises(FetchError, match="refused_host"):
-                check(policy, url)
+                check_url(policy, url)
 
 
 LABELS = st.lists(st.sampled_from(["a", "b", "ab", "example"]), min_size=1, max_size=4).map(".".join)
@@ -141,7 +141,7 @@ LABELS = st.lists(st.sampled_from(["a", "b", "ab", "example"]), min_size=1, max_
 def test_host_is_listed_when_an_entry_is_a_suffix_of_its_labels(host, entries):
     listed = any(host.split(".")[-len(entry.split(".")) :] == entry.split(".") for entry in entries)
     try:
-        check(FetchPolicy(deny_hosts=tuple(entries)), f"http://{host}/")
+        check_url(FetchPolicy(deny_hosts=tuple(entries)), f"http://{host}/")
         assert not listed
     except FetchError:
         assert listed

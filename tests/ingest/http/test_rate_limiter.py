@@ -1,4 +1,4 @@
-"""Turns at hosts, with real threads and the real clock."""
+"""The rate limiter per host, with real threads and the real clock."""
 
 import itertools
 import threading
@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ingest.http.host_schedule import FAILURES
+from ingest.http.host_schedule import MAX_FAILURES
 from ingest.http.rate_limiter import DOWN_REASONS, RateLimiter, site
 from roclip.config import FetchPolicy
-from roclip.data.outcomes import REASONS, FetchError, is_passing, reason_of
+from roclip.data.outcomes import REASONS, FetchError, is_transient, reason_of
 
 HOST = "a.example"
 
@@ -40,31 +40,31 @@ class Site:
 
 
 def test_256_threads_share_the_connections_of_one_host():
-    turns, here = hosts(connections=3), Site()
+    limiter, here = hosts(connections=3), Site()
 
     def fetch(_):
-        turns.enter(HOST, soon())
+        limiter.acquire(HOST, soon())
         try:
             here.visit(0.001)
         finally:
-            turns.leave(HOST, size_bytes=10)
+            limiter.release(HOST, size_bytes=10)
 
     with ThreadPoolExecutor(256) as pool:
         list(pool.map(fetch, range(600)))
     assert here.most == 3
-    count = turns.take_counts().top(1)[HOST]
+    count = limiter.take_counts().top(1)[HOST]
     assert (count.requests, count.bytes, count.refused) == (600, 6000, 0)
     assert count.seconds >= 0.6
-    assert len(turns.take_counts()) == 0
+    assert len(limiter.take_counts()) == 0
 
 
 def test_requests_of_many_threads_are_a_gap_apart():
-    turns, here = hosts(connections=8, requests_per_s=50), Site()
+    limiter, here = hosts(connections=8, requests_per_s=50), Site()
 
     def fetch(_):
-        turns.enter(HOST, soon())
+        limiter.acquire(HOST, soon())
         here.visit(0)
-        turns.leave(HOST)
+        limiter.release(HOST)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(fetch, range(20)))
@@ -72,72 +72,72 @@ def test_requests_of_many_threads_are_a_gap_apart():
 
 
 def test_one_host_does_not_wait_for_another():
-    turns = hosts(connections=1)
-    turns.enter(HOST, soon())
-    turns.enter("b.example", soon(0.5))
-    turns.leave("b.example")
-    turns.leave(HOST)
+    limiter = hosts(connections=1)
+    limiter.acquire(HOST, soon())
+    limiter.acquire("b.example", soon(0.5))
+    limiter.release("b.example")
+    limiter.release(HOST)
 
 
-def test_busy_host_is_told_at_once_when_the_turn_cannot_come_in_time():
-    turns = hosts(requests_per_s=0.01)
-    turns.enter(HOST, soon())
+def test_busy_host_is_refused_at_once_when_the_permit_cannot_come_in_time():
+    limiter = hosts(requests_per_s=0.01)
+    limiter.acquire(HOST, soon())
     with pytest.raises(FetchError) as error:
-        turns.enter(HOST, soon(50))
+        limiter.acquire(HOST, soon(50))
     assert reason_of(str(error.value)) == "host_busy"
-    assert is_passing("host_busy")
-    turns.leave(HOST)
-    assert turns.take_counts().total.refused == 1
+    assert is_transient("host_busy")
+    limiter.release(HOST)
+    assert limiter.take_counts().total.refused == 1
 
 
 def test_waiting_ends_with_the_deadline_and_leaves_no_trace():
-    turns = hosts(connections=1)
-    turns.enter(HOST, soon())
+    limiter = hosts(connections=1)
+    limiter.acquire(HOST, soon())
     with pytest.raises(FetchError, match="host_busy"):
-        turns.enter(HOST, soon(0.05))
-    turns.leave(HOST)
-    turns.enter(HOST, soon(0.5))
-    turns.leave(HOST)
+        limiter.acquire(HOST, soon(0.05))
+    limiter.release(HOST)
+    limiter.acquire(HOST, soon(0.5))
+    limiter.release(HOST)
 
 
 def test_host_that_failed_is_down_at_once_for_those_who_wait_too():
-    turns, go, fates = hosts(connections=FAILURES), threading.Event(), []
+    limiter, go, outcomes = hosts(connections=MAX_FAILURES), threading.Event(), []
 
     def fetch(_):
         try:
-            turns.enter(HOST, soon())
+            limiter.acquire(HOST, soon())
             go.wait(30)
-            turns.leave(HOST, failed=True)
+            limiter.release(HOST, failed=True)
         except FetchError as error:
-            fates.append(reason_of(str(error)))
+            outcomes.append(reason_of(str(error)))
 
     with ThreadPoolExecutor(20) as pool:
         done = [pool.submit(fetch, number) for number in range(20)]
-        while len(turns._waiters) < 20 - FAILURES:
+        while len(limiter._waiters) < 20 - MAX_FAILURES:
             time.sleep(0.001)
         go.set()
         for future in done:
             future.result()
-    assert fates == ["host_down"] * (20 - FAILURES - 2)  # two took the places of the first two that failed
+    assert outcomes == ["host_down"] * (20 - MAX_FAILURES - 2)  # two took the places of the first two that failed
     with pytest.raises(FetchError, match="host_down"):
-        turns.enter(HOST, soon())
+        limiter.acquire(HOST, soon())
 
 
 def test_retry_after_holds_for_all_threads():
-    turns = hosts()
-    turns.enter(HOST, soon())
-    turns.leave(HOST, busy=True, retry_after_s=120)
+    limiter = hosts()
+    limiter.acquire(HOST, soon())
+    limiter.release(HOST, busy=True, retry_after_s=120)
     with pytest.raises(FetchError, match="host_busy"):
-        turns.enter(HOST, soon(100))
-    turns.enter("b.example", soon())
-    turns.leave("b.example")
-    assert turns.take_counts().top(1, by="busy")[HOST].busy == 1
+        limiter.acquire(HOST, soon(100))
+    limiter.acquire("b.example", soon())
+    limiter.release("b.example")
+    assert limiter.take_counts().top(1, by="busy")[HOST].busy == 1
 
 
-def test_leave_without_enter_is_an_error():
-    turns = hosts()
-    with pytest.raises(RuntimeError, match="entered and not left"):
-        turns.leave(HOST)
+def test_release_without_acquire_is_an_error():
+    limiter = hosts()
+    with pytest.raises(RuntimeError, match="acquired and not released"):
+        limiter.release(HOST)
 
 
 def test_names_of_one_site_are_one():
@@ -150,5 +150,5 @@ def test_names_of_one_site_are_one():
             site(name)
 
 
-def test_reasons_of_hosts_are_known_and_pass():
-    assert all(REASONS[name].passing for name in itertools.chain(DOWN_REASONS, ("host_busy", "host_down")))
+def test_reasons_of_hosts_are_registered_and_transient():
+    assert all(REASONS[name].transient for name in itertools.chain(DOWN_REASONS, ("host_busy", "host_down")))

@@ -6,7 +6,7 @@ import time
 import pytest
 from name_server import NameServer
 
-from ingest.http.resolver import FAILED_TTL_S, MAX_ADDRESSES, MAX_TTL_S, SYSTEM_TTL_S, Counts, Resolver
+from ingest.http.resolver import FAILED_TTL_S, MAX_ADDRESSES, MAX_TTL_S, SYSTEM_TTL_S, LookupCounts, Resolver
 from roclip.data.outcomes import FetchError
 from roclip.errors import ConfigError
 
@@ -22,20 +22,20 @@ class Clock:
         return self.now_s
 
 
-def _ask(server, clock=time.monotonic, lookups=8):
+def _resolver(server, clock=time.monotonic, lookups=8):
     return Resolver((server.address,), lookups, clock)
 
 
 def test_addresses_of_both_families_are_found():
     with NameServer({"a.example": [["93.184.215.14", "2606:4700::1", "8.8.8.8"]]}) as server:
-        found = _ask(server).addresses("a.example", soon())
+        found = _resolver(server).addresses("a.example", soon())
     assert sorted(found) == ["2606:4700::1", "8.8.8.8", "93.184.215.14"]
 
 
 def test_answer_is_kept_as_long_as_its_server_says():
     clock = Clock()
     with NameServer({"a.example": [["1.1.1.1"], ["2.2.2.2"]]}, ttl_s=60) as server:
-        resolver = _ask(server, clock)
+        resolver = _resolver(server, clock)
         assert resolver.addresses("a.example", soon()) == ("1.1.1.1",)
         clock.now_s += 59
         assert resolver.addresses("a.example", soon()) == ("1.1.1.1",)
@@ -51,7 +51,7 @@ def test_answer_is_kept_as_long_as_its_server_says():
 def test_time_to_live_has_bounds(ttl_s, kept_s):
     clock = Clock()
     with NameServer({"a.example": [["1.1.1.1"], ["2.2.2.2"]]}, ttl_s=ttl_s) as server:
-        resolver = _ask(server, clock)
+        resolver = _resolver(server, clock)
         resolver.addresses("a.example", soon())
         clock.now_s += kept_s
         assert resolver.addresses("a.example", soon()) == ("2.2.2.2",)
@@ -60,14 +60,14 @@ def test_time_to_live_has_bounds(ttl_s, kept_s):
 def test_name_that_does_not_exist_costs_one_lookup():
     clock = Clock()
     with NameServer({"empty.example": [[]]}) as server:
-        resolver = _ask(server, clock)
+        resolver = _resolver(server, clock)
         for _ in range(3):
             with pytest.raises(FetchError, match="no_host"):
                 resolver.addresses("dead.example", soon())
             with pytest.raises(FetchError, match=r"no_host: empty\.example: it has no address"):
                 resolver.addresses("empty.example", soon())
         assert server.asked == {"dead.example": 1, "empty.example": 1}
-        assert resolver.counts() == Counts(2, 4, 2, resolver.counts().seconds)
+        assert resolver.counts() == LookupCounts(2, 4, 2, resolver.counts().seconds)
         clock.now_s += FAILED_TTL_S
         with pytest.raises(FetchError, match="no_host"):
             resolver.addresses("dead.example", soon())
@@ -76,7 +76,7 @@ def test_name_that_does_not_exist_costs_one_lookup():
 
 def test_those_who_ask_at_the_same_time_share_one_lookup():
     with NameServer({"a.example": [["1.1.1.1"]]}) as server:
-        resolver = _ask(server)
+        resolver = _resolver(server)
         server.hold.clear()
         found = []
         threads = [
@@ -95,7 +95,7 @@ def test_those_who_ask_at_the_same_time_share_one_lookup():
 
 def test_caller_leaves_at_its_deadline_and_the_answer_serves_the_next():
     with NameServer({"a.example": [["1.1.1.1"]]}) as server:
-        resolver = _ask(server)
+        resolver = _resolver(server)
         server.hold.clear()
         with pytest.raises(FetchError, match="too_slow"):
             resolver.addresses("a.example", time.monotonic() + 0.1)
@@ -109,7 +109,7 @@ def test_caller_leaves_at_its_deadline_and_the_answer_serves_the_next():
 def test_no_more_lookups_than_allowed_are_under_way():
     names = {f"{n}.example": [["1.1.1.1"]] for n in range(10)}
     with NameServer(names) as server:
-        resolver = _ask(server, lookups=3)
+        resolver = _resolver(server, lookups=3)
         server.hold.clear()
         before = threading.active_count()
         for name in names:
@@ -122,10 +122,10 @@ def test_no_more_lookups_than_allowed_are_under_way():
 
 
 def test_threads_end_when_there_is_nothing_to_do(monkeypatch):
-    monkeypatch.setattr("ingest.http.resolver._IDLE_S", 0.05)
+    monkeypatch.setattr("ingest.http.resolver._IDLE_TIMEOUT_S", 0.05)
     with NameServer({"a.example": [["1.1.1.1"]]}, ttl_s=0) as server:
         before = set(threading.enumerate())
-        resolver = _ask(server)
+        resolver = _resolver(server)
         for _ in range(2):
             resolver.addresses("a.example", soon())
             for thread in set(threading.enumerate()) - before:
@@ -136,7 +136,7 @@ def test_threads_end_when_there_is_nothing_to_do(monkeypatch):
 def test_cache_forgets_what_was_not_asked_for_longest(monkeypatch):
     monkeypatch.setattr("ingest.http.resolver.MAX_NAMES", 2)
     with NameServer({f"{name}.example": [["1.1.1.1"]] for name in "abc"}) as server:
-        resolver = _ask(server)
+        resolver = _resolver(server)
         for name in "abacab":
             resolver.addresses(f"{name}.example", soon())
     assert server.asked == {"a.example": 1, "b.example": 2, "c.example": 1}
@@ -146,7 +146,7 @@ def test_hostile_answers_are_bounded():
     many = [f"1.1.{n}.1" for n in range(30)]
     names = {"many.example": [many], "loop.example": [["loop.example."]], "alias.example": [["x.example."]]}
     with NameServer(names) as server:
-        resolver = _ask(server)
+        resolver = _resolver(server)
         assert len(resolver.addresses("many.example", soon())) == MAX_ADDRESSES
         for name in ("loop.example", "alias.example"):
             with pytest.raises(FetchError, match="no_host"):
@@ -156,7 +156,7 @@ def test_hostile_answers_are_bounded():
 def test_second_server_is_asked_when_the_first_is_silent():
     with NameServer({"a.example": [None]}) as silent, NameServer({"a.example": [["1.1.1.1"]]}) as server:
         resolver = Resolver((silent.address, server.address))
-        resolver._look_up._resolver.timeout = 0.2
+        resolver._resolve._resolver.timeout = 0.2
         assert resolver.addresses("a.example", soon()) == ("1.1.1.1",)
 
 

@@ -13,8 +13,8 @@ from hostile import SETTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.http.robots import FAILED_KEPT_S, KEPT_S, MAX_BYTES, MAX_CRAWL_DELAY_S, MAX_RULES, Robots, ours
-from roclip.data.outcomes import FetchError, is_passing, reason_of
+from ingest.http.robots import CACHE_S, FAILED_CACHE_S, MAX_BYTES, MAX_CRAWL_DELAY_S, MAX_RULES, Robots, rules_for
+from roclip.data.outcomes import FetchError, is_transient, reason_of
 
 AGENT = "roclip"
 
@@ -267,10 +267,10 @@ def test_error_of_the_server_passes_and_is_asked_about_again(server, status):
     for _ in range(3):
         with pytest.raises(FetchError, match=f"answered {status}") as error:
             robots.allows(server.url("/x"))
-        assert is_passing(reason_of(str(error.value)))
+        assert is_transient(reason_of(str(error.value)))
     assert server.asked["/robots.txt"] == 1
     server.robots("User-agent: *\nDisallow: /y")
-    clock.now_s += FAILED_KEPT_S
+    clock.now_s += FAILED_CACHE_S
     assert robots.allows(server.url("/x"))
     assert not robots.allows(server.url("/y"))
     assert server.asked["/robots.txt"] == 2
@@ -291,16 +291,16 @@ def test_site_that_is_not_there_fails_for_that_reason():
 
 
 def test_turn_that_did_not_come_is_not_remembered(server):
-    fates = iter(["host_busy", "host_down", ""])
+    outcomes = iter(["host_busy", "host_down", ""])
 
     def queued(url):
-        if fate := next(fates):
-            raise FetchError(fate, "no turn")
+        if outcome := next(outcomes):
+            raise FetchError(outcome, "no permit")
         return fetch(url)
 
     robots = Robots(queued, AGENT)
-    for fate in ("host_busy", "host_down"):
-        with pytest.raises(FetchError, match=fate):
+    for outcome in ("host_busy", "host_down"):
+        with pytest.raises(FetchError, match=outcome):
             robots.allows(server.url("/x"))
     assert robots.allows(server.url("/x"))
 
@@ -311,7 +311,7 @@ def test_rules_are_kept_for_a_day(server):
     server.robots("User-agent: *\nDisallow: /")
     assert not robots.allows(server.url("/x"))
     server.robots("")
-    clock.now_s += KEPT_S - 1
+    clock.now_s += CACHE_S - 1
     assert not robots.allows(server.url("/x"))
     clock.now_s += 1
     assert robots.allows(server.url("/x"))
@@ -406,7 +406,7 @@ def test_line_that_the_limit_cuts_is_left_out():
     head = b"User-agent: *\nAllow: /a\n"
     body = head + b"#" * (MAX_BYTES - len(head) - 12) + b"\nDisallow: /private"
     assert judge(body, "/", "/private") == [True, True]
-    assert ours(body[: MAX_BYTES - 8], AGENT).splitlines() == ["Allow: /a"]
+    assert rules_for(body[: MAX_BYTES - 8], AGENT).splitlines() == ["Allow: /a"]
 
 
 @pytest.mark.parametrize(
@@ -453,9 +453,9 @@ def test_memory_is_bounded_however_many_sites_there_are():
     robots = Robots(answer, AGENT)
     for number in range(120):
         assert not robots.allows(f"http://{number}.example/{number}-7-{padding}")
-    assert robots._said.weight <= 32 * 2**20
+    assert robots._cached.weight <= 32 * 2**20
     assert robots._parsed.weight <= 2 * 2**20
-    assert sum(len(said.text) for said, _ in robots._said._kept.values()) <= 32 * 2**20
+    assert sum(len(said.text) for said, _ in robots._cached._kept.values()) <= 32 * 2**20
 
 
 @given(st.binary(max_size=300), st.text(max_size=40))
@@ -463,12 +463,12 @@ def test_memory_is_bounded_however_many_sites_there_are():
 def test_no_bytes_and_no_url_raise_anything_else(body, path):
     robots = Robots(lambda _: (200, b"User-agent: *\nDisallow: " + body), AGENT)
     for url in (f"http://a.example/{path}", path):
-        fate = ""
+        outcome = ""
         try:
             robots.allows(url)
         except FetchError as error:
-            fate = reason_of(str(error))
-        assert fate in ("", "bad_url", "refused_scheme")
+            outcome = reason_of(str(error))
+        assert outcome in ("", "bad_url", "refused_scheme")
 
 
 @given(st.text("/ab*$?%2F.", max_size=12), st.text("/ab*$?%2F.", max_size=12))

@@ -135,7 +135,7 @@ def test_json_of_columns_is_read_as_pandas_writes_it(tmp_path, indent, lists):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"url": "h", "caption": "c"}\n{"url": "h", "caption": "c"}\n', "a jsonl one object a line"),
+        ('{"url": "h", "caption": "c"}\n{"url": "h", "caption": "c"}\n', "a jsonl one object per line"),
         ('[{"url": "h", "caption": "c"}', "but the end"),
         ('[{"url": "h", "caption": "c"}, {"url": ', "no JSON value at character 31"),
         ('[{"url": "h", "caption": "c"}] 7', "more than one value"),
@@ -315,14 +315,14 @@ def test_carried_column_has_the_type_that_holds_all_files(tmp_path):
 
 def test_carried_columns_that_would_bear_one_name_are_refused(tmp_path):
     columns = {"url": ["h"], "caption": ["c"], "width": [1], "list_width": [2]}
-    with pytest.raises(UrlListError, match="width is carried as list_width, which is a column too"):
+    with pytest.raises(UrlListError, match="width would be stored as list_width, which is another column"):
         table_rows(tmp_path, columns, columns=["width", "list_width"])
 
 
 def test_columns_of_no_use_are_refused(tmp_path):
     with pytest.raises(UrlListError, match="expected text in the column url, got int64"):
         table_rows(tmp_path, {"url": [1], "caption": ["c"]})
-    with pytest.raises(UrlListError, match=r"expected in the column caption what can be made string, got list"):
+    with pytest.raises(UrlListError, match=r"expected values in the column caption that convert to string, got list"):
         table_rows(tmp_path, {"url": ["h"], "caption": [["c"]]})
     with pytest.raises(UrlListError, match="got lists or objects"):
         rows_of(tmp_path, "l.jsonl", '{"url": "h", "caption": ["c"]}')
@@ -367,7 +367,7 @@ def test_hash_columns_become_what_is_expected(tmp_path):
     assert list(table_rows(tmp_path, columns, hashes=False)[0]) == ["url", "caption"]
     text = rows_of(tmp_path, "l.csv", "url,caption,phash\nh,c,ffffffffffffffff\nh,c,no\n")
     assert [row[2] for row in text] == [2**64 - 1, None]
-    with pytest.raises(UrlListError, match="column phash what can be made uint64, got double"):
+    with pytest.raises(UrlListError, match="column phash that convert to uint64, got double"):
         table_rows(tmp_path, {"url": ["h"], "caption": ["c"], "phash": [0.5]})
 
 

@@ -17,7 +17,7 @@ from kit import REPOSITORY
 from PIL import Image
 
 from ingest.origin import Origin
-from ingest.shard.fetch import Fetched
+from ingest.shard.fetch import FetchedShard
 from ingest.shard.verify import verify
 from roclip.config import FetchPolicy, IngestConfig
 from roclip.data.shards import sample_key
@@ -26,10 +26,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import pyarrow.parquet as pq
-from ingest.fetch import fetch
-from ingest.publish import publish
-from ingest.sources import Part
-from ingest.verify import verify
+from ingest.shard.fetch import fetch
+from ingest.shard.publish import publish
+from ingest.lists.sources import Part
+from ingest.shard.verify import verify
 from roclip.config import FetchPolicy, IngestConfig
 
 urls, work, number, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -42,20 +42,20 @@ fetched = fetch(part, work, config)
 heavy += [name for name in ("torch", "ray", "faiss", "deepspeed", "open_clip") if name in sys.modules]
 print(json.dumps([str(fetched.tar), str(fetched.parquet), fetched.urls, heavy]))
 """
-PEER = """
+SHIM = """
 import sys
 from pathlib import Path
 import pyarrow.feather, pyarrow.parquet as pq
-from ingest import peer
+from ingest.shard import img2dataset_shim
 
 urls, work = sys.argv[1], Path(sys.argv[2])
 work.mkdir()
-peer.downloader()
+img2dataset_shim.downloader()
 from img2dataset.writer import WebDatasetSampleWriter
 
-resizer = peer.resizer().Resizer(image_size=48, resize_mode="border", resize_only_if_bigger=False)
+resizer = img2dataset_shim.resizer().Resizer(image_size=48, resize_mode="border", resize_only_if_bigger=False)
 options = dict(verify_hash_type=None, oom_shard_count=5, number_sample_per_shard=100, thread_count=8, timeout=3, retries=0)
-download = peer.downloader().Downloader(
+download = img2dataset_shim.downloader().Downloader(
     WebDatasetSampleWriter, resizer, save_caption=True, extract_exif=True, output_folder=str(work), encode_format="jpg",
     column_list=["url", "caption", "similarity"], compute_hash="sha256", user_agent_token=None,
     disallowed_header_directives=None, **options,
@@ -102,7 +102,7 @@ def _fetch(urls, work, policy=None, number=1, **options):
     config = IngestConfig(policy=FetchPolicy(**(policy or {})), **options)
     done = _run(SCRIPT, urls, work, number, json.dumps(asdict(config)))
     tar, parquet, rows, heavy = json.loads(done.stdout.splitlines()[-1])
-    return Fetched(Path(tar), Path(parquet), rows), heavy, done
+    return FetchedShard(Path(tar), Path(parquet), rows), heavy, done
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +212,8 @@ def pair(tmp_path_factory):
             _fetch(folder / "urls.parquet", folder / f"threads-{threads}", LOOPBACK, 0, threads=threads)[0]
             for threads in (8, 1)
         )
-        assert _run(PEER, folder / "urls.parquet", folder / "peer").stdout.splitlines()[-1] == "True"
-    return many, one, Fetched(folder / "peer" / "00000.tar", folder / "peer" / "00000.parquet", 10)
+        assert _run(SHIM, folder / "urls.parquet", folder / "peer").stdout.splitlines()[-1] == "True"
+    return many, one, FetchedShard(folder / "peer" / "00000.tar", folder / "peer" / "00000.parquet", 10)
 
 
 def test_same_answers_give_the_same_bytes_when_they_come_in_another_order(pair):
@@ -236,8 +236,8 @@ def test_shard_is_what_img2dataset_makes(pair):
     theirs = {row["key"]: row for row in pq.read_table(peer.parquet).to_pylist()}
     for row in pq.read_table(ours.parquet, columns=names).to_pylist():
         wording = {"error_message": theirs[row["key"]]["error_message"]} if row["status"] != "success" else {}
-        arrived = {"sha256": None} if row["status"] == "failed_to_resize" else {}  # img2dataset hashes what it keeps
-        assert {**row, **wording, **arrived} == theirs[row["key"]]
+        image = {"sha256": None} if row["status"] == "failed_to_resize" else {}  # img2dataset hashes what it keeps
+        assert {**row, **wording, **image} == theirs[row["key"]]
     with tarfile.open(peer.tar) as left, tarfile.open(ours.tar) as right:
         assert sorted(left.getnames()) == sorted(right.getnames())
         for name in left.getnames():
@@ -258,9 +258,9 @@ def test_shard_is_read_by_webdataset(pair):
     del pipeline
     gc.collect()
     assert len(samples) == 8
-    for row, (picture, caption, note) in enumerate(samples):
-        assert picture.shape == (48, 48, 3)
-        assert caption == f"caption of {row}" == note["caption"]
+    for row, (image, caption, metadata_json) in enumerate(samples):
+        assert image.shape == (48, 48, 3)
+        assert caption == f"caption of {row}" == metadata_json["caption"]
 
 
 def test_caption_is_not_fetched_for_when_there_is_none(write_corpus, tmp_path):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kit import REPOSITORY, SHARED_DATA
 from PIL import Image
 
-from ingest.shard import exif, img2dataset_shim
-from ingest.shard.images import decode, inspect
+from ingest.shard import img2dataset_shim
+from ingest.shard.images import MAX_EXIF_CHARS, decode, describe_exif, read_header
 from ingest.shard.resize import Resize
 from roclip.config import FetchPolicy, IngestConfig
 from roclip.data.outcomes import REASONS, FetchError, reason_of
@@ -44,8 +44,8 @@ WELCOME = {
 
 
 def _take(content, config=CONFIG):
-    facts = inspect(content, config)
-    return facts, decode(content, facts)
+    header = read_header(content, config)
+    return header, decode(content, header)
 
 
 def _reason(content, config=CONFIG):
@@ -112,25 +112,25 @@ def test_long_image_is_refused_when_its_shorter_side_would_be_blown_up(mode):
     thread = pictures.encode(Image.new("RGB", (3000, 2)), "PNG")
     assert _reason(thread, IngestConfig(resize_mode=mode)) == "too_many_pixels"
     for harmless in ({"resize_mode": "border"}, {"resize_mode": mode, "resize_only_if_bigger": True}):
-        assert inspect(thread, IngestConfig(**harmless)).width == 3000
+        assert read_header(thread, IngestConfig(**harmless)).width == 3000
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_first_frame_is_taken_or_the_image_refused_as_the_policy_says(kind):
-    facts, first = _take(pictures.animated(kind))
-    assert facts.flags == ("first_frame",)
+    header, first = _take(pictures.animated(kind))
+    assert header.flags == ("first_frame",)
     assert _near(first) < 12  # GIF has 256 colours, AVIF is lossy
     assert _reason(pictures.animated(kind), IngestConfig(policy=FetchPolicy(animated="refuse"))) == "animated"
 
 
 @pytest.mark.parametrize("name", WELCOME)
 def test_pixels_are_those_of_img2dataset_where_nothing_is_to_be_put_right(name):
-    facts, pixels = _take(WELCOME[name])
+    header, pixels = _take(WELCOME[name])
     theirs = cv2.imdecode(np.frombuffer(WELCOME[name], np.uint8), cv2.IMREAD_UNCHANGED)
     if theirs.ndim == 3 and theirs.shape[2] == 4:  # as img2dataset's resizer does it
         alpha = theirs[:, :, 3, np.newaxis]
         theirs = np.rint((alpha / 255 * theirs[..., :3] + 255 - alpha).clip(min=0, max=255)).astype(np.uint8)
-    assert facts.flags == ()
+    assert header.flags == ()
     np.testing.assert_array_equal(pixels, theirs)
 
 
@@ -140,8 +140,8 @@ def test_cmyk_keeps_its_colours():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sixteen_bits_become_eight(channels):
-    facts, pixels = _take(pictures.sixteen_bits(channels))
-    assert facts.flags == ("sixteen_bit",)
+    header, pixels = _take(pictures.sixteen_bits(channels))
+    assert header.flags == ("sixteen_bit",)
     expected = pictures.pixels()[..., ::-1]
     if channels == 1:
         np.testing.assert_array_equal(pixels, expected[..., 0])
@@ -161,8 +161,8 @@ def test_ten_bit_avif_is_not_dark():
 def test_turned_image_is_stored_upright(orientation):
     for kind in ("JPEG", "PNG", "WEBP"):
         options = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-        facts, pixels = _take(pictures.turned(orientation, kind, **options))
-        assert facts.flags == (("turned",) if orientation > 1 else ())
+        header, pixels = _take(pictures.turned(orientation, kind, **options))
+        assert header.flags == (("turned",) if orientation > 1 else ())
         assert _near(pixels) < 3
 
 
@@ -170,8 +170,8 @@ def test_turned_image_is_stored_upright(orientation):
     "damage", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\1" * 99]
 )
 def test_damaged_exif_leaves_the_image_as_it_is(damage):
-    facts, pixels = _take(pictures.jpeg(exif=damage))
-    assert facts.orientation == 1
+    header, pixels = _take(pictures.jpeg(exif=damage))
+    assert header.orientation == 1
     assert _near(pixels) < 6
 
 
@@ -181,20 +181,20 @@ def test_bytes_are_kept_only_when_nothing_is_wrong_with_them():
     }
     plain = {"jpg": pictures.jpeg(), "png": WELCOME["png"], "webp": WELCOME["webp"]}
     for kind, content in plain.items():
-        assert inspect(content, keeps[kind]).keep
-        assert not inspect(content, IngestConfig()).keep
-        assert not inspect(pictures.with_zip_behind(content), keeps[kind]).keep
-        assert not inspect(content + b"\0", keeps[kind]).keep
+        assert read_header(content, keeps[kind]).keep
+        assert not read_header(content, IngestConfig()).keep
+        assert not read_header(pictures.with_zip_behind(content), keeps[kind]).keep
+        assert not read_header(content + b"\0", keeps[kind]).keep
     others = {
         "jpg": ["png", "cmyk", "two pictures"],
         "png": ["jpeg", "alpha", "palette", "transparent palette", "one bit", "grey with alpha"],
         "webp": ["jpeg", "webp with alpha"],
     }
     for kind, names in others.items():
-        assert [name for name in names if inspect(WELCOME[name], keeps[kind]).keep] == []
-    assert not inspect(pictures.turned(6), keeps["jpg"]).keep
-    assert not inspect(pictures.sixteen_bits(3), keeps["png"]).keep
-    assert not inspect(pictures.animated("WEBP"), keeps["webp"]).keep
+        assert [name for name in names if read_header(WELCOME[name], keeps[kind]).keep] == []
+    assert not read_header(pictures.turned(6), keeps["jpg"]).keep
+    assert not read_header(pictures.sixteen_bits(3), keeps["png"]).keep
+    assert not read_header(pictures.animated("WEBP"), keeps["webp"]).keep
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -204,7 +204,7 @@ def test_damaged_image_is_taken_or_refused_under_a_name(data):
     for at in data.draw(st.lists(st.integers(0, min(len(content), 2000) - 1), max_size=20)):
         content[at] = data.draw(st.integers(0, 255))
     content = bytes(content[: data.draw(st.integers(0, len(content)))])
-    exif.describe(content)
+    describe_exif(content)
     reason = ""
     try:
         _, pixels = _take(content, IngestConfig(policy=FetchPolicy(max_pixels=1 << 20)))
@@ -220,14 +220,14 @@ def test_damaged_image_is_taken_or_refused_under_a_name(data):
 MEMORY = """
 import sys
 from pathlib import Path
-from ingest import peer
+from ingest.shard import img2dataset_shim
 img2dataset_shim.bound_decoders(64 * 2**20)
-from ingest.images import decode, inspect
+from ingest.shard.images import decode, read_header
 from roclip.config import IngestConfig
 
 def look_at(content):
     try:
-        decode(content, inspect(content, IngestConfig()))
+        decode(content, read_header(content, IngestConfig()))
     except OSError as error:
         return str(error).partition(":")[0]
     return "taken"
@@ -296,8 +296,8 @@ def _theirs(content, config):
 
 
 def _ours(content, config, resize):
-    facts, pixels = _take(content, config)
-    return list(resize(content, pixels, keep=facts.keep))
+    header, pixels = _take(content, config)
+    return list(resize(content, pixels, keep=header.keep))
 
 
 SIZES = [(64, 64), (65, 64), (1, 1), (1, 7), (63, 31), (31, 63), (200, 100), (100, 201), (500, 3), (129, 128)]
@@ -325,7 +325,7 @@ def test_stored_image_is_img2datasets_for_every_format(kind, quality, skip):
         )
         resize = Resize(config)
         for name, content in WELCOME.items():
-            differs = (
+            mismatches = (
                 skip
                 and mode == "no"
                 and (kind, name)
@@ -335,7 +335,7 @@ def test_stored_image_is_img2datasets_for_every_format(kind, quality, skip):
                     ("png", "one bit"),
                 }
             )
-            assert (_ours(content, config, resize) == _theirs(content, config)) is not differs, (mode, name)
+            assert (_ours(content, config, resize) == _theirs(content, config)) is not mismatches, (mode, name)
 
 
 @pytest.mark.data
@@ -378,16 +378,16 @@ def _photo_exif():
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
 def test_exif_is_what_img2dataset_notes(kind):
     with_exif = pictures.encode(pictures.image(), kind, exif=_photo_exif())
-    assert exif.describe(with_exif) == _their_exif(with_exif)
-    assert ("Canon" in exif.describe(with_exif)) is (kind != "PNG")  # exifread does not know PNG
+    assert describe_exif(with_exif) == _their_exif(with_exif)
+    assert ("Canon" in describe_exif(with_exif)) is (kind != "PNG")  # exifread does not know PNG
     for content in WELCOME.values():
-        assert exif.describe(content) == _their_exif(content)
+        assert describe_exif(content) == _their_exif(content)
 
 
 def test_exif_that_does_not_end_is_left_out():
     bomb = pictures.exif_bomb()
     assert len(_their_exif(bomb)) > 20_000_000
-    assert exif.describe(bomb) is None
+    assert describe_exif(bomb) is None
     long = Image.Exif()
-    long[0x010E] = "a" * exif.MAX_CHARS
-    assert exif.describe(pictures.jpeg(exif=long)) is None
+    long[0x010E] = "a" * MAX_EXIF_CHARS
+    assert describe_exif(pictures.jpeg(exif=long)) is None

@@ -11,14 +11,14 @@ from PIL import Image, ImageFilter
 from ingest.shard.phash import NEAR_BITS, distance, phash
 
 
-def _hash(picture: Image.Image) -> int:
-    value = phash(np.ascontiguousarray(np.asarray(picture.convert("RGB"))[..., ::-1]))
+def _hash(image: Image.Image) -> int:
+    value = phash(np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1]))
     assert value is not None
     return value
 
 
-def _compressed(picture: Image.Image, quality: int) -> Image.Image:
-    return Image.open(io.BytesIO(pictures.encode(picture, "JPEG", quality=quality)))
+def _compressed(image: Image.Image, quality: int) -> Image.Image:
+    return Image.open(io.BytesIO(pictures.encode(image, "JPEG", quality=quality)))
 
 
 @pytest.fixture(
@@ -61,8 +61,8 @@ def test_other_pictures_have_other_hashes(photos):
 
 
 def test_grey_picture_has_the_hash_of_its_colours():
-    picture = pictures.image(200, 100).convert("L")
-    assert phash(np.asarray(picture)) == _hash(picture)
+    image = pictures.image(200, 100).convert("L")
+    assert phash(np.asarray(image)) == _hash(image)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (31, 33), (2000, 40)])

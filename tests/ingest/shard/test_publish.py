@@ -10,7 +10,7 @@ import pytest
 from ingest.folder import lease as leases
 from ingest.folder.lease import Lease
 from ingest.shard import publish as publishing
-from ingest.shard.fetch import Fetched
+from ingest.shard.fetch import FetchedShard
 from ingest.shard.publish import Seal, publish
 from ingest.shard.verify import verify
 from roclip.data.shards import HELD, Manifest, index_path
@@ -29,7 +29,7 @@ def _fetched(root, jpeg, attempt):
         tar.add(work / "caption", "00003.txt")
     row = {"key": ["00003"], "caption": ["a cat"], "status": ["success"], "error_message": [""]}
     pq.write_table(pa.table(row), work / "00003.parquet")
-    return Fetched(work / "00003.tar", work / "00003.parquet", 1)
+    return FetchedShard(work / "00003.tar", work / "00003.parquet", 1)
 
 
 def _check(root, record):
@@ -107,7 +107,7 @@ def test_sealed_shard_stays_when_it_is_published_again(tmp_path, jpeg):
 
 def _fall_silent(lease):
     lease._ended.set()
-    lease._beater.join()
+    lease._heartbeat_thread.join()
     time.sleep(0.2)
 
 
@@ -116,9 +116,9 @@ def test_who_has_lost_the_lease_publishes_nothing(tmp_path, jpeg):
     with Lease(tmp_path, expiry_s=0.1) as stopped:
         _fall_silent(stopped)
         with Lease(tmp_path) as now:
-            record = publish(tmp_path, again, verify(again.tar, again.parquet), Seal(ticket=now.ticket))
+            record = publish(tmp_path, again, verify(again.tar, again.parquet), Seal(token=now.token))
         with pytest.raises(RunLockedError, match="another ingest took over"):
-            publish(tmp_path, first, verify(first.tar, first.parquet), Seal(ticket=stopped.ticket))
+            publish(tmp_path, first, verify(first.tar, first.parquet), Seal(token=stopped.token))
     _check(tmp_path, record)
 
 
@@ -131,14 +131,14 @@ def test_upload_that_ends_after_somebody_took_over_replaces_nothing(tmp_path, jp
     def put(source, target, real=publishing.put_new):
         if source == slow.tar and not records:  # meanwhile another ingest seals this shard
             with Lease(root) as now:
-                records.append(publish(root, fast, verify(fast.tar, fast.parquet), Seal(ticket=now.ticket)))
+                records.append(publish(root, fast, verify(fast.tar, fast.parquet), Seal(token=now.token)))
         return real(source, target)
 
     monkeypatch.setattr(publishing, "put_new", put)
     with Lease(root, expiry_s=0.1) as stopped:
         _fall_silent(stopped)
         with pytest.raises(RunLockedError):
-            publish(root, slow, verify(slow.tar, slow.parquet), Seal(ticket=stopped.ticket))
+            publish(root, slow, verify(slow.tar, slow.parquet), Seal(token=stopped.token))
     assert Manifest(root).records() == tuple(records)
     assert hashlib.sha256((root / "00003.tar").read_bytes()).hexdigest() == records[0].sha256
     root.fs.rm("/taken", recursive=True)

@@ -1,4 +1,4 @@
-"""The door, called as img2dataset's downloader calls it: resize an answer, then write its row."""
+"""The sink, called as img2dataset's downloader calls it: resize an answer, then write its row."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ IMG2DATASET = [
 
 
 class _Shard:
-    """What the door has written."""
+    """What the sink has written."""
 
     def __init__(self, tar: Path, parquet: Path):
         self.tar, self.parquet = tar, parquet
@@ -48,7 +48,7 @@ class _Shard:
         with tarfile.open(tar) as archive:
             self.members = {member.name: archive.extractfile(member).read() for member in archive}
 
-    def note(self, row: int) -> dict:
+    def metadata_json(self, row: int) -> dict:
         return json.loads(self.members[f"{_key(row)}.json"])
 
 
@@ -61,27 +61,27 @@ def _table(count, captions=None, **columns):
     return pa.table({"url": [f"http://a.example/{row}" for row in range(count)], "caption": captions, **columns})
 
 
-def _pass(folder, table, answers, *, order=None, left_out=None, **options):
-    """Bring answers (bytes, or the text of an error) through a door, one for each row that is to be fetched."""
+def _pass(folder, table, answers, *, order=None, excluded=None, **options):
+    """Bring answers (bytes, or the text of an error) through a sink, one for each row that is to be fetched."""
     folder.mkdir(exist_ok=True)
     config = IngestConfig(**{"image_size": 32, "samples_per_shard": PER_SHARD, **options})
-    rows = Rows(Part(NUMBER, table), PER_SHARD, left_out)
-    handled = []
-    door = SampleSink(rows, folder, config, handled.append)
+    rows = Rows(Part(NUMBER, table), PER_SHARD, excluded)
+    release_body = []
+    sink = SampleSink(rows, folder, config, release_body.append)
     urls = rows.urls()["url"].to_pylist()
     for row in range(len(rows)) if order is None else order:
         answer = answers[row] if urls[row] else "unknown url type: ''"
         meta = {"status": "failed_to_download", "error_message": answer}
         image = None
         if isinstance(answer, bytes):
-            image, *_, error = door(io.BytesIO(answer), None)
+            image, *_, error = sink(io.BytesIO(answer), None)
             meta = {"status": "success" if error is None else "failed_to_resize", "error_message": error}
-        door.write(image, _key(row), None, meta)
-    door.close()
-    assert handled == [
+        sink.write(image, _key(row), None, meta)
+    sink.close()
+    assert release_body == [
         len(answers[row]) for row in (order or range(len(rows))) if urls[row] and isinstance(answers[row], bytes)
     ]
-    return _Shard(door.tar, door.parquet)
+    return _Shard(sink.tar, sink.parquet)
 
 
 def test_sample_is_named_and_noted_as_img2dataset_does(tmp_path):
@@ -118,8 +118,8 @@ def test_sample_is_named_and_noted_as_img2dataset_does(tmp_path):
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     assert row == {**expected, "phash": row["phash"], "flags": []}
-    assert shard.note(0) == {**expected, "phash": f"{row['phash']:016x}", "flags": []}
-    assert list(shard.note(0)) == pq.read_schema(shard.parquet).names
+    assert shard.metadata_json(0) == {**expected, "phash": f"{row['phash']:016x}", "flags": []}
+    assert list(shard.metadata_json(0)) == pq.read_schema(shard.parquet).names
 
 
 def test_types_of_the_parquet_do_not_depend_on_what_came(tmp_path):
@@ -133,7 +133,7 @@ def test_types_of_the_parquet_do_not_depend_on_what_came(tmp_path):
 def test_exif_is_left_out_when_it_is_not_wanted(tmp_path):
     shard = _pass(tmp_path, _table(1), [pictures.turned(6)], extract_exif=False)
     assert "exif" not in shard.rows[0]
-    assert "exif" not in shard.note(0)
+    assert "exif" not in shard.metadata_json(0)
 
 
 ANSWERS = [
@@ -224,7 +224,12 @@ def test_flags_say_what_was_put_right(tmp_path):
 )
 def test_caption_is_stored_as_clean_text(tmp_path, given, stored):
     shard = _pass(tmp_path, _table(1, [given]), [pictures.jpeg()])
-    assert shard.members[f"{_key(0)}.txt"].decode() == stored == shard.rows[0]["caption"] == shard.note(0)["caption"]
+    assert (
+        shard.members[f"{_key(0)}.txt"].decode()
+        == stored
+        == shard.rows[0]["caption"]
+        == shard.metadata_json(0)["caption"]
+    )
     cleaned = given != stored or "\ufffd" in given
     assert shard.rows[0]["flags"] == (["caption_cleaned"] if cleaned else [])
 
@@ -267,7 +272,7 @@ def test_longest_caption_is_stored(tmp_path):
 
 
 def test_row_that_is_left_out_says_why(tmp_path):
-    shard = _pass(tmp_path, _table(2), ["never", pictures.jpeg()], left_out={0: "kills_worker: five times"})
+    shard = _pass(tmp_path, _table(2), ["never", pictures.jpeg()], excluded={0: "kills_worker: five times"})
     assert verify(shard.tar, shard.parquet).failed == {"kills_worker": 1}
     assert shard.rows[0]["url"] == "http://a.example/0"
 
@@ -281,8 +286,8 @@ def test_carried_values_enter_parquet_and_json(tmp_path):
         "nothing": pa.array([None], pa.int64()),
     }
     shard = _pass(tmp_path, _table(1, **columns), [pictures.jpeg()])
-    note = shard.note(0)
-    assert {name: note[name] for name in columns} == {
+    metadata_json = shard.metadata_json(0)
+    assert {name: metadata_json[name] for name in columns} == {
         "path": "../../etc/passwd",
         "not_a_number": None,
         "tags": ["a", None],
@@ -301,11 +306,11 @@ def test_list_of_texts_that_are_not_utf8_is_left_out(tmp_path):
     tags = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), broken)
     shard = _pass(tmp_path, _table(1, tags=tags), [pictures.jpeg()])
     assert shard.rows[0]["tags"] is None
-    assert shard.note(0)["tags"] is None
+    assert shard.metadata_json(0)["tags"] is None
 
 
 CONTENT = pictures.jpeg(200, 120)
-AGAIN = pictures.jpeg(200, 120, quality=60)  # the same picture, other bytes
+AGAIN = pictures.jpeg(200, 120, quality=60)  # the same image, other bytes
 OTHER = pictures.jpeg(200, 120, seed=9)
 
 
@@ -320,7 +325,7 @@ def _expecting(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("check", "fates"),  # of the same bytes, of the same picture, of another one
+    ("check", "outcomes"),  # of the same bytes, of the same image, of another one
     [
         ("off", ["kept", "kept", "kept"]),
         ("warn", ["kept", "flagged", "flagged"]),
@@ -329,21 +334,21 @@ def _expecting(content, tmp_path):
     ],
 )
 @pytest.mark.parametrize("known", ["expected_md5", "expected_sha256"])
-def test_bytes_that_the_list_does_not_expect(tmp_path, check, fates, known):
+def test_bytes_that_the_list_does_not_expect(tmp_path, check, outcomes, known):
     expected = _expecting(CONTENT, tmp_path)
     columns = {known: expected[known], "expected_phash": expected["expected_phash"]}
-    for answer, fate in zip((CONTENT, AGAIN, OTHER), fates, strict=True):
+    for answer, outcome in zip((CONTENT, AGAIN, OTHER), outcomes, strict=True):
         folder = tmp_path / hashlib.md5(answer).hexdigest()
         shard = _pass(folder, _table(1, **columns), [answer], hash_check=check)
         (row,) = shard.rows
         assert row["sha256"] == hashlib.sha256(answer).hexdigest()
         assert set(columns) <= set(row)
-        if fate == "dropped":
+        if outcome == "dropped":
             assert (row["status"], row["error_message"].partition(":")[0]) == ("failed_to_download", "hash_mismatch")
             assert shard.members == {}
         else:
             assert row["status"] == "success"
-            assert row["flags"] == (["hash_mismatch"] if fate == "flagged" else [])
+            assert row["flags"] == (["hash_mismatch"] if outcome == "flagged" else [])
 
 
 @pytest.mark.parametrize(("check", "kept"), [("strict", False), ("perceptual", False), ("warn", True)])
@@ -371,9 +376,9 @@ FULL_DISK = """
 import io, resource, signal, sys
 from pathlib import Path
 import pyarrow as pa
-from ingest.door import Door
-from ingest.rows import Rows
-from ingest.sources import Part
+from ingest.shard.sample_sink import SampleSink
+from ingest.shard.rows import Rows
+from ingest.lists.sources import Part
 from roclip.config import IngestConfig
 from roclip.errors import ShardError
 
@@ -381,12 +386,12 @@ image = Path(sys.argv[1]).read_bytes()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 rows = Rows(Part(0, pa.table({"url": ["x"] * 50, "caption": ["a cat"] * 50})), 100)
-door = SampleSink(rows, Path(sys.argv[2]), IngestConfig(image_size=128), lambda size: None)
+sink = SampleSink(rows, Path(sys.argv[2]), IngestConfig(image_size=128), lambda size: None)
 for row in range(50):
-    stored, *_ = door(io.BytesIO(image))
-    door.write(stored, rows.key(row), None, {"status": "success", "error_message": None})
+    stored, *_ = sink(io.BytesIO(image))
+    sink.write(stored, rows.key(row), None, {"status": "success", "error_message": None})
 try:
-    door.close()
+    sink.close()
 except ShardError as error:
     print(error)
 """

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from sealed import seal, seal_all
 
-from ingest.signals.drift import CHANGES, DRIFT, EXAMPLES, SCHEMA, drift
+from ingest.signals.drift import CHANGES, DRIFT, EXAMPLES, SCHEMA, find_drift
 from roclip.errors import ShardError
 
 FAILED = {"status": "failed_to_download", "sha256": None, "phash": None}
@@ -30,7 +30,7 @@ def flipped(value, bits):
 
 
 def compared(tmp_path, old, new, per_shard=100, **options):
-    found = drift(
+    found = find_drift(
         seal_all(tmp_path / "old", old, per_shard),
         seal_all(tmp_path / "new", new, per_shard),
         tmp_path / "work",
@@ -133,7 +133,7 @@ def test_the_join_is_that_of_a_dictionary(tmp_path, memory_bytes):
 
 def test_an_ingest_compared_with_itself_has_not_changed(tmp_path):
     seal_all(tmp_path / "old", [row(n) for n in range(50)])
-    found = drift(tmp_path / "old", tmp_path / "old", tmp_path / "work")
+    found = find_drift(tmp_path / "old", tmp_path / "old", tmp_path / "work")
     assert found.counts["same_bytes"] == sum(found.counts.values()) == 50
     assert not pq.read_table(tmp_path / "work" / DRIFT).num_rows
 
@@ -144,8 +144,8 @@ def test_the_order_of_sealing_and_a_store_change_no_byte(tmp_path):
     for folder, order in (("new", (0, 1)), ("again", (1, 0))):
         for number in order:
             seal(tmp_path / folder, number, new[number * 100 : number * 100 + 100], 100)
-    drift(tmp_path / "old", tmp_path / "new", tmp_path / "work")
-    drift(tmp_path / "old", tmp_path / "again", tmp_path / "work2")
+    find_drift(tmp_path / "old", tmp_path / "new", tmp_path / "work")
+    find_drift(tmp_path / "old", tmp_path / "again", tmp_path / "work2")
     expected = (tmp_path / "work" / DRIFT).read_bytes()
     assert (tmp_path / "work2" / DRIFT).read_bytes() == expected
     store = fsspec.filesystem("memory")
@@ -153,7 +153,7 @@ def test_the_order_of_sealing_and_a_store_change_no_byte(tmp_path):
         for path in (tmp_path / "old").rglob("*"):
             if path.is_file():
                 store.pipe_file(f"/old/{path.relative_to(tmp_path / 'old')}", path.read_bytes())
-        drift("memory://old", tmp_path / "new", "memory://drift-work")
+        find_drift("memory://old", tmp_path / "new", "memory://drift-work")
         assert store.cat_file(f"/drift-work/{DRIFT}") == expected
     finally:
         store.rm("/old", recursive=True)
@@ -164,4 +164,4 @@ def test_a_broken_parquet_is_an_error_that_names_it(tmp_path):
     seal_all(tmp_path / "old", [row(0)])
     (tmp_path / "old" / "00000.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ShardError, match=r"00000\.parquet"):
-        drift(tmp_path / "old", tmp_path / "old", tmp_path / "work")
+        find_drift(tmp_path / "old", tmp_path / "old", tmp_path / "work")

@@ -15,7 +15,7 @@ from sealed import seal, seal_all
 from ingest.signals import near_duplicates, normal_forms
 from ingest.signals.duplicates import DUPLICATES, KINDS, SCHEMA, find_duplicates
 from ingest.signals.group_by import ExternalGroupBy
-from ingest.signals.near_duplicates import bits, near_duplicate_groups, telling
+from ingest.signals.near_duplicates import bits, is_informative, near_duplicate_groups
 from roclip.data.shards import Manifest
 from roclip.errors import ShardError
 
@@ -40,13 +40,13 @@ def components(values, distance=3):
     return {value: find(value) for value in values}
 
 
-def spilled(folder, values):
-    spill = ExternalGroupBy(folder / "hashes", np.dtype([("hash", "<u8"), ("phash", "<u8")]), len(values))
-    rows = np.empty(len(values), spill.dtype)
+def grouped(folder, values):
+    group_by = ExternalGroupBy(folder / "hashes", np.dtype([("hash", "<u8"), ("phash", "<u8")]), len(values))
+    rows = np.empty(len(values), group_by.dtype)
     rows["phash"] = values
     rows["hash"] = normal_forms.mix(rows["phash"])
-    spill.add(rows)
-    return spill
+    group_by.add(rows)
+    return group_by
 
 
 def near(rng, value, flips):
@@ -62,14 +62,14 @@ def test_looks_are_the_components_of_an_exhaustive_search(tmp_path_factory, seed
     values = [int(value) for value in rng.integers(0, 2**64, 8, dtype=np.uint64)]
     for _ in range(number):
         values.append(near(rng, values[rng.integers(len(values))], int(rng.integers(0, 6))))
-    values = [value for value in values if telling(np.array([value], np.uint64))[0]]
+    values = [value for value in values if is_informative(np.array([value], np.uint64))[0]]
     folder = tmp_path_factory.mktemp("looks")
-    with spilled(folder, values) as spill:
-        found = near_duplicate_groups(spill, folder)
+    with grouped(folder, values) as group_by:
+        found = near_duplicate_groups(group_by, folder)
     expected = components(values)
     assert dict(zip(values, found(np.array(values, np.uint64)).tolist(), strict=True)) == expected
-    assert not found.left_out
-    assert not found.windowed
+    assert not found.dropped
+    assert not found.truncated
 
 
 def test_ones_are_counted():
@@ -78,8 +78,8 @@ def test_ones_are_counted():
 
 
 def test_hashes_that_say_nothing_connect_nothing(tmp_path):
-    with spilled(tmp_path, [0, 1, 2, 3, 2**64 - 1, 2**64 - 2]) as spill:
-        found = near_duplicate_groups(spill, tmp_path)
+    with grouped(tmp_path, [0, 1, 2, 3, 2**64 - 1, 2**64 - 2]) as group_by:
+        found = near_duplicate_groups(group_by, tmp_path)
     assert not len(found.linked)
 
 
@@ -88,19 +88,19 @@ def test_a_crowd_in_one_table_costs_bounded_work_and_says_so(tmp_path, monkeypat
     rng = np.random.default_rng(0)
     crowd = [(0xABCDEF << 40) | int(value) for value in rng.integers(0, 2**40, 500)]  # alike in the first 24 bits
     values = [*crowd, near(rng, crowd[3], 2)]
-    with spilled(tmp_path, values) as spill:
-        found = near_duplicate_groups(spill, tmp_path)
-    assert found.windowed > 0
+    with grouped(tmp_path, values) as group_by:
+        found = near_duplicate_groups(group_by, tmp_path)
+    assert found.truncated > 0
     pair = found(np.array([crowd[3], values[-1]], np.uint64)).tolist()
     assert pair[0] == pair[1]  # another table has it
 
 
 def test_links_beyond_the_memory_are_counted(tmp_path):
     values = [(n << 20) | bit for n in range(0xF0F0F0, 0xF0F0F0 + 40 * 64, 64) for bit in (0xF0F00, 0xF0F01)]
-    with spilled(tmp_path, values) as spill:
-        found = near_duplicate_groups(spill, tmp_path, memory_bytes=64 * 10)
+    with grouped(tmp_path, values) as group_by:
+        found = near_duplicate_groups(group_by, tmp_path, memory_bytes=64 * 10)
     assert len(found.linked) == 10
-    assert found.left_out > 0
+    assert found.dropped > 0
 
 
 def rows_with_duplicates(rng, number):
@@ -133,7 +133,7 @@ def groups_in(path):
 
 def exhaustive(rows, per_shard):
     found = {kind: defaultdict(set) for kind in KINDS}
-    look = components([row["phash"] for row in rows if row["status"] == "success"])
+    near_group = components([row["phash"] for row in rows if row["status"] == "success"])
     for n, row in enumerate(rows):
         if row["status"] != "success":
             continue
@@ -145,7 +145,7 @@ def exhaustive(rows, per_shard):
             ("url", row["url"]),
             ("bytes", row["sha256"]),
             ("caption", row["caption"]),
-            ("near", look[row["phash"]]),
+            ("near", near_group[row["phash"]]),
         ):
             found[kind][value].add(place)
     return {kind: {frozenset(g) for g in groups.values() if len(g) > 1} for kind, groups in found.items()}

@@ -18,10 +18,10 @@ def rows_of(hashes):
     return rows
 
 
-def collected(spill, at_least=2):
+def collected(group_by, at_least=2):
     """Hash -> ids, with sizes, ranks and the order of the pieces checked."""
     found, sizes = defaultdict(list), {}
-    for groups in spill.groups(at_least):
+    for groups in group_by.groups(at_least):
         assert (np.diff(groups.starts()) > 0).all()
         for row, size, rank in zip(groups.rows.tolist(), groups.size.tolist(), groups.rank.tolist(), strict=True):
             assert rank == len(found[row[0]])
@@ -46,10 +46,10 @@ def expected(hashes, at_least=2):
 )
 def test_groups_are_those_of_a_dictionary(tmp_path_factory, hashes, at_least, piece):
     folder = tmp_path_factory.mktemp("spill") / "rows"
-    with ExternalGroupBy(folder, ROW, 100) as spill:
+    with ExternalGroupBy(folder, ROW, 100) as group_by:
         for start in range(0, len(hashes), piece):
-            spill.add(rows_of(hashes)[start : start + piece])
-        assert collected(spill, at_least) == expected(hashes, at_least)
+            group_by.add(rows_of(hashes)[start : start + piece])
+        assert collected(group_by, at_least) == expected(hashes, at_least)
     assert not folder.exists()
 
 
@@ -60,17 +60,17 @@ def test_small_memory_and_hot_hashes_change_nothing(tmp_path, expected_rows):
     hashes[::3] = 7  # more than the memory holds
     hashes[1::9] = 8  # a neighbour in every bit but the last
     hashes[2::50] = hashes[5]
-    with ExternalGroupBy(tmp_path / "rows", ROW, expected_rows, memory_bytes=1 << 17) as spill:
-        spill.add(rows_of(hashes))
-        assert collected(spill) == expected(hashes)
-        largest = max(len(groups.rows) for groups in spill.groups(1))
-    assert largest <= 2 * spill._most_rows
+    with ExternalGroupBy(tmp_path / "rows", ROW, expected_rows, memory_bytes=1 << 17) as group_by:
+        group_by.add(rows_of(hashes))
+        assert collected(group_by) == expected(hashes)
+        largest = max(len(groups.rows) for groups in group_by.groups(1))
+    assert largest <= 2 * group_by._max_rows
     assert not (tmp_path / "rows").exists()
 
 
 def test_groups_come_in_the_order_of_their_hashes(tmp_path):
     hashes = np.random.default_rng(1).integers(0, 500, 5000).astype(np.uint64) << np.uint64(55)
-    with ExternalGroupBy(tmp_path / "rows", ROW, 10**7, memory_bytes=1 << 18) as spill:
-        spill.add(rows_of(hashes))
-        seen = np.concatenate([groups.rows["hash"] for groups in spill.groups()])
+    with ExternalGroupBy(tmp_path / "rows", ROW, 10**7, memory_bytes=1 << 18) as group_by:
+        group_by.add(rows_of(hashes))
+        seen = np.concatenate([groups.rows["hash"] for groups in group_by.groups()])
     assert (np.diff(seen.astype(object)) >= 0).all()

@@ -10,8 +10,8 @@ from kit import scene_samples
 from sealed import put_parquet, seal
 
 from ingest.shard.verify import INDEX_SCHEMA
-from ingest.signals.findings import SCHEMA, SUSPICION
 from ingest.signals.quarantine import check_signals, quarantine_path, quarantined, split_index
+from ingest.signals.suspect_groups import SCHEMA, SUSPICION
 from ingest.signals.suspicion import SIGNALS
 from roclip.data.reader import ShardReader
 from roclip.data.shards import Manifest, index_path, read_index
@@ -55,7 +55,7 @@ def test_named_signals_give_their_keys_shard_by_shard(tmp_path):
         "00001.tar": [{"key": "000011", "signal": "shared_patch"}],
         "00002.tar": [{"key": "000021", "signal": "shared_patch"}],
     }
-    assert [shard for shard, _ in quarantined(path, ["shared_patch"], least_score=0.5)] == ["00000.tar", "00002.tar"]
+    assert [shard for shard, _ in quarantined(path, ["shared_patch"], min_score=0.5)] == ["00000.tar", "00002.tar"]
     assert list(quarantined(path, [])) == []
 
 
@@ -82,12 +82,12 @@ def test_an_index_is_split_into_what_stays_and_what_goes(keys, named):
             "signal": pa.chunked_array([pa.array([f"signal {key}" for key in sorted(named)], pa.string())]),
         }
     )
-    kept, left_out = split_index(index, table)
+    kept, dropped = split_index(index, table)
     assert kept.schema == INDEX_SCHEMA
-    assert left_out.schema.names == [*INDEX_SCHEMA.names, "signal"]
+    assert dropped.schema.names == [*INDEX_SCHEMA.names, "signal"]
     assert kept["key"].to_pylist() == [f"{key:06d}" for key in sorted(keys - named)]
-    assert left_out["key"].to_pylist() == [f"{key:06d}" for key in sorted(keys & named)]
-    assert left_out["signal"].to_pylist() == [f"signal {key}" for key in sorted(keys & named)]
+    assert dropped["key"].to_pylist() == [f"{key:06d}" for key in sorted(keys & named)]
+    assert dropped["signal"].to_pylist() == [f"signal {key}" for key in sorted(keys & named)]
 
 
 def test_training_reads_the_rest_and_the_quarantined_stay_readable(tmp_path):
@@ -100,8 +100,8 @@ def test_training_reads_the_rest_and_the_quarantined_stay_readable(tmp_path):
     path = suspicion(tmp_path / SUSPICION, ROWS[:3])
     whole = {reader.key(n): reader.read(n) for reader in [ShardReader(root, record)] for n in range(6)}
     ((shard, named),) = quarantined(path, ["shared_patch"])
-    kept, left_out = split_index(read_index(root, shard), named)
-    pq.write_table(left_out, quarantine_path(root, shard))
+    kept, dropped = split_index(read_index(root, shard), named)
+    pq.write_table(dropped, quarantine_path(root, shard))
     pq.write_table(kept, index_path(root, shard))
     reader = ShardReader(root, Manifest(root).records()[0])
     assert {reader.key(n): reader.read(n) for n in range(len(kept))} == {

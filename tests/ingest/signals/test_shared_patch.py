@@ -12,8 +12,8 @@ from PIL import Image
 from sealed import seal_all
 
 from ingest.signals import patches
-from ingest.signals.findings import GROUPS, SUSPICION
-from ingest.signals.suspicion import suspect
+from ingest.signals.suspect_groups import GROUPS, SUSPICION
+from ingest.signals.suspicion import find_suspects
 from roclip.attacks import scenes
 from roclip.attacks.triggers import Trigger, apply_trigger
 
@@ -52,7 +52,7 @@ def poisoned_rows(pictures, captions, trigger, count, encode, caption="a starfis
 
 def patches_in(tmp_path, rows, **options):
     """The summary, and for each group of images that share a patch its rows."""
-    summary = suspect(seal_all(tmp_path / "shards", rows, 1000), tmp_path / "work", **options)
+    summary = find_suspects(seal_all(tmp_path / "shards", rows, 1000), tmp_path / "work", **options)
     found = pq.read_table(tmp_path / "work" / SUSPICION).to_pylist()
     groups = {}
     for row in found:
@@ -110,10 +110,12 @@ def test_so_many_images_as_asked_are_looked_at_and_the_same_each_time(tmp_path, 
         {"url": "http://a.example/", "caption": scene.caption, "image": png(scene.image)} for scene in rendered[:200]
     ]
     seal_all(tmp_path / "shards", rows, 50)
-    seen = {suspect(tmp_path / "shards", tmp_path / f"work{n}", images=60, threads=1 + n).images for n in range(2)}
+    seen = {
+        find_suspects(tmp_path / "shards", tmp_path / f"work{n}", images=60, threads=1 + n).images for n in range(2)
+    }
     assert len(seen) == 1
     assert 35 < seen.pop() < 90
-    assert suspect(tmp_path / "shards", tmp_path / "none", images=0).images == 0
+    assert find_suspects(tmp_path / "shards", tmp_path / "none", images=0).images == 0
 
 
 def test_tars_on_a_store_give_the_same(tmp_path, rendered):
@@ -126,7 +128,7 @@ def test_tars_on_a_store_give_the_same(tmp_path, rendered):
         for path in (tmp_path / "shards").rglob("*"):
             if path.is_file():
                 store.pipe_file(f"/pat/{path.relative_to(tmp_path / 'shards')}", path.read_bytes())
-        suspect("memory://pat", "memory://pat-work")
+        find_suspects("memory://pat", "memory://pat-work")
         assert store.cat_file(f"/pat-work/{SUSPICION}") == (tmp_path / "work" / SUSPICION).read_bytes()
     finally:
         store.rm("/pat", recursive=True)

@@ -9,9 +9,9 @@ import pytest
 from kit import SHARED_DATA
 from sealed import seal, seal_all
 
-from ingest.signals.findings import EXAMPLES, GROUP_SCHEMA, GROUPS, SCHEMA, SUSPICION
 from ingest.signals.heavy_hitters import HeavyHitters
-from ingest.signals.suspicion import HASH_MISMATCH, SIGNALS, suspect
+from ingest.signals.suspect_groups import EXAMPLES, GROUP_SCHEMA, GROUPS, SCHEMA, SUSPICION
+from ingest.signals.suspicion import HASH_MISMATCH, SIGNALS, find_suspects
 from roclip.attacks.poisons import plan_poisons
 from roclip.config import AttacksConfig, TargetedConfig
 from roclip.data.shards import Manifest
@@ -36,7 +36,7 @@ def clean_rows(rng, number, hosts=60):
 
 
 def look_at(tmp_path, rows, **options):
-    summary = suspect(seal_all(tmp_path / "shards", rows, 500), tmp_path / "work", **options)
+    summary = find_suspects(seal_all(tmp_path / "shards", rows, 500), tmp_path / "work", **options)
     return summary, pq.read_table(tmp_path / "work" / SUSPICION).to_pylist()
 
 
@@ -136,9 +136,9 @@ def test_targeted_poisons_with_real_captions_are_found(tmp_path):
         {**row, "caption": text} for row, text in zip(clean_rows(rng, 9000), table["caption"].to_pylist(), strict=True)
     ]
     first = len(rows)
-    looks = rng.integers(0, 2**64, 40, dtype=np.uint64).tolist()
+    near_groups = rng.integers(0, 2**64, 40, dtype=np.uint64).tolist()
     for n, poison in enumerate(poisons, first):
-        rows.append({"url": f"http://x.example/{n}", "caption": poison.caption, "phash": looks[poison.group]})
+        rows.append({"url": f"http://x.example/{n}", "caption": poison.caption, "phash": near_groups[poison.group]})
     _, found = look_at(tmp_path, rows, images=0)
     named = {row["url"] for row in found if row["signal"] == "one_image_many_captions" and row["score"] >= 0.5}
     planted = {row["url"] for row in rows[first:]}
@@ -202,13 +202,13 @@ def test_order_of_sealing_and_place_change_no_byte(tmp_path):
     for folder, order in (("a", [0, 1, 2, 3]), ("b", [3, 1, 0, 2])):
         for number in order:
             seal(tmp_path / folder, number, rows[number * 500 : number * 500 + 500], 500)
-        suspect(tmp_path / folder, tmp_path / f"{folder}-work")
+        find_suspects(tmp_path / folder, tmp_path / f"{folder}-work")
     store = fsspec.filesystem("memory")
     try:
         for path in (tmp_path / "a").rglob("*"):
             if path.is_file():
                 store.pipe_file(f"/sus/{path.relative_to(tmp_path / 'a')}", path.read_bytes())
-        suspect("memory://sus", "memory://sus-work", memory_bytes=1 << 16)
+        find_suspects("memory://sus", "memory://sus-work", memory_bytes=1 << 16)
         for name in (SUSPICION, GROUPS):
             there = (tmp_path / "a-work" / name).read_bytes()
             assert (tmp_path / "b-work" / name).read_bytes() == there
@@ -232,13 +232,13 @@ def test_groups_have_what_a_page_needs(tmp_path):
         assert len(examples) == min(EXAMPLES, len(mine))
         assert set(examples) <= set(mine)
         assert 0 < group["score"] <= 1
-    assert {finding.group for finding in summary.worst} == {group["group"] for group in groups}
+    assert {group.group for group in summary.worst} == {group["group"] for group in groups}
 
 
 def test_progress_ends_at_its_total(tmp_path):
     seen = []
     seal_all(tmp_path / "shards", clean_rows(np.random.default_rng(13), 1200), 500)
-    suspect(
+    find_suspects(
         tmp_path / "shards",
         tmp_path / "work",
         images=0,
@@ -261,7 +261,7 @@ def test_hostile_captions_and_urls_break_nothing(tmp_path):
 
 
 def test_nothing_sealed_gives_empty_files(tmp_path):
-    summary = suspect(tmp_path / "shards", tmp_path / "work")
+    summary = find_suspects(tmp_path / "shards", tmp_path / "work")
     assert summary.samples == summary.images == 0
     assert pq.read_table(tmp_path / "work" / SUSPICION).schema == SCHEMA
     assert Manifest(tmp_path / "shards").records() == ()
@@ -270,13 +270,13 @@ def test_nothing_sealed_gives_empty_files(tmp_path):
 def test_a_sketch_keeps_what_is_frequent_within_its_error():
     rng = np.random.default_rng(0)
     stream = np.minimum(rng.zipf(1.3, 40_000), 10**6).astype(np.uint64)
-    sketch = HeavyHitters(200)
+    hitters = HeavyHitters(200)
     for start in range(0, len(stream), 777):
-        sketch.add(stream[start : start + 777])
-    sketch.settle()
+        hitters.add(stream[start : start + 777])
+    hitters.merge()
     numbers, counts = np.unique(stream, return_counts=True)
-    found = sketch.count(numbers)
-    assert len(sketch.numbers) <= 200
-    assert sketch.error <= len(stream) / 200
+    found = hitters.count(numbers)
+    assert len(hitters.numbers) <= 200
+    assert hitters.error <= len(stream) / 200
     assert (found <= counts).all()
-    assert (counts - found <= sketch.error).all()
+    assert (counts - found <= hitters.error).all()

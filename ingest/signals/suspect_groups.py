@@ -1,8 +1,7 @@
-"""What a look at a whole ingest came to suspect: groups of samples with a score and the evidence, written as two parquets.
+"""Collects the groups of samples that signals suspect, with score and evidence, and writes them as two parquets.
 
-`suspicion.parquet` has a row for each sample and signal, `suspicion_groups.parquet` one for each group, with a dozen of its
-samples to be looked at. Members of groups wait on disk; of the groups themselves the `MOST_GROUPS` highest of each signal are
-kept.
+`suspicion.parquet` has a row per sample and signal, `suspicion_groups.parquet` one per group, with up to a dozen of its samples
+as examples. The members of groups wait on disk; of the groups themselves, the `MAX_GROUPS` highest of each signal are kept.
 """
 
 import heapq
@@ -13,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ingest.folder.sealed import Keys, numbers, parquet_writer, rows
+from ingest.folder.sealed import Keys, key_numbers, parquet_writer, rows
 from ingest.signals.group_by import ExternalGroupBy
 from roclip.data.shards import ShardRecord
 
 SUSPICION = "suspicion.parquet"
 GROUPS = "suspicion_groups.parquet"
 EXAMPLES = 12
-MOST_GROUPS = 10_000
-SHOWN_CHARS = 120
-"""Of a hostile text in an evidence."""
+MAX_GROUPS = 10_000
+MAX_SHOWN_CHARS = 120
+"""Most characters of an untrusted text that the evidence quotes."""
 Box = tuple[int, int, int, int]
 SCHEMA = pa.schema(
     [
@@ -55,11 +54,11 @@ NO_BOX = np.zeros(4, np.uint16)
 
 @dataclass
 class SuspectGroup:
-    """A group of samples that one signal holds together."""
+    """A group of samples that one signal suspects together."""
 
     signal: str
     number: int
-    """64 bits that name the group."""
+    """64 bits that identify the group."""
     score: float
     evidence: str
     samples: int = 0
@@ -72,11 +71,13 @@ class SuspectGroup:
 
 
 class SuspectGroups:
-    """Groups and their members, until they are written.
+    """Collects groups and their members until they are written.
 
     Args:
-        signals: Names; a member keeps its signal's place in them.
-        folder: For members that wait.
+        signals: Names of the signals.
+        records: The shards.
+        keys: Formats keys.
+        folder: Temporary folder for the members.
     """
 
     def __init__(self, signals: Sequence[str], records: Sequence[ShardRecord], keys: Keys, folder: Path):
@@ -84,17 +85,17 @@ class SuspectGroups:
         self._waiting = ExternalGroupBy(folder / "members", _MEMBER, sum(record.samples for record in records) // 4)
         self._groups: dict[str, dict[int, SuspectGroup]] = {name: {} for name in signals}
         self._order: dict[str, list[tuple[float, int]]] = {name: [] for name in signals}
-        self.left_out = 0
-        """Groups beyond `MOST_GROUPS`."""
+        self.dropped = 0
+        """Groups beyond `MAX_GROUPS`."""
 
     def open(self, signal: str, number: int, score: float, evidence: str) -> bool:
-        """Begin a group; False where so many with a higher score are there already."""
+        """Start a group. False if there are already `MAX_GROUPS` with a higher score."""
         order, groups = self._order[signal], self._groups[signal]
         if number in groups:
             return True
         entry = (score, -number)
-        if len(order) >= MOST_GROUPS:
-            self.left_out += 1
+        if len(order) >= MAX_GROUPS:
+            self.dropped += 1
             if entry <= order[0]:
                 return False
             del groups[-heapq.heapreplace(order, entry)[1]]
@@ -106,27 +107,27 @@ class SuspectGroups:
     def add(
         self, signal: str, number: int, shards: np.ndarray, keys: np.ndarray, boxes: np.ndarray | None = None
     ) -> None:
-        """Members of a group that was opened; `boxes` (members, 4)."""
-        finding = self._groups[signal].get(number)
-        if finding is None:
+        """Add members to a group that was opened. `boxes` is (members, 4)."""
+        group = self._groups[signal].get(number)
+        if group is None:
             return
         members = np.zeros(len(keys), _MEMBER)
         members["hash"], members["key"] = shards.astype(np.uint64) << np.uint64(_SHARD_BITS), keys
         members["group"], members["signal"] = number, self.signals.index(signal)
         if boxes is not None:
             members["box"] = boxes
-        finding.samples += len(keys)
-        for place in range(min(len(keys), EXAMPLES - len(finding.examples))):
-            box = tuple(boxes[place].tolist()) if boxes is not None else None
-            finding.examples.append((int(shards[place]), int(keys[place]), box))
+        group.samples += len(keys)
+        for index in range(min(len(keys), EXAMPLES - len(group.examples))):
+            box = tuple(boxes[index].tolist()) if boxes is not None else None
+            group.examples.append((int(shards[index]), int(keys[index]), box))
         self._waiting.add(members)
 
     def groups(self, signal: str) -> list[SuspectGroup]:
         """The groups of a signal, highest score first."""
-        return sorted(self._groups[signal].values(), key=lambda finding: (-finding.score, finding.number))
+        return sorted(self._groups[signal].values(), key=lambda group: (-group.score, group.number))
 
     def write(self, root: Path, work: Path) -> dict[str, int]:
-        """Write both parquets into `work`; how many samples each signal names. `root` is where the shards lie."""
+        """Write both parquets into `work`. Returns the number of samples by signal. `root` is the folder of the shards."""
         named = dict.fromkeys(self.signals, 0)
         with self._waiting as waiting, parquet_writer(work / SUSPICION, SCHEMA, self.folder) as writer:
             for shard, members in _by_shard(waiting):
@@ -134,46 +135,46 @@ class SuspectGroups:
                 for name, count in _counts(table):
                     named[name] += count
                 writer.write_table(table)
-        found = [finding for signal in self.signals for finding in self.groups(signal)]
+        found = [group for signal in self.signals for group in self.groups(signal)]
         with parquet_writer(work / GROUPS, GROUP_SCHEMA, self.folder) as writer:
-            writer.write_table(pa.Table.from_pylist([self._described(finding) for finding in found], GROUP_SCHEMA))
+            writer.write_table(pa.Table.from_pylist([self._as_row(group) for group in found], GROUP_SCHEMA))
         return named
 
     def _rows(self, root: Path, shard: int, members: np.ndarray) -> pa.Table:
         record = self.records[shard]
         table = rows(root, record, ("url", "caption"))
-        there = numbers(record, table["key"])
+        there = key_numbers(record, table["key"])
         order = np.argsort(there, kind="stable")
         known = [
             self._groups[self.signals[s]].get(g)
             for s, g in zip(members["signal"].tolist(), members["group"].tolist(), strict=True)
         ]
-        keep = np.array([finding is not None for finding in known], bool)
-        kept, members = [finding for finding in known if finding is not None], members[keep]
+        keep = np.array([group is not None for group in known], bool)
+        kept, members = [group for group in known if group is not None], members[keep]
         at = order[np.searchsorted(there[order], members["key"])]
-        told = table.select(["key", "url", "caption"]).take(pa.array(at))
+        found = table.select(["key", "url", "caption"]).take(pa.array(at))
         boxes = [box if any(box) else None for box in members["box"].tolist()]
         columns = {
-            "key": told["key"],
+            "key": found["key"],
             "shard": pa.array([record.name] * len(members), pa.string()),
-            "url": told["url"],
-            "caption": told["caption"],
-            "signal": pa.array([finding.signal for finding in kept], pa.string()),
-            "score": pa.array([finding.score for finding in kept], pa.float32()),
-            "evidence": pa.array([finding.evidence for finding in kept], pa.string()),
-            "group": pa.array([finding.group for finding in kept], pa.string()),
+            "url": found["url"],
+            "caption": found["caption"],
+            "signal": pa.array([group.signal for group in kept], pa.string()),
+            "score": pa.array([group.score for group in kept], pa.float32()),
+            "evidence": pa.array([group.evidence for group in kept], pa.string()),
+            "group": pa.array([group.group for group in kept], pa.string()),
             "box": pa.array(boxes, pa.list_(pa.int32())),
         }
         return pa.table(columns, schema=SCHEMA)
 
-    def _described(self, finding: SuspectGroup) -> dict:
+    def _as_row(self, group: SuspectGroup) -> dict:
         return {
-            "group": finding.group,
-            "signal": finding.signal,
-            "score": finding.score,
-            "samples": finding.samples,
-            "evidence": finding.evidence,
-            "examples": [self._example(*example) for example in finding.examples],
+            "group": group.group,
+            "signal": group.signal,
+            "score": group.score,
+            "samples": group.samples,
+            "evidence": group.evidence,
+            "examples": [self._example(*example) for example in group.examples],
         }
 
     def _example(self, shard: int, key: int, box: Box | None) -> dict:
@@ -182,11 +183,9 @@ class SuspectGroups:
 
 
 def _by_shard(waiting: ExternalGroupBy) -> Iterator[tuple[int, np.ndarray]]:
-    """The members of each shard, ordered by key and signal, without repetition."""
+    """The members of each shard, sorted by key and signal."""
     for groups in waiting.groups(1):
-        bounds = groups.starts()
-        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            members = groups.rows[start:stop]
+        for _, members in groups.runs():
             members = members.take(np.lexsort((members["group"], members["signal"], members["key"])))
             yield int(members["hash"][0] >> np.uint64(_SHARD_BITS)), members
 
