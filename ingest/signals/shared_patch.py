@@ -59,7 +59,7 @@ _WINDOW = np.dtype([("numbers", "u1", (patches.WIDTH,)), ("box", "<u2", (4,)), (
 
 
 @dataclass(frozen=True)
-class Patch:
+class SharedPatch:
     """Images that share a patch."""
 
     images: np.ndarray
@@ -141,7 +141,7 @@ class PatchSearch:
 
     def _report(
         self,
-        patch: Patch,
+        patch: SharedPatch,
         images: np.ndarray,
         root: Path,
         records: Sequence[ShardRecord],
@@ -165,7 +165,9 @@ class PatchSearch:
         suspect_groups.add(self.NAME, number, members["shard"], members["key"], patch.boxes)
 
 
-def find_shared_patches(windows: np.ndarray, near_group: np.ndarray, near_groups: int, seed: int = 0) -> list[Patch]:
+def find_shared_patches(
+    windows: np.ndarray, near_group: np.ndarray, near_groups: int, seed: int = 0
+) -> list[SharedPatch]:
     """The patches that images share, those of most images first.
 
     Args:
@@ -254,7 +256,9 @@ def _images_around(
     return near, far
 
 
-def _merge_peaks(windows: np.ndarray, near_group: np.ndarray, candidates: np.ndarray, peak: np.ndarray) -> list[Patch]:
+def _merge_peaks(
+    windows: np.ndarray, near_group: np.ndarray, candidates: np.ndarray, peak: np.ndarray
+) -> list[SharedPatch]:
     """Merge peaks that share images, or are close, into patches."""
     if not len(candidates):
         return []
@@ -281,7 +285,9 @@ def _merge_peaks(windows: np.ndarray, near_group: np.ndarray, candidates: np.nda
         starts = np.searchsorted(image[mine][order], members)
         low, high = np.minimum.reduceat(boxes[order], starts), np.maximum.reduceat(boxes[order], starts)
         found.append(
-            Patch(members, np.concatenate([low[:, :2], high[:, 2:]], axis=1), float(peak[of_patch == patch].max()))
+            SharedPatch(
+                members, np.concatenate([low[:, :2], high[:, 2:]], axis=1), float(peak[of_patch == patch].max())
+            )
         )
     return sorted(found, key=lambda patch: (-len(np.unique(near_group[patch.images])), patch.images[0]))
 
