@@ -47,7 +47,7 @@ _HOST_FAILED = frozenset({"no_host", "timeout", "connection_refused", "connectio
 _NOT_AT_ONCE = frozenset({"no_host", "timeout", "too_slow", "host_busy", "host_down", "http_429", "http_503"})
 """Transient failures that an immediate retry would only repeat, or that ask for a pause: a later pass retries them."""
 _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EADDRNOTAVAIL})
-Result = TypeVar("Taken")
+Result = TypeVar("Result")
 
 
 class HostLimiter(Protocol):

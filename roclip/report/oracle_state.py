@@ -128,7 +128,7 @@ def _state(files: WatchedFiles, arm: str, report: Mapping[str, Any], images: Png
         target_labels=_texts(report.get("target_labels"), _LABELS),
         unchecked=_texts([row.get("label") for row in labels if row.get("status") == "unchecked"], _LABELS),
         labels=tuple(row for row in labels if row.get("status") != "unchecked"),
-        victims=victims if is_number(victims := (report.get("numbers") or {}).get("victims")) else None,
+        victims=int(victims) if is_number(victims := (report.get("numbers") or {}).get("victims")) else None,
         triggers=tuple(_trigger(files, arm, row, images) for row in (report.get("triggers") or ())[:_TRIGGERS]),
         suspects=tuple(_suspect(row, images) for row in (report.get("pictures") or ())[:_SUSPECTS]),
         repair=_repair(files.table(f"{arm}/repair/repair.json")),
