@@ -97,7 +97,7 @@ def make_plan(config: Config) -> RunPlan:
         steps_per_epoch=steps_per_epoch,
         steps=None if steps_per_epoch is None else steps_per_epoch * train.epochs,
         matched=tuple(e for e in range(1, train.epochs + 1) if "matched" in phases(config, e, steps_per_epoch)),
-        gated=gated_epochs(config, steps_per_epoch),
+        gated=filtered_epochs(config, steps_per_epoch),
         parameters=weight_count,
         embed_dim=model["embed_dim"],
         ranks=config.cluster.workers,
@@ -115,12 +115,12 @@ def phases(config: Config, epoch: int, steps_per_epoch: int | None) -> set[str]:
     """Kinds of steps of the arm `roclip` in an epoch, from 1: 'matched', 'plain' or both, as `roclip.defence.defence` decides."""
     schedule, kinds = config.pool.schedule, set()
     for at in schedule.turns(epoch, steps_per_epoch or 1, config.train.global_batch_size):
-        witnessed = config.pool.neighbours and at.done(schedule.warmup.unit) < schedule.warmup.amount
-        kinds.add("matched" if witnessed else schedule.phase(at))
+        by_neighbour = config.pool.neighbours and at.done(schedule.warmup.unit) < schedule.warmup.amount
+        kinds.add("matched" if by_neighbour else schedule.phase(at))
     return kinds
 
 
-def gated_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
+def filtered_epochs(config: Config, steps_per_epoch: int | None) -> tuple[int, ...]:
     """Epochs in which the sample filter suspects pairs in at least one step: without neighbours, the pool must be full first."""
     gated, captions = [], 0
     if not any(config.pool.filter_frac) or "roclip" not in config.arms:

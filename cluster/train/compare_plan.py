@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from cluster.plan import gated_epochs, human_bytes, make_plan, phases
+from cluster.plan import filtered_epochs, human_bytes, make_plan, phases
 from roclip.config import Config, dump_config, run_directory, strict
 from roclip.report.experiment import Experiment
 
@@ -49,5 +49,5 @@ def _phases(config: Config) -> str:
     if config.arms == ("clip",):
         return "clip"
     epochs = [str(epoch) for epoch in range(1, config.train.epochs + 1) if "matched" in phases(config, epoch, None)]
-    gate = "gate" if gated_epochs(config, None) else "no gate"
-    return f"roclip, matched epochs {', '.join(epochs) or 'none'}, {gate}"
+    filtered = "sample filter" if filtered_epochs(config, None) else "no sample filter"
+    return f"roclip, matched epochs {', '.join(epochs) or 'none'}, {filtered}"

@@ -79,7 +79,7 @@ def rows(port: int, shop: int, poisoned: int) -> tuple[list[tuple[str, str]], di
     """(URL, caption) of each row, and where every host lies."""
     table = pq.read_table(SHARED / "urls" / "laion-style-10000.parquet")
     draw = random.Random(0)
-    fates: dict[str, str] = {}
+    host_outcomes: dict[str, str] = {}
     listed, names = [], {}
     for row, (url, caption) in enumerate(zip(table["URL"].to_pylist(), table["TEXT"].to_pylist(), strict=True)):
         split = urlsplit(url)
@@ -87,13 +87,17 @@ def rows(port: int, shop: int, poisoned: int) -> tuple[list[tuple[str, str]], di
             listed.append((url, caption))  # the malformed row stays what it is
             continue
         host = split.hostname
-        if host not in fates:
-            fates[host] = draw.choices(["", *BAD_HOSTS], [1 - sum(BAD_HOSTS.values()), *BAD_HOSTS.values()])[0]
-            net, number = (2, len(fates) % DEAD) if fates[host] == "dead_host" else (1, len(fates) % HOSTS)
-            if fates[host] != "nowhere":
+        if host not in host_outcomes:
+            host_outcomes[host] = draw.choices(["", *BAD_HOSTS], [1 - sum(BAD_HOSTS.values()), *BAD_HOSTS.values()])[0]
+            net, number = (
+                (2, len(host_outcomes) % DEAD)
+                if host_outcomes[host] == "dead_host"
+                else (1, len(host_outcomes) % HOSTS)
+            )
+            if host_outcomes[host] != "nowhere":
                 names[host] = [[address(net, number)]]
-        fate = draw.choices(["ok", *BAD_URLS], [1 - sum(BAD_URLS.values()), *BAD_URLS.values()])[0]
-        behaviour = fate if fates[host] in ("", "dead_host", "nowhere") else fates[host]
+        outcome = draw.choices(["ok", *BAD_URLS], [1 - sum(BAD_URLS.values()), *BAD_URLS.values()])[0]
+        behaviour = outcome if host_outcomes[host] in ("", "dead_host", "nowhere") else host_outcomes[host]
         listed.append((f"http://{host}:{port}/{behaviour}/{row % shop}.jpg?{split.path[:80]}", caption))
     names["bought-domain.invalid"] = [[address(1, 3)]]
     for number in range(poisoned):

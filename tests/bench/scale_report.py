@@ -92,7 +92,9 @@ def points(measured: Measured) -> str:
                 taken = {p: _share(measured, replace(job, model=model, gpus=gpus, pool=p), "pool") for p in POOLS}
                 rows.append([model, f"{gpus} GPUs, {text}", "pool", *_first(taken, lambda p: f"P = {size_text(p)}")])
         taken = {p: measured.defence_s(p, 256) / parts(measured, Job(model, 8))["towers"] for p in (21_845, *POOLS)}
-        rows.append([model, "witnesses and gate, on 8 cores a GPU", "defence", *_first(taken, lambda p: f"P = {p:,}")])
+        rows.append(
+            [model, "neighbours and sample filter, on 8 cores a GPU", "defence", *_first(taken, lambda p: f"P = {p:,}")]
+        )
         for store, streams in ((12.5e9, 16), (12.5e9, 1024), (100e9, 16), (100e9, 1024)):
             cluster = Cluster(store_bytes_per_s=store)
             found = {g: parts(measured, Job(model, g, streams=streams, cluster=cluster)) for g in GPUS}
