@@ -114,3 +114,13 @@ def test_our_cluster_package_is_the_one_that_is_imported():
 
 def _has_source(path: Path) -> bool:
     return bool(re.search(r"^\s+(urls|scenes|shards|images): *[^\s\"]", path.read_text(), re.M))
+
+
+def test_no_two_public_classes_have_one_name():
+    homes: dict[str, list[str]] = {}
+    for name in tracked():
+        if name.endswith(".py") and name.split("/")[0] in ("roclip", "ingest", "cluster"):
+            for node in ast.parse((REPOSITORY / name).read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(name)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
