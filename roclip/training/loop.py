@@ -160,12 +160,18 @@ def _train(
             known = divergence.known(step + 1)  # a rollback went back to leave this step out
             buffers = _copy_of_buffers(towers) if known or config.train.on_divergence != "stop" else []
 
-            (x, t, logit_scale, *bias), backward = method.forward(engine, pixels, this, batch, at)
+            (image_features, text_features, logit_scale, *bias), backward = method.forward(
+                engine, pixels, this, batch, at
+            )
             valid = batch.valid.to(device)
-            wrong = divergence.in_features(x, t)
-            targets = Targets(t, valid) if wrong else this.targets(x, t, valid)
+            wrong = divergence.in_features(image_features, text_features)
+            targets = Targets(text_features, valid)
+            if not wrong:
+                targets = this.targets(image_features, text_features, valid)
             same_caption = targets.source_ids if config.pool.duplicates == "mask" else None
-            loss = loss_of(x, targets.text_features, logit_scale, *bias, keep=targets.keep, same_caption=same_caption)
+            loss = loss_of(
+                image_features, targets.text_features, logit_scale, *bias, keep=targets.keep, same_caption=same_caption
+            )
             backward(loss)
             norm = gradient_norm(engine)
 
@@ -180,7 +186,7 @@ def _train(
                     buffer.copy_(before)  # the forward pass has updated batch norm
             else:
                 optimizer_step(engine, towers)
-                this.remember(x, t.detach(), targets)
+                this.remember(image_features, text_features.detach(), targets)
             step += 1
             samples = min(plan.batch, plan.samples - (step_in_epoch - 1) * plan.batch)
             samples_seen += samples
