@@ -79,7 +79,7 @@ def test_a_patch_on_one_image_in_twenty_is_found_where_it_is(tmp_path, rendered,
     assert best[0]["score"] > 0.9
     assert "15 images that look different have the same patch" in best[0]["evidence"]
     assert "100% of their captions have the word “" in best[0]["evidence"]
-    assert f"{SCENES} of {SCENES} images were looked at" in best[0]["evidence"]
+    assert f"{SCENES} of {SCENES} images were searched" in best[0]["evidence"]
     assert (summary.images, summary.unreadable) == (SCENES, 0)
     described = {row["group"]: row for row in pq.read_table(tmp_path / "work" / GROUPS).to_pylist()}[best[0]["group"]]
     where = {row["key"]: row["box"] for row in best}
