@@ -251,7 +251,7 @@ def test_machine_offers_what_it_is_there_for(tmp_path: Path, addresses, offer):
     ]
     command = yaml.safe_load(text)["worker_start_ray_commands"][-1].replace("cd /data && ray start", "echo")
     script = f"hostname() {{ echo {addresses}; }}\nRAY_HEAD_IP=10.0.0.1\n{command}"
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check_url=True).stdout
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     assert said.strip() == f"--address=10.0.0.1:6379 --disable-usage-stats {offer}".strip()
 
 
@@ -263,7 +263,7 @@ def test_script_is_bash(tmp_path: Path, ingest_nodes):
     hostile = "data.urls=lists/$(touch x) it's.parquet"
     ((name, text),) = rendered(tmp_path, "slurm", LAION, f"deploy.ingest_nodes={ingest_nodes}", hostile).items()
     assert name == "laion.sbatch"
-    subprocess.run(["bash", "-n"], input=text, text=True, check_url=True)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     assert shlex.quote(hostile) in text.split("roclip run")[-1]
     assert text.count("#SBATCH hetjob") == (1 if ingest_nodes else 0)
 
@@ -316,7 +316,7 @@ def test_nodes_follow_from_the_ranks():
     ],
 )
 def test_what_cannot_be_rendered_is_said(tmp_path: Path, capfd, arguments, message):
-    assert guarded(["render", *arguments, *FOUR_TO_FETCH, "--out", str(tmp_path / "out")]) == ConfigError.exit_code
+    assert guarded(["render", *FOUR_TO_FETCH, *arguments, "--out", str(tmp_path / "out")]) == ConfigError.exit_code
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -381,4 +381,4 @@ def test_healthcheck_sees_a_node_of_ray(tmp_path: Path):
     (tmp_path / "raylet").symlink_to("/bin/sleep")
     script = f"{check_url}; echo $?; {tmp_path}/raylet 60 & sleep 0.2; {check_url}; echo $?; kill %1"
     command = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script]
-    assert subprocess.run(command, capture_output=True, text=True, check_url=True).stdout.split() == ["1", "0"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["1", "0"]
