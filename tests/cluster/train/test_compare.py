@@ -153,5 +153,5 @@ def test_dry_run_says_what_would_be_trained_and_does_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"corpus data-seed1 +172 URLs, at most 10 steps", said)
     assert re.search(r"trainings +4: 2 corpora x 2 arms", said)
-    assert re.search(r"arm often +roclip, matched epochs 2, gate", said)
+    assert re.search(r"arm often +roclip, matched epochs 2, sample filter", said)
     assert not (tmp_path / "runs").exists()

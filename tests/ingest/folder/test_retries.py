@@ -76,7 +76,7 @@ def test_pass_has_each_row_that_may_do_better_once_whatever_is_asked_for_first(t
 def test_parquet_that_says_other_than_its_record_is_named(tmp_path):
     (record,) = _shards(tmp_path, ["slow", "ok"], 5)
     more = dataclasses.replace(record, failed={"timeout": 2})
-    with pytest.raises(ShardError, match=r"00000\.parquet: expected 2 rows that failed.* got 1"):
+    with pytest.raises(ShardError, match=r"00000\.parquet: expected 2 rows with a transient failure.* got 1"):
         list(retry_parts(tmp_path, [more], ["timeout"], 5, lambda _: True))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ShardError, match=r"ingest\.retry_passes=0"):
