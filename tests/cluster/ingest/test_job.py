@@ -269,7 +269,7 @@ def test_rows_that_kill_their_worker_are_found_and_left_out(local_ray, tmp_path,
     assert [row["error_message"] for row in rows if row["status"] != "success"] == [
         "kills_worker: the process that handled this row died each time"
     ] * 2
-    assert "shard 00000.tar: rows 1, 4 kill the worker and are left out" in caplog.text
+    assert "shard 00000.tar: rows 1, 4 kill the worker and are excluded" in caplog.text
 
 
 def test_second_ingest_of_the_same_folder_is_refused_and_stop_ends_the_first_in_seconds(local_ray, tmp_path):

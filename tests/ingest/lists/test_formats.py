@@ -308,7 +308,7 @@ def test_carried_column_has_the_type_that_holds_all_files(tmp_path):
     assert part.table["w"].to_pylist() == [None, 3.0, 0.5, None]
     (tmp_path / "x.csv").write_text("url,caption,w\nh,c,1\n")
     with pytest.raises(
-        UrlListError, match=r"x\.csv: expected in the column w double, as in the files before, got string"
+        UrlListError, match=r"x\.csv: expected double in the column w, as in the files before, got string"
     ):
         open_list(str(tmp_path), columns=["w"])
 
