@@ -19,7 +19,7 @@ RESTARTS_PER_HOUR = 2
 
 _HEAD = """\
 # Written by `python -m cluster.monitoring.grafana`; edit cluster/monitoring/alerts.py instead. Thresholds are its constants.
-# Unit tests: tests/cluster/alerts_test.yml.
+# Unit tests: tests/cluster/monitoring/alerts_test.yml.
 """
 
 

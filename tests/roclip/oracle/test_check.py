@@ -172,7 +172,7 @@ def test_page_needs_no_other_file_and_escapes_captions(world: World):
     assert "&lt;script&gt;" in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/png;base64,") >= 20
-    assert "<h1>poisoned</h1>" in page
+    assert '<h1 class="status poisoned">poisoned</h1>' in page
 
 
 def test_check_refuses_when_the_segmenter_knows_other_labels(world: World):
