@@ -17,6 +17,7 @@ from functools import cache
 _NEW_NETWORK = 0x40000000
 _SET_FLAGS = 0x8914
 _UP = 0x1
+_OF_NOBODY = "192.0.2.1"  # RFC 5737; with loopback alone the resolver finds no address to listen on for Slurm
 _libc = ctypes.CDLL(None, use_errno=True)
 _outside: list[int] = []
 
@@ -30,16 +31,16 @@ def is_possible() -> bool:
 
 
 def enter() -> None:
-    """This thread, and whatever it starts from now on, has loopback and the machine's own address, and nothing else."""
-    address = "127.0.0.1"
+    """This thread, and whatever it starts from now on, has loopback and one address, and nothing else."""
+    address = _OF_NOBODY
     with contextlib.suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
+        of_machine = socket.gethostbyname(socket.gethostname())  # collectives listen on what its name resolves to
+        address = _OF_NOBODY if of_machine.startswith("127.") else of_machine
     _outside.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
     _checked(_libc.unshare(_NEW_NETWORK))
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh", b"lo", _UP))
-    if not address.startswith("127."):  # collectives listen on what the machine's name resolves to
-        subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+    subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
 
 
 @contextlib.contextmanager
