@@ -40,8 +40,8 @@ _exit_status: list[int] = []
 
 class LongestFirst(LoadScopeScheduling):
     """Files stay whole. Those that start a Ray run side by side where each process can have a network of its own and there are
-    cores for two Rays: with two cores both take more than twice as long (68 min instead of 25) and run into time limits. Elsewhere
-    they are one, beside which the other files run."""
+    cores for two Rays; on two cores, both take more than twice as long and run into time limits. Elsewhere they are one,
+    beside which the other files run."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
