@@ -1,7 +1,6 @@
 """The log of a job on a cluster: each line once, however often the connection is lost."""
 
 import asyncio
-import contextlib
 import re
 from collections.abc import AsyncIterator, Callable
 
@@ -39,8 +38,9 @@ class Log:
             finally:
                 if not next_chunk.done():
                     next_chunk.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await next_chunk
+                    await asyncio.wait({next_chunk})  # neither its error nor its end takes the place of a Ctrl-C
+                if not next_chunk.cancelled():
+                    next_chunk.exception()  # asyncio complains of one that nobody has asked for
             self._append(chunk, position)
             position += len(chunk)
 

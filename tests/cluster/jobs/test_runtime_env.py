@@ -1,13 +1,11 @@
-"""What is sent of a run, and how its log is cut into lines."""
+"""What is sent of a run."""
 
-import asyncio
 import dataclasses
 from pathlib import Path
 
 import pytest
 from kit import preset
 
-from cluster.jobs.log import Log, last_progress, printable
 from cluster.jobs.runtime_env import for_cluster, identity_digest, pack
 from roclip.config import identity, load_config, model_file, parse_config, run_directory
 
@@ -55,47 +53,6 @@ def test_model_of_a_run_is_found_in_its_directory_when_the_preset_is_gone(config
     (tmp_path / "models" / "tiny.json").rename(run / "models" / "tiny.json")
     assert model_file(config) is None
     assert model_file(dataclasses.replace(config, run_dir=str(run))) == run / "models" / "tiny.json"
-
-
-async def chunks(*texts: str, then: str = "ends"):
-    for text in texts:
-        yield text
-    if then == "breaks":
-        raise ConnectionError("cut")
-    if then == "is silent":
-        await asyncio.sleep(3600)
-
-
-LINES = "Running entrypoint for job a.1: x\none\ntwo\nthrée\nfour\n"
-
-
-@pytest.mark.parametrize("broken", range(0, len(LINES) + 1, 3))
-@pytest.mark.parametrize("how", ["ends", "breaks", "is silent"])
-def test_each_line_of_a_log_comes_once_wherever_the_connection_breaks(broken, how):
-    shown: list[str] = []
-    log = Log(shown.append)
-
-    async def read() -> None:
-        try:
-            await log.read(chunks(LINES[: broken // 2], LINES[broken // 2 : broken], then=how), silence_timeout_s=0.01)
-        except ConnectionError:
-            assert how == "breaks"
-        await log.read(chunks(*(LINES[i : i + 7] for i in range(0, len(LINES), 7))))
-
-    asyncio.run(read())
-    assert shown == ["one", "two", "thrée", "four"]
-    log.end(LINES + "no end of line")
-    assert shown[4:] == ["no end of line"]
-
-
-def test_log_cannot_command_the_terminal():
-    assert printable("a\x1b]0;title\x07b\tc\x9b31m") == "a�]0;title�b\tc�31m"
-
-
-def test_last_progress_is_that_of_the_newest_stage():
-    log = "run      x\ningest   100%  9/9 URLs\nclip       2%  epoch 1/14\nclip     rank 1 died\n"
-    assert last_progress(log) == "clip       2%  epoch 1/14"
-    assert last_progress("run      x\n") == ""
 
 
 def test_shipped_config_is_what_was_resolved(config, tmp_path):
