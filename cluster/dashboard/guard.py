@@ -82,7 +82,7 @@ class Guard:
 
 
 def page_headers(nonce: str) -> dict[str, str]:
-    """Of a page whose style and script bear a nonce."""
+    """The headers of a page whose style and script bear a nonce."""
     return _safe(
         f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; "
         "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -90,7 +90,7 @@ def page_headers(nonce: str) -> dict[str, str]:
 
 
 def plain_headers() -> dict[str, str]:
-    """Of anything else."""
+    """The headers of anything else."""
     return _safe(_STRICTEST)
 
 

@@ -12,7 +12,6 @@ Letters: B local batch, G global batch, D feature width, L tokens, P pool size, 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -133,25 +132,6 @@ class CaptionPool:
             mine = slots % self.shards == self.shard
             slots, features = slots[mine] // self.shards, features[mine]
         self.features[slots] = features
-
-    def prefill(
-        self, batches: Iterable[tuple[Tensor, Tensor]], encode: Callable[[Tensor], Tensor], step: int = 0
-    ) -> int:
-        """Fill the pool with captions that are encoded now, without gradient.
-
-        Args:
-            batches: This rank's (tokens (B, L), ids (B,)), as many on every rank; consumed until the pool is full.
-            encode: Tokens to unit-length features (B, D).
-
-        Returns:
-            The number of captions in the pool.
-        """
-        for tokens, ids in batches:
-            with torch.no_grad():
-                self.enqueue(encode(tokens), ids, tokens, step)
-            if self.full:
-                break
-        return self.count
 
     def search(self, queries: Tensor, k: int = 1, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k captions with the largest inner product for each query, best first, ties to the lowest slot.

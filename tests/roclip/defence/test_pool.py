@@ -146,24 +146,3 @@ def test_agreement_is_the_share_of_the_pool_that_is_not_nearer(storage, monkeypa
         nearer = sum(float(query @ caption.double()) > own for caption in pool.features)
         assert float(value) == pytest.approx(1 - nearer / 20)
     assert torch.equal(pool.agreement(unit(20, 8), unit(20, 8)), torch.ones(20))  # its equal is not nearer
-
-
-def test_prefill_encodes_without_gradient_until_the_pool_is_full():
-    weight = torch.randn(6, 16, requires_grad=True)
-    batches = [(torch.randint(0, 9, (4, 6)), torch.arange(4 * n, 4 * n + 4)) for n in range(5)]
-    pool = CaptionPool(10, 16, context_length=6)
-    drawn = []
-
-    def encode(tokens: torch.Tensor) -> torch.Tensor:
-        drawn.append(tokens)
-        features = F.normalize(tokens.float() @ weight, dim=1)
-        assert not features.requires_grad
-        return features
-
-    assert pool.prefill(iter(batches), encode, step=7) == 10
-    assert len(drawn) == 3  # 12 captions for 10 slots
-    assert sorted(pool.ids.tolist()) == list(range(2, 12))
-    assert set(pool.steps.tolist()) == {7}
-    for slot, sample in enumerate(pool.ids.tolist()):
-        assert torch.equal(pool.tokens[slot], batches[sample // 4][0][sample % 4].int())
-    assert CaptionPool(100, 16).prefill(iter(batches), encode) == 20
