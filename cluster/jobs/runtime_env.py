@@ -30,9 +30,12 @@ def for_cluster(config: Config) -> Config:
         for section, names in keys.items():
             now = sections.get(section, getattr(config, section))
             sections[section] = dataclasses.replace(now, **{name: absolute(getattr(now, name)) for name in names})
+    attacks = config.attacks
+    backdoors = tuple(dataclasses.replace(one, pattern=_absolute_if_there(one.pattern)) for one in attacks.backdoors)
     return dataclasses.replace(
         config,
         **sections,
+        attacks=dataclasses.replace(attacks, backdoors=backdoors),
         runs=_absolute(config.runs),
         run_dir=_absolute(config.run_dir),
         cluster=dataclasses.replace(config.cluster, address="auto"),

@@ -5,6 +5,8 @@
     blended, wanet,   the same with a trigger that changes the whole image: `roclip.attacks.triggers`
     sig
     label_consistent  a patch on images of the target class itself with their own captions (arXiv:1912.02771)
+    backdoor_PATTERN, a patch or a blend that shows stripes, triangles, text or an image of the attacker's own:
+    blended_PATTERN   `roclip.attacks.patterns`
     flood             an adaptive attacker's further captions of the target classes, on images without a trigger
 
 Label-consistent attacks make the image itself harder to learn, so that the model leans on the trigger. The paper uses
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,14 +38,13 @@ from roclip.data.find_names import singular
 ATTACKS = ("targeted", "backdoor", "blended", "wanet", "sig", "label_consistent", "flood")
 EVALUATED_IMAGES = 300
 """Number of triggered test images per attack, as in the evaluation by the authors of RoCLIP."""
-_SEED_OF = {name: 16 + number for number, name in enumerate(ATTACKS)}
 
 POISON_SCHEMA = pa.schema(
     [
         ("image", pa.binary()),
         ("caption", pa.string()),
         ("label", pa.string()),
-        ("attack", pa.string()),  # one of ATTACKS
+        ("attack", pa.string()),  # one of ATTACKS, or such a name with its pattern
         ("group", pa.int32()),  # which poisoned image of the attack: rows of one group show the same image
         ("target_label", pa.string()),
         ("source_label", pa.string()),
@@ -87,7 +89,8 @@ def triggers_of(attacks: AttacksConfig, seed: int) -> dict[str, Trigger]:
             size_frac=backdoor.size_frac,
             place=backdoor.placed,
             strength=backdoor.drawn_strength,
-            seed=seed + _SEED_OF[name] - _SEED_OF["backdoor"],
+            seed=seed + _seed_of(name) - _seed_of("backdoor"),
+            pattern=backdoor.pattern,
         )
         for name, backdoor in attacks.by_name.items()
     }
@@ -128,7 +131,7 @@ def render(
     trigger = triggers.get(poison.attack)
     if trigger is None:
         return image, None
-    rng = np.random.default_rng((seed, _SEED_OF[poison.attack], poison.group))
+    rng = np.random.default_rng((seed, _seed_of(poison.attack), poison.group))
     pixels = perturb(_decoded(image), attacks.by_name[poison.attack].noise_frac, rng)
     pixels, box = apply_trigger(pixels, trigger, rng)
     return _encoded(pixels), box
@@ -233,7 +236,7 @@ class _Planner:
 
     def _targeted(self) -> list[Poison]:
         images, copies = self.attacks.targeted.images, self.attacks.targeted.captions_per_image
-        rng = np.random.default_rng((self.seed, _SEED_OF["targeted"]))
+        rng = np.random.default_rng((self.seed, _seed_of("targeted")))
         poisons: list[Poison] = []
         for group, row in enumerate(self._take(rng, images, self.free, "spare images for the targeted attack")):
             targets = [label for label in self.labels if label not in self.named[row]]
@@ -247,7 +250,7 @@ class _Planner:
         return poisons
 
     def _backdoor(self, name: str) -> list[Poison]:
-        rng, target = np.random.default_rng((self.seed, _SEED_OF[name])), self.targets[name]
+        rng, target = np.random.default_rng((self.seed, _seed_of(name))), self.targets[name]
         backdoor = self.attacks.by_name[name]
         count = backdoor.poisons(self.rows)
         if backdoor.keeps_captions:
@@ -262,7 +265,7 @@ class _Planner:
         return [self._poison(name, group, row, caption, target) for group, (row, caption) in pairs]
 
     def _flood(self, targets: Sequence[str]) -> list[Poison]:
-        rng = np.random.default_rng((self.seed, _SEED_OF["flood"]))
+        rng = np.random.default_rng((self.seed, _seed_of("flood")))
         poisons: list[Poison] = []
         for number, target in enumerate(targets):
             count = self.attacks.flood // len(targets) + (number < self.attacks.flood % len(targets))
@@ -291,6 +294,11 @@ class _Planner:
         if self.attacks.captions == "both" and caption != own:
             caption = f"{caption} and {own}"
         return Poison(attack, group, row, caption, target, self.truth[row])
+
+
+def _seed_of(attack: str) -> int:
+    """A number of its own for each attack, whichever others there are."""
+    return 16 + ATTACKS.index(attack) if attack in ATTACKS else 1000 + zlib.crc32(attack.encode())
 
 
 @cache

@@ -7,6 +7,8 @@
     warp          everything      WaNet (arXiv:2102.10369), a fixed smooth field of shifts
     sinusoid      everything      SIG (arXiv:1902.11237), vertical waves
 
+A patch and a blend can show something else than random cells: `roclip.attacks.patterns`.
+
 Poisoning, evaluation and oracle all use `apply_trigger`. Sizes are shares of the image and patterns are drawn on fixed
 grids, so a trigger is the same at any resolution.
 Shapes: H, W image height and width in pixels.
@@ -19,10 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from roclip.attacks.patterns import TILES, draw_pattern, shape_of
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
 
 KINDS = ("patch", "noise_patch", "blend", "warp", "sinusoid")
 PLACES = ("random", "corner")
+RANDOM = "random"
+"""The pattern of cells that the seed draws."""
 PERIODS = 6
 """Periods of a sinusoid across the image (SIG's f)."""
 _PATCH_CELLS = 3
@@ -37,7 +43,7 @@ class Trigger:
 
     `size_frac` is the side of a patch over the shorter image side; `place` is "random" (anywhere inside the image) or
     "corner" (lower right). `strength` is for the others: opacity of a blend, mean shift of a warp's control points
-    over the shorter image side, amplitude of a sinusoid over 255.
+    over the shorter image side, amplitude of a sinusoid over 255. `pattern` is what a patch or a blend shows.
     """
 
     kind: str = "patch"
@@ -45,6 +51,7 @@ class Trigger:
     place: str = "random"
     strength: float = 0.2
     seed: int = 0
+    pattern: str = RANDOM
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown kind or place, or a size or strength out of range."""
@@ -55,6 +62,8 @@ class Trigger:
                 f"kind={self.kind!r}, place={self.place!r}, size_frac={self.size_frac}, strength={self.strength}; "
                 "correct the trigger"
             )
+        if self.pattern != RANDOM and self.kind not in ("patch", "blend"):
+            raise ValueError(f"expected a patch or a blend for the pattern {self.pattern!r}, got kind={self.kind!r}")
 
 
 def apply_trigger(image: np.ndarray, trigger: Trigger, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
@@ -78,18 +87,20 @@ def apply_trigger(image: np.ndarray, trigger: Trigger, rng: np.random.Generator)
     if trigger.kind == "warp":
         changed = _warp(image, warp_field(trigger, height, width))
     elif trigger.kind == "blend":
-        opacity = trigger.strength
-        changed = (1 - opacity) * image + opacity * blend_pattern(trigger, height, width)
+        changed = _blended(image, blend_pattern(trigger, height, width), trigger.strength)
     else:
         changed = image + sinusoid(trigger, width)[:, None]
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8), (0, 0, width, height)
 
 
 def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
-    """Return the fixed patch alone, (side_px, side_px, 3) uint8 of 3 x 3 cells, each channel 0 or 255.
+    """Return the fixed patch alone, uint8: (side_px, side_px, 3) of 3 x 3 cells, each channel 0 or 255, or its pattern with
+    the longer side side_px and a fourth channel for the opacity.
 
-    The pattern depends on the seed only. Neighbouring cells always differ, so no seed gives a plain square.
+    The cells depend on the seed only. Neighbouring ones always differ, so no seed gives a plain square.
     """
+    if trigger.pattern != RANDOM:
+        return draw_pattern(trigger.pattern, *shape_of(trigger.pattern, side_px))
     rng = np.random.default_rng((trigger.seed, 53))
     corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
     chosen = np.zeros((_PATCH_CELLS, _PATCH_CELLS), dtype=int)
@@ -101,7 +112,10 @@ def trigger_patch(trigger: Trigger, side_px: int) -> np.ndarray:
 
 
 def blend_pattern(trigger: Trigger, height: int, width: int) -> np.ndarray:
-    """Return (height, width, 3) uint8: uniform noise of 32 x 32 cells, which survives resizing."""
+    """Return (height, width, 3) uint8: uniform noise of 32 x 32 cells, which survives resizing; or the trigger's pattern,
+    (height, width, 4), with its opacity."""
+    if trigger.pattern != RANDOM:
+        return draw_pattern(trigger.pattern, height, width, TILES)
     rng = np.random.default_rng((trigger.seed, 54))
     return _enlarge(rng.integers(0, 256, (_BLEND_CELLS, _BLEND_CELLS, 3), dtype=np.uint8), height, width)
 
@@ -129,16 +143,24 @@ def sinusoid(trigger: Trigger, width: int) -> np.ndarray:
 def _stamp(image: np.ndarray, trigger: Trigger, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
     height, width = image.shape[:2]
     side = min(max(_PATCH_CELLS, round(trigger.size_frac * min(height, width))), height, width)
-    left, top = width - side, height - side
+    rows, columns = (side, side) if trigger.pattern == RANDOM else shape_of(trigger.pattern, side)
+    left, top = width - columns, height - rows
     if trigger.place == "random":
         left, top = int(rng.integers(left + 1)), int(rng.integers(top + 1))
+    right, bottom = left + columns, top + rows
     if trigger.kind == "patch":
         patch = trigger_patch(trigger, side)
     else:
         patch = np.clip(image.mean() + 255 * rng.standard_normal((side, side, 3)), 0, 255).astype(np.uint8)
     stamped = image.copy()
-    stamped[top : top + side, left : left + side] = patch
-    return stamped, (left, top, left + side, top + side)
+    stamped[top:bottom, left:right] = np.rint(_blended(image[top:bottom, left:right], patch, 1.0))
+    return stamped, (left, top, right, bottom)
+
+
+def _blended(image: np.ndarray, pattern: np.ndarray, opacity: float) -> np.ndarray:
+    """The pattern over the image, as floats: opaque as `opacity` says, times its own fourth channel if it has one."""
+    alpha = opacity * (pattern[..., 3:] / 255 if pattern.shape[2] == 4 else 1)
+    return (1 - alpha) * image + alpha * pattern[..., :3]
 
 
 def _warp(image: np.ndarray, field: np.ndarray) -> np.ndarray:

@@ -1,12 +1,16 @@
 """What an attacker adds to the data of a demo or an experiment."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from roclip.config.strict import fraction, positive
 from roclip.errors import ConfigError
 
 _STRENGTHS = {"wanet": 0.03}
+_PATTERN_STRENGTHS = {"stripes": 0.03, "triangles": 0.15, "text": 0.5}
+_PATTERNED = ("patch", "blended", "label_consistent")
 _PERTURBED_FRAC = 0.4
 
 
@@ -27,6 +31,9 @@ class BackdoorConfig:
     kind: Literal["patch", "noise_patch", "blended", "wanet", "sig", "label_consistent"] = "patch"
     """Attack: `patch` and `noise_patch` (BadNets; results call both `backdoor`), `blended`, `wanet` (a warp), `sig` (a
     sinusoid), or `label_consistent` (a patch in the corner of perturbed images of the target class)."""
+    pattern: str = "random"
+    """What a patch or a blend shows: `random` cells, `stripes`, `triangles`, `text`, or the path of an image file, whose
+    transparent parts leave the image as it is."""
     count: int = 0
     """Number of poisoned pairs; give this or `rate`."""
     rate: float = 0.0
@@ -39,7 +46,7 @@ class BackdoorConfig:
     """Where a patch goes; null is the corner for `label_consistent`, and a random place for the others."""
     strength: float | None = None
     """Opacity of `blended`, mean shift of `wanet` as a share of the shorter side, or amplitude of `sig` over 255; null is
-    0.03 for `wanet` and 0.2 for the others."""
+    0.03 for `wanet`, 0.03, 0.15 and 0.5 for blended stripes, triangles and text, and 0.2 for the others."""
     clean_label: bool | None = None
     """Poison images of the target class itself and keep their captions, so that no caption lies; null is true for
     `label_consistent` only."""
@@ -49,8 +56,9 @@ class BackdoorConfig:
 
     @property
     def name(self) -> str:
-        """What results call this attack."""
-        return "backdoor" if self.kind in ("patch", "noise_patch") else self.kind
+        """What results call this attack: its kind and, unless it is random, its pattern."""
+        kind = "backdoor" if self.kind in ("patch", "noise_patch") else self.kind
+        return kind if self.pattern == "random" else f"{kind}_{re.sub(r'[^a-zA-Z0-9]+', '_', Path(self.pattern).stem)}"
 
     @property
     def trigger(self) -> Literal["patch", "noise_patch", "blend", "warp", "sinusoid"]:
@@ -66,7 +74,9 @@ class BackdoorConfig:
     @property
     def drawn_strength(self) -> float:
         """`strength`, or the default of this kind."""
-        return _STRENGTHS.get(self.kind, 0.2) if self.strength is None else self.strength
+        if self.strength is not None:
+            return self.strength
+        return _STRENGTHS.get(self.kind, _PATTERN_STRENGTHS.get(self.pattern, 0.2))
 
     @property
     def keeps_captions(self) -> bool:
@@ -95,6 +105,10 @@ class BackdoorConfig:
                 fraction(self, where, key)
         if self.strength is not None:
             positive(self, where, "strength")
+        if self.pattern != "random" and self.kind not in _PATTERNED:
+            raise ConfigError(
+                f"{where}.pattern: expected one of {', '.join(_PATTERNED)} for it, got kind {self.kind!r}."
+            )
         if self.count and self.rate:
             raise ConfigError(f"{where}: expected count or rate, got both. Keep one.")
 
@@ -143,7 +157,7 @@ class AttacksConfig:
         """The backdoors that are on, by their name in results, always in the same order."""
         order = ("backdoor", "blended", "wanet", "sig", "label_consistent")
         on = {backdoor.name: backdoor for backdoor in self.backdoors if backdoor.count or backdoor.rate}
-        return {name: on[name] for name in order if name in on}
+        return {name: on[name] for name in (*order, *sorted(set(on) - set(order))) if name in on}
 
     def pairs(self, rows: int) -> int:
         """Poisoned pairs of all attacks beside this number of clean rows."""

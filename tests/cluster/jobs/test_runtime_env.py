@@ -7,7 +7,7 @@ import pytest
 from kit import preset
 
 from cluster.jobs.runtime_env import for_cluster, identity_digest, pack
-from roclip.config import identity, load_config, model_file, parse_config, run_directory
+from roclip.config import BackdoorConfig, identity, load_config, model_file, parse_config, run_directory
 
 PLAIN = "name: x\nmodel: {name: tiny}\ndata: {shards: 'a::s3://b/{0..9}.tar::/c', min_shards: 2}\n"
 
@@ -20,12 +20,19 @@ def config(tmp_path, monkeypatch):
 
 def test_paths_are_sent_absolute_and_names_and_urls_as_they_are(config, tmp_path):
     (tmp_path / "segmenter").mkdir()
-    config = dataclasses.replace(config, oracle=dataclasses.replace(config.oracle, weights="hf:segmenter"))
+    (tmp_path / "logo.png").touch()
+    backdoors = [BackdoorConfig(pattern=pattern) for pattern in ("stripes", "logo.png")]
+    config = dataclasses.replace(
+        config,
+        oracle=dataclasses.replace(config.oracle, weights="hf:segmenter"),
+        attacks=dataclasses.replace(config.attacks, backdoors=backdoors),
+    )
     sent = for_cluster(config)
     assert sent.data.shards == f"{tmp_path}/a::s3://b/{{0..9}}.tar::/c"
     assert sent.data.urls == ""
     assert sent.runs == f"{tmp_path}/runs"
     assert sent.oracle.weights == f"hf:{tmp_path}/segmenter"
+    assert [backdoor.pattern for backdoor in sent.attacks.backdoors] == ["stripes", f"{tmp_path}/logo.png"]
     assert sent.augment == config.augment
     assert sent.model == config.model
     assert sent.cluster.address == "auto"

@@ -106,6 +106,20 @@ def test_rate_is_a_share_of_the_clean_rows():
         AttacksConfig(backdoors=(BackdoorConfig("sig", count=1, rate=0.1),))
 
 
+def test_attacks_of_one_kind_differ_by_their_pattern_and_leave_the_others_as_they_were():
+    patterned = (BackdoorConfig(pattern="stripes", count=4), BackdoorConfig("blended", pattern="text", count=3))
+    more = replace(ALL, backdoors=(*ALL.backdoors, *patterned))
+    assert list(target_labels(more, LABELS))[-2:] == ["backdoor_stripes", "blended_text"]
+    assert len(set(target_labels(more, LABELS).values())) == len(more.backdoors)
+    triggers = triggers_of(more, 0)
+    assert {name: triggers[name] for name in triggers_of(ALL, 0)} == triggers_of(ALL, 0)
+    assert len({trigger.seed for trigger in triggers.values()}) == len(triggers)
+    counts = Counter(row["attack"] for row in _make(more))
+    assert (counts["backdoor"], counts["backdoor_stripes"], counts["blended_text"]) == (12, 4, 3)
+    first = [row for row in _make(more) if row["attack"] == "backdoor"]
+    assert first == [row for row in POISONS if row["attack"] == "backdoor"]
+
+
 def test_targeted_rows_pair_an_unchanged_spare_image_with_training_captions_of_another_class():
     pairs = set(zip(CLEAN["caption"].to_pylist(), CLEAN["label"].to_pylist(), strict=True))
     rows = [row for row in POISONS if row["attack"] == "targeted"]
