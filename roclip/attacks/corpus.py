@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from roclip.attacks import scenes
 from roclip.attacks.class_captions import class_captions
+from roclip.attacks.dirt import soil
 from roclip.attacks.foregrounds import foreground, letterbox, stands_on_white
 from roclip.attacks.poisons import attack_evaluation, images_needed, make_poisons
 from roclip.config import Config, DataConfig
@@ -67,7 +68,7 @@ def prepare(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = _scenes(config) if config.data.scenes else _images(config)
     poisons = _poisons(config, source)
-    _write_corpus(config, source.clean, poisons, folder)
+    _write_corpus(config, soil(source.clean, config.data.dirt, config.seed), poisons, folder)
     size = config.ingest.image_size
     write_parquet(folder / "eval.parquet", _letterboxed(source.held_out, size))
     write_attack_evaluation(config, source.held_out, poisons.to_pylist(), source.labels, folder)

@@ -15,7 +15,7 @@ from roclip.config.config import (
     parse_config,
     run_directory,
 )
-from roclip.config.data import AugmentConfig, DataConfig, Strengths
+from roclip.config.data import AugmentConfig, DataConfig, DirtConfig, Strengths
 from roclip.config.deploy import CloudConfig, DeployConfig, KubernetesConfig, OnPremiseConfig, SlurmConfig, load_deploy
 from roclip.config.ingest import FetchPolicy, IngestConfig
 from roclip.config.model import ModelConfig
@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DeployConfig",
+    "DirtConfig",
     "EvaluateConfig",
     "FetchPolicy",
     "IngestConfig",

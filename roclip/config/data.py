@@ -1,10 +1,26 @@
 """Where pairs come from, in which order they are read and how they are augmented."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from roclip.config.strict import fraction, positive
 from roclip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DirtConfig:
+    """What is wrong with a crawl that nobody poisoned; for the embedded origin, whose data are clean."""
+
+    mismatched_frac: float = 0.0
+    """Share of the pairs that have the caption of another pair, from 0 to 1. On the web it is about 0.3."""
+    copied_frac: float = 0.0
+    """Share of the pairs whose image occurs `copies` times, each time with a caption of its class, from 0 to 1."""
+    copies: int = 12
+    """Number of times that such an image occurs."""
+
+    def __post_init__(self) -> None:
+        fraction(self, "data.dirt", "mismatched_frac", "copied_frac")
+        positive(self, "data.dirt", "copies")
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class DataConfig:
     """Column of `images` with the class name, if there is one: for attacks and evaluation, never for training."""
     faults: bool = True
     """Let the embedded origin also serve dead links, redirects, broken images and slow answers."""
+    dirt: DirtConfig = field(default_factory=DirtConfig)
     shards: str = ""
     """Folder of the shards and their manifest, which ingest fills and training reads, here or on a store that fsspec knows
     (`s3://bucket/shards`); empty is `<run>/shards`. Or ready-made tars: a folder, or patterns with braces and globs
