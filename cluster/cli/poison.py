@@ -11,7 +11,7 @@ from roclip.errors import ConfigError
 POISON_EXAMPLES = examples(
     "poison configs/demo.yaml --shards runs/2026-01-31-demo/shards --out poisoned",
     "poison configs/demo.yaml attacks.backdoors.0.kind=wanet --shards clean --out poisoned",
-    "poison configs/demo.yaml 'attacks.backdoors=[{kind: blended, pattern: logo.png, count: 90}]' --shards clean --out poisoned",
+    "poison configs/demo.yaml attacks.backdoors.0.pattern=logo.png --shards clean --out poisoned",
     "poison configs/demo.yaml --urls urls.parquet --out list --base-url http://localhost/",
 )
 

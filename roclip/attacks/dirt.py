@@ -10,6 +10,9 @@ import pyarrow as pa
 from roclip.config.data import DirtConfig
 from roclip.errors import ConfigError
 
+COPIES = 12
+"""How often an image occurs that has copies."""
+
 
 def soil(clean: pa.Table, dirt: DirtConfig, seed: int) -> pa.Table:
     """Return as many pairs, some of which are copies of an image and some of which have the caption of another pair.
@@ -25,8 +28,8 @@ def soil(clean: pa.Table, dirt: DirtConfig, seed: int) -> pa.Table:
         ConfigError: more pairs are to be copies or mismatched than there are.
     """
     rows, rng = len(clean), np.random.default_rng((seed, 5))
-    groups = round(dirt.copied_frac * rows / dirt.copies)
-    copies, mismatched = groups * dirt.copies, round(dirt.mismatched_frac * rows)
+    groups = round(dirt.copied_frac * rows / COPIES)
+    copies, mismatched = groups * COPIES, round(dirt.mismatched_frac * rows)
     if copies + mismatched > rows:
         raise ConfigError(
             f"data.dirt: expected at most {rows} pairs that are copies or mismatched, got {copies} and {mismatched}. "
@@ -34,7 +37,7 @@ def soil(clean: pa.Table, dirt: DirtConfig, seed: int) -> pa.Table:
         )
     order, images, captions = rng.permutation(rows), np.arange(rows), np.arange(rows)
     labels = np.array(clean["label"].to_pylist(), dtype=object)
-    for members in order[:copies].reshape(groups, dirt.copies):
+    for members in order[:copies].reshape(groups, COPIES):
         images[members] = members[0]
         captions[members[1:]] = rng.choice(np.flatnonzero(labels == labels[members[0]]), len(members) - 1)
     chosen = order[copies : copies + mismatched]

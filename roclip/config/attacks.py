@@ -50,9 +50,6 @@ class BackdoorConfig:
     clean_label: bool | None = None
     """Poison images of the target class itself and keep their captions, so that no caption lies; null is true for
     `label_consistent` only."""
-    perturb_frac: float | None = None
-    """Share of uniform noise mixed into the image under the trigger, which makes the trigger easier to learn than the
-    image; null is 0.4 for `label_consistent` and 0 for the others."""
 
     @property
     def name(self) -> str:
@@ -85,9 +82,8 @@ class BackdoorConfig:
 
     @property
     def noise_frac(self) -> float:
-        """`perturb_frac`, or the default of this kind."""
-        if self.perturb_frac is not None:
-            return self.perturb_frac
+        """Share of uniform noise mixed into the image under the trigger, which makes the trigger easier to learn than the
+        image."""
         return _PERTURBED_FRAC if self.kind == "label_consistent" else 0.0
 
     def poisons(self, rows: int) -> int:
@@ -100,10 +96,8 @@ class BackdoorConfig:
             raise ConfigError(f"{where}.count: expected 0 or more, got {self.count}.")
         fraction(self, where, "rate", "size_frac")
         positive(self, where, "size_frac")
-        for key in ("strength", "perturb_frac"):
-            if getattr(self, key) is not None:
-                fraction(self, where, key)
         if self.strength is not None:
+            fraction(self, where, "strength")
             positive(self, where, "strength")
         if self.pattern != "random" and self.kind not in _PATTERNED:
             raise ConfigError(

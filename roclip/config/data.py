@@ -14,13 +14,10 @@ class DirtConfig:
     mismatched_frac: float = 0.0
     """Share of the pairs that have the caption of another pair, from 0 to 1. On the web it is about 0.3."""
     copied_frac: float = 0.0
-    """Share of the pairs whose image occurs `copies` times, each time with a caption of its class, from 0 to 1."""
-    copies: int = 12
-    """Number of times that such an image occurs."""
+    """Share of the pairs whose image occurs twelve times, each time with a caption of its class, from 0 to 1."""
 
     def __post_init__(self) -> None:
         fraction(self, "data.dirt", "mismatched_frac", "copied_frac")
-        positive(self, "data.dirt", "copies")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_mismatched_pairs_exchange_their_captions(frac):
 
 
 def test_copies_agree_on_the_class_and_not_on_the_words():
-    dirty = soil(CLEAN, DirtConfig(copied_frac=0.15, copies=12), 3)
+    dirty = soil(CLEAN, DirtConfig(copied_frac=0.15), 3)
     assert len(dirty) == ROWS
     copied = {image: count for image, count in Counter(dirty["image"].to_pylist()).items() if count > 1}
     assert list(copied.values()) == [12] * 15

@@ -9,7 +9,7 @@ from roclip.config.reference import Key, flattened, sections, unit_of
 
 KEYS = [key for section in sections() for key in section.keys]
 OF_A_RUN = [key for key in KEYS if not key.name.startswith("deploy.")]
-MAX_KEYS = 185
+MAX_KEYS = 187
 """Of a run's config, with those of a list's entries."""
 
 
