@@ -17,7 +17,7 @@ from functools import cache
 _NEW_NETWORK = 0x40000000
 _SET_FLAGS = 0x8914
 _UP = 0x1
-_OF_NOBODY = "192.0.2.1"  # RFC 5737; with loopback alone the resolver finds no address to listen on for Slurm
+_OF_NOBODY = "198.19.255.1"  # RFC 2544; with loopback alone the resolver finds no address to listen on for Slurm
 _libc = ctypes.CDLL(None, use_errno=True)
 _outside: list[int] = []
 
