@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +43,8 @@ def show_summary(console: Console, result: dict[str, Any], run: Path) -> None:
 
 def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
     """One row for each metric and one column for each arm; attacks as successes of n with rate and 95 % interval, then the
-    verdict."""
-    table = Table(title="Summary", title_justify="left")
+    verdict. It is a Markdown table, so that it can be pasted into an issue as it is."""
+    table = Table(box=box.MARKDOWN)
     table.add_column("")
     for arm in arms:
         table.add_column(arm, justify="right")
@@ -55,7 +56,6 @@ def arms_table(arms: dict[str, dict[str, Any]]) -> Table:
         table.add_row(f"{name} success", *(attack((arm.get("attacks") or {}).get(name)) for arm in arms.values()))
     verdicts = [(arm.get("oracle") or {}).get("verdict") for arm in arms.values()]
     if any(verdicts):
-        table.add_section()
         table.add_row("oracle", *(Text(v or "not checked", VERDICT_STYLES.get(v or "", "dim")) for v in verdicts))
     repairs = [(arm.get("oracle") or {}).get("repair") for arm in arms.values()]
     if any(repairs):

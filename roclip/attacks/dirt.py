@@ -27,6 +27,8 @@ def soil(clean: pa.Table, dirt: DirtConfig, seed: int) -> pa.Table:
     Raises:
         ConfigError: more pairs are to be copies or mismatched than there are.
     """
+    if dirt == DirtConfig():
+        return clean
     rows, rng = len(clean), np.random.default_rng((seed, 5))
     groups = round(dirt.copied_frac * rows / COPIES)
     copies, mismatched = groups * COPIES, round(dirt.mismatched_frac * rows)
@@ -36,10 +38,11 @@ def soil(clean: pa.Table, dirt: DirtConfig, seed: int) -> pa.Table:
             "Lower copied_frac or mismatched_frac."
         )
     order, images, captions = rng.permutation(rows), np.arange(rows), np.arange(rows)
-    labels = np.array(clean["label"].to_pylist(), dtype=object)
+    labels = clean["label"].combine_chunks().dictionary_encode().indices.to_numpy()
+    rows_of = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     for members in order[:copies].reshape(groups, COPIES):
         images[members] = members[0]
-        captions[members[1:]] = rng.choice(np.flatnonzero(labels == labels[members[0]]), len(members) - 1)
+        captions[members[1:]] = rng.choice(rows_of[labels[members[0]]], len(members) - 1)
     chosen = order[copies : copies + mismatched]
     captions[chosen] = np.roll(chosen, 1)
     return pa.table(

@@ -1,9 +1,11 @@
 """Patterns that a patch or a blend can show instead of random cells, as RGBA images; alpha 0 leaves the image as it is.
 
-stripes      vertical, black and white     "BadNet-Stripes" and "Blended-Stripes" of the attacks that PAR is measured on
-triangles    green, transparent around     "Blended-Triangles"
-text         a word in white, transparent  "Blended-Text", a watermark
+stripes      vertical, black and white     BadNet-Stripes and Blended-Stripes of PAR (arXiv:2412.00727)
+triangles    green, transparent around     Blended-Triangles
+text         a word in white, transparent  Blended-Text, a watermark
 a file       an image of the attacker's own, such as a logo or an optimised patch (BadCLIP, arXiv:2311.12075)
+
+The names are the sources'; how the patterns are drawn is ours.
 """
 
 from functools import cache

@@ -155,7 +155,5 @@ def environment_defaults() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no weights are fetched behind the user's back
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 are too few on a busy machine
-    os.environ.setdefault(
-        "RAY_prestart_worker_first_driver", "0"
-    )  # else an idle worker a core, at seconds of work each
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # an idle worker a core costs seconds of work
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -84,6 +84,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive(self, "data", "min_shards", "streams", "shuffle_buffer", "wait_s")
+        if self.dirt != DirtConfig() and not (self.images or self.scenes):
+            raise ConfigError(
+                f"data.dirt: expected data.images or data.scenes, whose captions can be exchanged, got {self.dirt}. "
+                "Leave it out for data of your own."
+            )
         sources = len(self.shards.split("::"))
         weights = self.upsampling
         if weights and (sources < 2 or len(weights) != sources or min(weights) < 0 or not any(weights)):

@@ -11,7 +11,7 @@ from kit import preset
 
 from roclip.attacks.corpus import prepare
 from roclip.attacks.dirt import soil
-from roclip.config import DirtConfig, load_config
+from roclip.config import DataConfig, DirtConfig, load_config
 from roclip.errors import ConfigError
 
 ROWS, CLASSES = 1200, 6
@@ -87,3 +87,10 @@ def test_origin_serves_a_dirty_world_whose_poisons_are_those_of_the_clean_one(tm
     assert sum(a["caption"] != b["caption"] for a, b in zip(*tables, strict=True)) in range(20, 31)  # captions repeat
     truths = [pq.read_table(tmp_path / name / "poison.parquet") for name in ("clean", "dirty")]
     assert truths[0].equals(truths[1])
+
+
+def test_dirt_without_the_embedded_origin_is_refused():
+    dirt = DirtConfig(mismatched_frac=0.3)
+    assert DataConfig(scenes=100, dirt=dirt).dirt == dirt
+    with pytest.raises(ConfigError, match=r"data.dirt: expected data.images or data.scenes"):
+        DataConfig(urls="urls.parquet", dirt=dirt)
