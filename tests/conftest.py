@@ -25,32 +25,24 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its wo
 os.environ.setdefault("RAY_agent_register_timeout_ms", "240000")  # a node's agents may start beside other Rays
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has loaded torch yet; threads that spin cost minutes
 
-LONGEST = (
-    "tests/cluster/test_pipeline.py",
-    "tests/cluster/nodes/test_lose_nodes.py",
-    "tests/cluster/jobs/test_jobs.py",
-    "tests/cluster/monitoring/test_publisher.py",
-    "tests/cluster/train/test_compare.py",
-    "tests/cluster/ingest/test_kills.py",
-)
-"""Files that take minutes, longest first."""
+TRAINING = re.compile(r"tests/cluster/(test_pipeline\.py|(jobs|monitoring|nodes|train)/)")
+"""Where Ray trains, which takes minutes and more than a core."""
 
 _exit_status: list[int] = []
 
 
 class LongestFirst(LoadScopeScheduling):
-    """Files stay whole. Those that start a Ray run side by side where each process can have a network of its own and there are
-    cores for two Rays; on two cores, both take more than twice as long and run into time limits. Elsewhere they are one,
-    beside which the other files run."""
+    """Files stay whole. Those that train on Ray are one scope where there are no cores for two of them: they begin, and the
+    rest runs beside them. Without a network of its own for each process, no two files start a Ray at once."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "ray" if _marks(file) & {"ray", "nodes"} and not _two_rays() else file
+        alone = "ray" in _marks(file) and not own_network.is_possible()
+        return "ray" if alone or (_trains(file) and (os.cpu_count() or 1) < 4) else file
 
 
-@cache
-def _two_rays() -> bool:
-    return (os.cpu_count() or 1) >= 4 and own_network.is_possible()
+def _trains(file: str) -> bool:
+    return "ray" in _marks(file) and TRAINING.match(file) is not None
 
 
 @cache
@@ -65,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray is slow. The longest files begin, so that none is left alone in the end."""
+    """What starts a Ray is slow. What trains on it begins; the other Rays come last, when there are fewer of them."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker("slow")
@@ -74,9 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @cache
 def _place(file: str) -> int:
-    if file in LONGEST:
-        return LONGEST.index(file) - len(LONGEST)
-    return next((place for place, mark in enumerate(("nodes", "ray", "slow")) if mark in _marks(file)), 3)
+    marks = _marks(file)
+    return 0 if _trains(file) else 3 if "ray" in marks else 1 if "slow" in marks else 2
 
 
 @pytest.fixture(scope="session", autouse=True)
