@@ -1,11 +1,14 @@
 """Manifest and shards on an object store: a real S3 protocol over loopback, with errors, hanging and short answers."""
 
+import time
+
 import fsspec
 import pytest
 import s3fs
 import torch
+from ends import KILLED_RUN, STEPS, assert_same_end, logged, until
 from forked import trainings_of
-from kit import preset, scene_samples, write_shard
+from kit import preset, scene_samples, tiny_shards, write_shard
 from s3 import s3_server
 
 from roclip import storage
@@ -17,6 +20,8 @@ from roclip.metrics.registry import read_metrics
 from roclip.storage import place
 
 SHARDS = 3
+AWAY_S = 10.0
+"""Longer than a request's time-out and the first tries after it."""
 
 
 @pytest.fixture
@@ -152,6 +157,11 @@ def test_place_is_a_path_here_and_a_store_elsewhere(tmp_path):
     assert str(place("memory://a/b") / "c") == "memory://a/b/c"
 
 
+def options(server):
+    """The environment of a process that uses the store."""
+    return {f"FSSPEC_S3_{key.upper()}": server.options[key] for key in ("key", "secret", "endpoint_url")}
+
+
 @pytest.mark.slow
 def test_a_training_from_a_store_is_the_training_from_the_disk(local, server, tmp_path):
     text = """
@@ -164,14 +174,32 @@ pool: {{size: 16, neighbours: 4}}
 train: {{epochs: 2, global_batch_size: 8, log_every_steps: 1}}
 """
     config = preset(tmp_path, text.format(folder=tmp_path))
-    store = {f"FSSPEC_S3_{key.upper()}": server.options[key] for key in ("key", "secret", "endpoint_url")}
     losses = []
     with trainings_of(config) as trainings:
         for number, where in enumerate((local, "s3://bucket/shards")):
             run = tmp_path / f"run{number}"
-            code = trainings.end(trainings.train(run, f"data.shards={where}", **store))
+            code = trainings.end(trainings.train(run, f"data.shards={where}", **options(server)))
             assert code == 0, trainings.said.read_text()
             losses.append([row["loss"] for row in read_metrics(run / "roclip" / "metrics.jsonl")])
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
     assert len(list((tmp_path / "cache").iterdir())) == SHARDS
+
+
+@pytest.mark.slow
+def test_a_training_waits_for_a_store_that_is_away_and_ends_with_the_same_numbers(server, undisturbed, tmp_path):
+    run, objects = tmp_path / "run", s3fs.S3FileSystem(**server.options)
+    config = preset(tmp_path, KILLED_RUN.format(shards="s3://bucket/tiny"))
+    objects.put(str(tiny_shards(tmp_path / "tiny")), "bucket/tiny", recursive=True)
+    where = ("data.cache_bytes=0", "train.checkpoint_store=s3://bucket/kept")
+    with trainings_of(config) as trainings:
+        training = trainings.train(run, *where, **options(server))
+        until(lambda: logged(run) >= 7, trainings.last_words)
+        server.fault = lambda method, path, number: "error"
+        time.sleep(AWAY_S)
+        assert logged(run) < STEPS, "it did not need the store"
+        server.fault = lambda method, path, number: None
+        assert trainings.end(training) == 0, trainings.said.read_text()
+    assert_same_end(undisturbed(1), run)
+    kept = objects.cat("bucket/kept/run/roclip/LATEST").decode()
+    assert kept.split()[-1] == (run / "roclip" / "checkpoints" / "LATEST").read_text().strip()

@@ -1,9 +1,7 @@
 """An S3 server on loopback: moto's, over HTTP, with faults in front of it."""
 
 import contextlib
-import json
 import logging
-import sys
 import threading
 import time
 import urllib.request
@@ -36,7 +34,7 @@ def _silent(status: str, headers: list, *_: Any) -> None:
 
 
 @contextlib.contextmanager
-def s3_server(bucket: str, address: str = "127.0.0.1") -> Iterator[Server]:
+def s3_server(bucket: str) -> Iterator[Server]:
     """Serve an empty bucket on a free port."""
     from moto.server import DomainDispatcherApplication, create_backend_app
 
@@ -62,8 +60,8 @@ def s3_server(bucket: str, address: str = "127.0.0.1") -> Iterator[Server]:
             return [b""]
         return [answer[: len(answer) // 2]] if fault == "short" else [answer]
 
-    http = make_server(address, 0, app, threaded=True)
-    url = f"http://{address}:{http.server_port}"
+    http = make_server("127.0.0.1", 0, app, threaded=True)
+    url = f"http://127.0.0.1:{http.server_port}"
     config = {"read_timeout": READ_TIMEOUT_S, "retries": {"max_attempts": 1}}
     options = {"key": "test", "secret": "test", "endpoint_url": url, "config_kwargs": config}
     server = Server(url, options)
@@ -80,9 +78,3 @@ def s3_server(bucket: str, address: str = "127.0.0.1") -> Iterator[Server]:
         http.shutdown()
         http.server_close()
         thread.join()
-
-
-if __name__ == "__main__":  # s3.py ADDRESS: says its options for fsspec, and serves `bucket` until it is killed
-    with s3_server("bucket", sys.argv[1]) as serving:
-        print(json.dumps(serving.options), flush=True)
-        threading.Event().wait()
