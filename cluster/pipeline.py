@@ -119,7 +119,7 @@ def _train(here: Session, arm: str) -> None:
 
 def _judge(here: Session, arm: str, request: OracleRequest = NEWEST) -> dict:
     """The oracle's verdict, and the result of the repair if the config asks for one and the verdict needs it."""
-    from cluster.oracle.job import oracle, progress_file  # loads torch
+    from cluster.oracle.job import judged, oracle, progress_file  # loads torch
 
     settings = here.config.oracle
     if not (settings.weights or settings.trusted_file or (here.path / "origin" / "trusted.parquet").exists()):
@@ -129,13 +129,15 @@ def _judge(here: Session, arm: str, request: OracleRequest = NEWEST) -> dict:
         )
         return {"verdict": "inconclusive"}
     here.display.say(f"oracle   checking {arm}")
-    if not request.in_process:
-        here.need_ray()
-    said = progress_file(here.path, arm)
-    said.unlink(missing_ok=True)
-    with following(here.config, here.path / arm, "oracle"), here.display.follow_task("oracle", said):
-        result = oracle(here.config, here.path, arm, request)
-    count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
+    result = judged(here.config, here.path, arm, request)
+    if result is None:
+        if not request.in_process:
+            here.need_ray()
+        said = progress_file(here.path, arm)
+        said.unlink(missing_ok=True)
+        with following(here.config, here.path / arm, "oracle"), here.display.follow_task("oracle", said):
+            result = oracle(here.config, here.path, arm, request)
+        count("roclip_oracle_verdicts", **labels_of(here.path / arm), verdict=result["verdict"])
     if here.config.repair.enabled and result["verdict"] in REPAIRED:
         result["repair"] = _repair(here, arm, request)
     return result

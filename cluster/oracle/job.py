@@ -88,8 +88,22 @@ def judge(
             saved=brief.saved,
             on_progress=on_progress,
         )
+    return _conclude(case, run / arm / "checkpoints", report)
+
+
+def judged(config: Config, run: Path, arm: str, request: OracleRequest = NEWEST) -> dict[str, Any] | None:
+    """What `oracle` returned for the same check before, or None if it was not made. Needs no Ray."""
+    if not (case_of(config, run, arm, request).out / "report.json").exists():
+        return None  # and perhaps no segmenter either, which `brief_of` would train here
+    brief = brief_of(config, run, arm, request)
+    report = _earlier(brief.case.out / "report.json", brief.subject)
+    return None if report is None else _conclude(brief.case, run / arm / "checkpoints", report)
+
+
+def _conclude(case: Case, checkpoints: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Move TRUSTED if the verdict is of the newest checkpoint, and return what `summary.json` keeps of it."""
     if case.of_newest:
-        point_trusted(run / arm / "checkpoints", case.checkpoint.name, report["verdict"] == "clean")
+        point_trusted(checkpoints, case.checkpoint.name, report["verdict"] == "clean")
     kept = ("verdict", "target_labels", "victim_precision", "victim_recall")
     return {"checkpoint": case.checkpoint.name, **{key: report[key] for key in kept if key in report}}
 

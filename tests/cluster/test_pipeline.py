@@ -23,10 +23,10 @@ from roclip.metrics.registry import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
-def roclip(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cluster.cli", *arguments]
+def roclip(*arguments: str, **extra: str) -> subprocess.Popen:
+    command, env = [sys.executable, "-m", "cluster.cli", *arguments], environment(**extra)
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -120,10 +120,11 @@ def test_summary_and_report_say_what_happened(done):
     assert "http://127" not in page
 
 
-def test_same_command_again_repeats_nothing(done):
+def test_same_command_again_repeats_nothing_and_starts_no_ray(done, tmp_path):
     path, run, _ = done
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
-    finish(roclip("run", str(path)))
+    finish(roclip("run", str(path), RAY_TMPDIR=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == before
 
 
