@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
 from netns import Host, Network, network
 
 SENT = 400
@@ -40,6 +41,7 @@ def arrived(sender: Host, receiver: Host) -> int:
         return listening.stdout.read().count("got")
 
 
+@pytest.mark.slow
 def test_slow_link_loses_its_share_of_frames_and_a_cut_one_all_until_it_heals():
     def after(change: Callable[[Network, Host], None]) -> int:
         change(net, two)

@@ -109,6 +109,7 @@ def test_each_shard_is_fetched_once_and_the_cache_keeps_its_bound(remote, server
     assert {path.stem for path in cache.folder.glob("*")} == {records[1].sha256, records[2].sha256}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["error", "hang", "short"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_store_that_fails_now_and_then_gives_the_same_batches(local, server, remote, tmp_path, fault, cached):

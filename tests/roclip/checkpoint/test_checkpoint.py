@@ -58,6 +58,7 @@ def test_checkpoint_round_trips(saved):
     assert not list(folder.glob(".*partial"))
 
 
+@pytest.mark.slow
 def test_export_loads_in_open_clip_in_a_clean_process_with_the_same_features(saved, tmp_path):
     folder, _, towers, _ = saved
     out = checkpoint.export(checkpoint.named(folder, "LATEST"), tmp_path / "model")

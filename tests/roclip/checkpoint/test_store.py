@@ -76,6 +76,7 @@ def steps(objects):
     return sorted(path.rsplit("-", 1)[1].lstrip("0") for path in objects.glob("bucket/kept/run/clip/step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["error", "hang", "short"])
 def test_what_a_lost_node_had_saved_comes_back(server, folder, store, fault):
     often = {"PUT": 6, "GET": 3} if fault == "error" else {}  # s3fs itself puts five times
@@ -108,6 +109,7 @@ def test_the_newer_of_the_two_is_taken(server, folder, store):
     assert checkpoint.named(folder, "LATEST").name == "step-00000003"
 
 
+@pytest.mark.slow
 def test_an_upload_that_failed_on_the_way_is_never_resumed_from(server, folder, store, objects, caplog):
     store.take(write(folder, 1), keep_two)
     server.fault = lambda method, path, number: "error" if method == "PUT" and "2/optimizer" in path else None
@@ -168,6 +170,7 @@ def test_a_name_that_leads_out_of_the_checkpoint_is_refused(folder, store, objec
         bring(folder, store)
 
 
+@pytest.mark.slow
 def test_a_latest_that_leads_elsewhere_and_a_store_that_is_not_there_are_told(server, folder, store, objects):
     store.take(write(folder, 3), keep_two)
     objects.pipe("bucket/kept/run/clip/LATEST", b"../../step-00000003")
