@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from roclip.evaluation.ranking import average_precision
 from roclip.found_triggers import Box, FoundTrigger
 from roclip.oracle.scan.scan import ScanResult
 from roclip.oracle.victims import Victims
@@ -39,16 +40,6 @@ def against_truth(
         attack: float(named[attacks == attack].mean()) for attack in sorted(set(attacks) - {""})
     }
     return figures | {"trigger_coverage": _coverage(poisons, scan, triggers, shards)}
-
-
-def average_precision(score: np.ndarray, poisoned: np.ndarray) -> float:
-    """Return the mean of the precision at each poisoned sample; tied scores share the precision at their last rank."""
-    order = np.argsort(-score, kind="stable")
-    ranked, hits = score[order], poisoned[order]
-    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-    found = np.cumsum(hits)[ends]
-    gained = np.diff(np.append(0, found))
-    return float((gained * found / (ends + 1)).sum() / max(1, hits.sum()))
 
 
 def _coverage(

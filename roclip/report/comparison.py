@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy.stats import rankdata
 
+from roclip.evaluation.ranking import auroc, average_precision, fpr_at_tpr
 from roclip.evaluation.rate import rate
 from roclip.metrics.registry import read_metrics
 from roclip.report.experiment import Experiment
@@ -33,8 +33,7 @@ def comparison(folder: Path, experiment: Experiment) -> dict[str, Any]:
     Returns:
         `points`: for each of the sweep the number of pairs and of poisons by attack. `rows`, in the order of points and
         arms: `point`, `arm`, `seeds` whose training is done, and the summary (below) of its `worst` phase, of its `end`
-        and of both `phases`, and, where training left suspects, for each attack the mean `auroc` and
-        `average_precision` of the poisons among all ranked pairs.
+        and of both `phases`, and, where training left suspects, for each attack the mean of the figures of `suspects`.
 
         A summary has for each share `mean`, `std` (of the sample, None for one seed) and `by_seed`, and for each attack
         `successes` and `n` of all seeds, their `rate` with its Wilson 95 % interval `ci95`, `by_seed`, and of backdoors
@@ -72,10 +71,7 @@ def _row(done: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     ranked = [training["suspects"] for training in trainings if training["suspects"]]
     if ranked:
         row["suspects"] = {
-            attack: {
-                figure: statistics.fmean(seed[attack][figure] for seed in ranked)
-                for figure in ("auroc", "average_precision")
-            }
+            attack: {figure: statistics.fmean(seed[attack][figure] for seed in ranked) for figure in ranked[0][attack]}
             for attack in ranked[0]
         }
     return row
@@ -135,7 +131,11 @@ def poison_counts(origin: Path) -> dict[str, Any]:
 
 
 def suspects(path: Path, origin: Path) -> dict[str, dict[str, float]]:
-    """How well a training's suspects separate the poisons of each attack from the clean pairs; empty without either."""
+    """How well a training's suspects separate the poisons of each attack from the clean pairs; empty without either.
+
+    Of each attack `auroc`, `average_precision`, and `fpr_at_tpr_95` and `fpr_at_tpr_100`: the share of clean pairs that are
+    suspected as much as the least suspected of 95 % of the poisons, and of all.
+    """
     if not path.exists() or not (origin / "poison.parquet").exists():
         return {}
     ranked = pq.read_table(path, columns=["key", "score"])
@@ -152,27 +152,10 @@ def suspects(path: Path, origin: Path) -> dict[str, dict[str, float]]:
         results[str(attack)] = {
             "auroc": auroc(scores[chosen], poisoned),
             "average_precision": average_precision(scores[chosen], poisoned),
+            "fpr_at_tpr_95": fpr_at_tpr(scores[chosen], poisoned, 0.95),
+            "fpr_at_tpr_100": fpr_at_tpr(scores[chosen], poisoned, 1.0),
         }
     return results
-
-
-def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Share of (positive, negative) pairs in which the positive scores higher; ties count half (Mann and Whitney).
-
-    Both kinds must be there.
-    """
-    hits, ranks = int(positive.sum()), rankdata(scores)
-    above = ranks[positive].sum() - hits * (hits + 1) / 2
-    return float(above / (hits * (len(scores) - hits)))
-
-
-def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """sum_n (R_n - R_(n-1)) P_n over the thresholds from the highest, R recall and P precision; tied scores share a threshold."""
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    found = np.cumsum(positive[order])[ends]
-    recalls = found / positive.sum()
-    return float((np.diff(recalls, prepend=0.0) * found / (ends + 1)).sum())
 
 
 def attack_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:

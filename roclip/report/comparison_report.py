@@ -52,7 +52,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows, points = result["rows"], result["points"]
     attacks = attack_names(rows)
     first = {row["point"]: row["worst"] for row in rows if row["arm"] == result["arms"][0]}
-    ranked = ["suspects: AUROC / AP"] if any("suspects" in row for row in rows) else []
+    ranked = ["suspects: AUROC / AP / FPR at TPR 95 / 100 %"] if any("suspects" in row for row in rows) else []
     cells = [
         [
             row["arm"],
@@ -92,9 +92,13 @@ def poisons_text(counts: Mapping[str, Any]) -> str:
 
 
 def suspects_text(row: Mapping[str, Any]) -> str:
-    """'backdoor 0.991 / 0.870, …'; a dash without suspects."""
+    """'backdoor 0.991 / 0.870 / 0.4 % / 1.9 %, …'; a dash without suspects."""
     found = row.get("suspects") or {}
-    text = (f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f}" for attack, each in found.items())
+    text = (
+        f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f} / "
+        f"{percent(each['fpr_at_tpr_95'])} / {percent(each['fpr_at_tpr_100'])}"
+        for attack, each in found.items()
+    )
     return ", ".join(text) or "–"
 
 

@@ -37,6 +37,7 @@ from rigged import GOOD
 from roclip.attacks import scenes
 from roclip.checkpoint import checkpoint
 from roclip.data.shards import Manifest, ShardRecord
+from roclip.evaluation.ranking import auroc, average_precision
 from roclip.model.towers import Encoder, Towers
 from roclip.oracle import statistics
 from roclip.oracle.report import disagreements
@@ -45,7 +46,6 @@ from roclip.oracle.scan.scan import ScanResult, merge, scan_shards
 from roclip.oracle.scan.scorer import Scorer
 from roclip.oracle.segmenters.trained import TrainedSegmenter, build_net
 from roclip.oracle.statistics import Observations
-from roclip.report.comparison import auroc, average_precision
 
 SMALL, PER_SHARD, SIDE_PX = 1000, 500, 64
 MERGED, LABELS = 1_000_000, (10, 100)

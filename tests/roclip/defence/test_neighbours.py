@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from roclip.defence.bag_of_words import BagOfWords
 from roclip.defence.image_descriptor import PARTS, ImageDescriptor, image_hashes, raw_descriptors
 from roclip.defence.neighbours import Neighbours
-from roclip.report.comparison import auroc
+from roclip.evaluation.ranking import auroc
 
 CLASSES, EACH, CONTEXT, VOCABULARY = 4, 40, 6, 60
 

@@ -1,7 +1,7 @@
 import torch
 
 from roclip.defence.suspicion_model import VIEW_PX, SuspicionModel
-from roclip.report.comparison import auroc
+from roclip.evaluation.ranking import auroc
 
 N = 400
 

@@ -10,7 +10,6 @@ import torch
 from rigged import FAINT, GHOST, LABELS, PATCH_PX, SIDE, STEP, RiggedEncoder, World
 
 from roclip.found_triggers import KINDS, Trial, load_triggers
-from roclip.oracle.ground_truth import average_precision
 from roclip.oracle.held_out import TrustedImages
 from roclip.oracle.triggers.paste import control_crops
 from roclip.oracle.triggers.search import TriggerSearch, _is_proved
@@ -124,12 +123,6 @@ def test_found_triggers_are_read_as_they_were_written(tmp_path: Path):
     assert not changed.any()
     assert not image.any()
     assert {field.name for field in dataclasses.fields(found)} >= {"pasted", "control", "shuffled"}
-
-
-def test_average_precision_is_that_of_the_ranking():
-    score, real = np.array([0.9, 0.8, 0.7, 0.0, 0.0]), np.array([True, False, True, True, False])
-    # 1/1 and 2/3 where the first two stand; the third ties with another behind them: 3 of 5
-    assert average_precision(score, real) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
 
 
 def test_objects_are_tried_in_pieces_and_whole_but_small():
