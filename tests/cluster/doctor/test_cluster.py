@@ -159,6 +159,7 @@ def test_command_ends_with_7_and_names_the_worst_node_when_checks_fail(nodes: Ra
 def test_ctrl_c_leaves_nothing_when_nodes_are_being_asked(nodes: RayNodes, config: Config, folder: Path):
     command = [*COMMAND, config.source, "--cluster", f"--address={nodes.address}"]
     env = environment(RAY_AUTH_MODE="disabled")
+    until(lambda: not exams())  # those of the test before may still be there, and the signal would come too early
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: len(exams()) == 3)
     process.send_signal(signal.SIGINT)
