@@ -13,6 +13,14 @@ from roclip.report.frontier import arm_colors, dose_response, frontier, save
 from roclip.report.pages import duration, environment, percent
 from roclip.storage import write_atomic
 
+_SUSPECTS = {
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "fpr_at_tpr_95": "FPR at TPR 95 %",
+    "fpr_at_tpr_100": "FPR at TPR 100 %",
+}
+"""Figures of the suspects and their titles; older results have the first two."""
+
 
 def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write every file of the report into the experiment's folder and return the content of `compare.json`.
@@ -52,7 +60,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows, points = result["rows"], result["points"]
     attacks = attack_names(rows)
     first = {row["point"]: row["worst"] for row in rows if row["arm"] == result["arms"][0]}
-    ranked = ["suspects: AUROC / AP / FPR at TPR 95 / 100 %"] if any("suspects" in row for row in rows) else []
+    measured = next((each for row in rows for each in (row.get("suspects") or {}).values()), {})
+    ranked = [f"suspects: {' / '.join(_SUSPECTS[figure] for figure in measured)}"] if measured else []
     cells = [
         [
             row["arm"],
@@ -92,13 +101,9 @@ def poisons_text(counts: Mapping[str, Any]) -> str:
 
 
 def suspects_text(row: Mapping[str, Any]) -> str:
-    """'backdoor 0.991 / 0.870 / 0.4 % / 1.9 %, …'; a dash without suspects."""
+    """'backdoor 0.991 / 0.870 / 0.004 / 0.019, …', in the order of `_SUSPECTS`; a dash without suspects."""
     found = row.get("suspects") or {}
-    text = (
-        f"{attack} {each['auroc']:.3f} / {each['average_precision']:.3f} / "
-        f"{percent(each['fpr_at_tpr_95'])} / {percent(each['fpr_at_tpr_100'])}"
-        for attack, each in found.items()
-    )
+    text = (f"{attack} {' / '.join(f'{value:.3f}' for value in each.values())}" for attack, each in found.items())
     return ", ".join(text) or "–"
 
 
