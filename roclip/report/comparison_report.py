@@ -46,6 +46,7 @@ def write_comparison(folder: Path, experiment: Experiment, facts: Mapping[str, A
         **result,
         places={arm: place % len(COLORS) for place, arm in enumerate(experiment.arms)},
         attacks=attack_names(rows),
+        suspects_title=_suspects_title(rows),
         drawings=drawings,
         first={row["point"]: row["worst"] for row in rows if row["arm"] == experiment.arms[0]},
         protocol=strict.dump(protocol),
@@ -60,8 +61,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows, points = result["rows"], result["points"]
     attacks = attack_names(rows)
     first = {row["point"]: row["worst"] for row in rows if row["arm"] == result["arms"][0]}
-    measured = next((each for row in rows for each in (row.get("suspects") or {}).values()), {})
-    ranked = [f"suspects: {' / '.join(_SUSPECTS[figure] for figure in measured)}"] if measured else []
+    ranked = [title] if (title := _suspects_title(rows)) else []
     cells = [
         [
             row["arm"],
@@ -98,6 +98,11 @@ def poisons_text(counts: Mapping[str, Any]) -> str:
     pairs = counts["pairs"]
     text = ", ".join(f"{n:,} {attack} ({percent(n / pairs, 2)})" for attack, n in counts["poisons"].items())
     return f"{text or 'no poisons'} among {pairs:,} pairs"
+
+
+def _suspects_title(rows: Sequence[Mapping[str, Any]]) -> str:
+    measured = next((each for row in rows for each in (row.get("suspects") or {}).values()), {})
+    return f"suspects: {' / '.join(_SUSPECTS[figure] for figure in measured)}" if measured else ""
 
 
 def suspects_text(row: Mapping[str, Any]) -> str:
